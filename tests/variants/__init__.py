@@ -1,0 +1,13 @@
+"""A zoo of authorings: ways in which people write decoders, and look-alikes that must be refused.
+
+Test data for the tracer, the recognition of attention, and the derivation of the KV cache. Each is a plain forward
+over whole sequences, tiny, with random weights that make attention peaked.
+"""
+
+from tests.variants import attention, libraries, positions, refused
+from tests.variants.base import Variant, as_function, forward
+
+DECODERS: tuple[Variant, ...] = (*libraries.DECODERS, *attention.DECODERS, *positions.DECODERS)
+REFUSED: tuple[Variant, ...] = refused.REFUSED
+
+__all__ = ["DECODERS", "REFUSED", "Variant", "as_function", "forward"]
