@@ -1,0 +1,211 @@
+"""A graph is a JAX program and its weights."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xlathe import jaxpr as ir
+from xlathe.errors import PassError, RequestError
+
+Kind = Literal["weight", "const", "arg", "state"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """One named input of a graph.
+
+    kind: `weight` (trained), `const` (a mask or table whose value is known), `arg` (given at every call) or
+    `state` (remembered between calls; the graph returns its new value).
+    """
+
+    name: str
+    kind: Kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How the inputs `targets` are made from the input `source` that they replace.
+
+    make: a frozen, picklable-free callable from one array to a tuple with one array a target.
+    """
+
+    source: str
+    targets: tuple[str, ...]
+    make: Callable[[Any], tuple[Any, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights(Mapping[str, Any]):
+    """Arrays by name, some of them made on demand by recipes.
+
+    stored: the arrays of the original checkpoint; recipes: applied lazily, the last result is not kept.
+    """
+
+    stored: Mapping[str, Any]
+    recipes: tuple[Recipe, ...] = ()
+
+    @functools.cached_property
+    def _recipe_of(self) -> dict[str, Recipe]:
+        return {target: recipe for recipe in self.recipes for target in recipe.targets}
+
+    def __getitem__(self, name: str) -> Any:
+        recipe = self._recipe_of.get(name)
+        if recipe is None:
+            return self.stored[name]
+        return recipe.make(self[recipe.source])[recipe.targets.index(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        replaced = {recipe.source for recipe in self.recipes}
+        yield from (name for name in [*self.stored, *self._recipe_of] if name not in replaced)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def derive(self, *recipes: Recipe) -> "Weights":
+        """Returns the mapping after `recipes` replaced their sources."""
+        return Weights(self.stored, (*self.recipes, *recipes))
+
+    def prepare(self, names: Iterator[str] | list[str]) -> dict[str, Any]:
+        """Runs the recipes, one source at a time, and returns plain arrays for `names`."""
+        wanted, made = list(dict.fromkeys(names)), {}
+        for name in wanted:
+            recipe = self._recipe_of.get(name)
+            if name in made:
+                continue
+            if recipe is None:
+                made[name] = self.stored[name]
+            else:
+                made.update(zip(recipe.targets, recipe.make(self[recipe.source]), strict=True))
+        return {name: made[name] for name in wanted}
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What one pass did: its text form, hits and near misses by rule, seconds and equations before and after."""
+
+    name: str
+    hits: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    misses: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+    equations: tuple[int, int] = (0, 0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Graph:
+    """A jaxpr with named inputs, and the weights they stand for.
+
+    jaxpr: no captured constants; axes may be symbolic. A *forward* graph has the argument `tokens` [b, t] and
+        returns logits [b, t, vocab]. A *step* graph (after the pass `kv_cache`) has the arguments `tokens` [n],
+        `positions` [n], `rows` [n] and `select` [m], and one `state` input a remembered value; it returns
+        logits [m, vocab] and the new states.
+    inputs: one a `jaxpr.invars`, in order.
+    weights: arrays by input name.
+    max_len: the longest row of tokens that the graph may be used with.
+    tokenizer: a `tokenizers.Tokenizer`, or None.
+    history: what the passes did, oldest first.
+    """
+
+    jaxpr: ir.Jaxpr
+    inputs: tuple[Input, ...]
+    weights: Weights
+    max_len: int
+    tokenizer: Any = None
+    history: tuple[Record, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.inputs) != len(self.jaxpr.invars) or self.jaxpr.constvars:
+            raise PassError(
+                f"a graph needs one named input a jaxpr input and no captured constants; got {len(self.inputs)} names, "
+                f"{len(self.jaxpr.invars)} inputs and {len(self.jaxpr.constvars)} constants"
+            )
+
+    def names(self, *kinds: Kind) -> tuple[str, ...]:
+        """Returns the names of the inputs of these kinds, in order."""
+        return tuple(i.name for i in self.inputs if i.kind in kinds)
+
+    def aval(self, name: str) -> Any:
+        """Returns shape and dtype of an input."""
+        return next(v.aval for i, v in zip(self.inputs, self.jaxpr.invars, strict=True) if i.name == name)
+
+    @property
+    def is_step(self) -> bool:
+        return bool(self.names("state"))
+
+    @property
+    def vocab(self) -> int:
+        """The number of logits a token."""
+        return int(self.jaxpr.outvars[0].aval.shape[-1])
+
+    def replace(self, **changes: Any) -> "Graph":
+        return dataclasses.replace(self, **changes)
+
+    def bind_names(self, values: Mapping[str, Any]) -> list[Any]:
+        """Orders `values` (by input name) as the jaxpr takes them."""
+        return [values[i.name] for i in self.inputs]
+
+    @functools.cached_property
+    def structural_hash(self) -> str:
+        """SHA-256 of the printed program: equal for graphs that compute the same thing in the same way."""
+        from xlathe.printer import to_text
+
+        return hashlib.sha256(to_text(self).encode()).hexdigest()
+
+    @functools.cached_property
+    def arrays(self) -> dict[str, jax.Array]:
+        """The prepared weights and constants, on the device."""
+        prepared = self.weights.prepare(list(self.names("weight", "const")))
+        return {name: jnp.asarray(value) for name, value in prepared.items()}
+
+    def check_tokens(self, tokens: Any) -> np.ndarray:
+        """Returns tokens as int32 [b, t]; raises `RequestError` where they do not fit this graph."""
+        array = np.asarray(tokens)
+        if array.ndim != 2 or array.dtype.kind not in "iu" or not array.size:
+            raise RequestError(
+                f"tokens must be a non-empty integer array [batch, length], got {array.dtype} {list(array.shape)}"
+            )
+        if array.shape[1] > self.max_len:
+            raise RequestError(f"{array.shape[1]} tokens a row, but the graph was traced with max_len={self.max_len}")
+        if array.min() < 0 or array.max() >= self.vocab:
+            bad = array[(array < 0) | (array >= self.vocab)][0]
+            raise RequestError(f"token id {bad} is outside the vocabulary of {self.vocab} tokens (0..{self.vocab - 1})")
+        return array.astype(np.int32)
+
+    def __call__(self, tokens: Any) -> jax.Array:
+        """Returns logits [b, t, vocab] of int32 tokens [b, t]; a step graph starts from an empty cache."""
+        checked = self.check_tokens(tokens)
+        return self._run_step(checked) if self.is_step else self._run_forward(self.arrays, checked)
+
+    @functools.cached_property
+    def _run_forward(self) -> Callable:
+        def run(arrays: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
+            sizes = {"b": tokens.shape[0], "t": tokens.shape[1]}
+            return ir.evaluate_at(self.jaxpr, self.bind_names({**arrays, "tokens": tokens}), sizes)[0]
+
+        return jax.jit(run)
+
+    def _run_step(self, tokens: np.ndarray) -> jax.Array:
+        from xlathe.step import empty_state, run_step
+
+        rows, length = tokens.shape
+        count = rows * length
+        args = {
+            "tokens": tokens.reshape(-1),
+            "positions": np.tile(np.arange(length, dtype=np.int32), rows),
+            "rows": np.repeat(np.arange(rows, dtype=np.int32), length),
+            "select": np.arange(count, dtype=np.int32),
+        }
+        logits, _ = run_step(self, args, empty_state(self, rows=rows))
+        return logits.reshape(rows, length, self.vocab)
+
+    def report(self) -> str:
+        """Returns size, bits a weight, and what each pass matched and nearly matched, as text."""
+        from xlathe.report import describe
+
+        return describe(self)

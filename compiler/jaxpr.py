@@ -1,0 +1,234 @@
+"""The only file that knows JAX's intermediate representation: read it, run it, trace it again.
+
+A rewrite never assembles equations by hand. It *evaluates* a jaxpr with some equations overridden, under
+`jax.make_jaxpr`, so that JAX itself checks shapes and dtypes (the method of `docs/autodidax` in JAX).
+Every upstream fact relied upon here is asserted by name in `tests/test_jax_surface.py`.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+from jax._src import source_info_util
+from jax._src.export.shape_poly import _DimExpr as DimExpr
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+
+Atom = Var | Literal
+Dim = int | DimExpr
+Rule = Callable[[JaxprEqn, list[Any]], Sequence[Any] | None]
+
+CUSTOM_DERIVATIVE = frozenset({"custom_jvp_call", "custom_vjp_call"})
+OP_PREFIX = "xlathe."
+INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "eval_jaxpr"})
+_NOT_THE_USERS = tuple(
+    os.path.dirname(path) + os.sep for path in (os.path.abspath(__file__), os.path.abspath(flax.__file__))
+) + (os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "passes") + os.sep,)
+
+
+def trace(function: Callable, *avals: Any) -> Jaxpr:
+    """Traces `function` at the given avals (anything with `.shape` and `.dtype`) to a jaxpr with flat inputs."""
+    return jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals))
+
+
+def call_body(eqn: JaxprEqn) -> Jaxpr | None:
+    """Returns the jaxpr that a call-like equation (`jit`, `remat`, a custom derivative, one of our ops) runs."""
+    for key in ("jaxpr", "call_jaxpr"):
+        body = eqn.params.get(key)
+        if isinstance(body, Jaxpr):
+            return body
+    return None
+
+
+def bind(eqn: JaxprEqn, operands: Sequence[Any], **params: Any) -> list[Any]:
+    """Runs (or traces) one equation on new operands, with some of its parameters replaced."""
+    bind_params = eqn.primitive.get_bind_params({**eqn.params, **params})
+    outputs = eqn.primitive.bind(*operands, **bind_params)
+    return list(outputs) if eqn.primitive.multiple_results else [outputs]
+
+
+def evaluate(
+    jaxpr: Jaxpr, operands: Sequence[Any], rule: Rule | None = None, constants: Sequence[Any] | None = None
+) -> list[Any]:
+    """Evaluates `jaxpr`; where `rule(eqn, operands)` returns values they stand for the equation's outputs.
+
+    constants: in place of the captured ones. Source lines and name stacks of the original equations are kept on
+    what is traced.
+    """
+    if len(operands) != len(jaxpr.invars):
+        raise TypeError(f"jaxpr takes {len(jaxpr.invars)} inputs, got {len(operands)}")
+    held = jaxpr.consts if constants is None else constants
+    env: dict[Var, Any] = dict(zip(jaxpr.constvars, held, strict=True))
+    env.update(zip(jaxpr.invars, operands, strict=True))
+
+    def read(atom: Atom) -> Any:
+        return atom.val if isinstance(atom, Literal) else env[atom]
+
+    for eqn in jaxpr.eqns:
+        values = [read(atom) for atom in eqn.invars]
+        with at_source_of(eqn):
+            outputs = rule(eqn, values) if rule else None
+            if outputs is None:
+                outputs = bind(eqn, values)
+        env.update(zip(eqn.outvars, outputs, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def retrace(jaxpr: Jaxpr, rule: Rule | None = None) -> Jaxpr:
+    """Traces `jaxpr` again with `rule` overriding equations; the inputs stay the same."""
+    return trace(lambda *operands: evaluate(jaxpr, operands, rule), *(v.aval for v in jaxpr.invars))
+
+
+def aval_of(value: Any) -> Any:
+    """Returns shape and dtype of an array, tracer or Python number."""
+    return value if isinstance(value, jax.ShapeDtypeStruct) else jax.typeof(value)
+
+
+def attributes(eqn: JaxprEqn) -> dict[str, Any]:
+    """Returns the attributes of one of xlathe's operations: its parameters but for the body."""
+    return {key: value for key, value in eqn.params.items() if key != "call_jaxpr"}
+
+
+def is_op(eqn: JaxprEqn, name: str = "") -> bool:
+    """Says whether the equation is one of xlathe's operations (or the one called `name`)."""
+    return eqn.primitive.name == OP_PREFIX + name if name else eqn.primitive.name.startswith(OP_PREFIX)
+
+
+def inline_calls(jaxpr: Jaxpr, inlined: Callable[[JaxprEqn], bool]) -> Jaxpr:
+    """Replaces every call equation for which `inlined(eqn)` holds by its body, at any depth."""
+
+    def rule(eqn: JaxprEqn, operands: list[Any]) -> list[Any] | None:
+        body = call_body(eqn)
+        return evaluate(body, operands, rule) if body is not None and inlined(eqn) else None
+
+    return retrace(jaxpr, rule)
+
+
+def scan_parts(eqn: JaxprEqn) -> tuple[int, int]:
+    """Returns how many operands of a `scan` equation are constants and how many are carried."""
+    constants, carried, _ = eqn.params["ft_in"].unpack()
+    return len(constants), len(carried)
+
+
+def at_source_of(eqn: JaxprEqn) -> Any:
+    """A context in which traced equations get the source line and name stack of `eqn`."""
+    info = eqn.source_info
+    return source_info_util.user_context(info.traceback, name_stack=info.name_stack)
+
+
+def source_line(eqn: JaxprEqn) -> str:
+    """Returns `file:line (function)` of the model code that made the equation."""
+    for frame in source_info_util.user_frames(eqn.source_info.traceback):
+        if not frame.file_name.startswith(_NOT_THE_USERS):
+            return f"{frame.file_name}:{frame.start_line} ({frame.function_name})"
+    return "an unknown line"
+
+
+def is_symbolic(dim: Dim) -> bool:
+    return isinstance(dim, DimExpr)
+
+
+def dim_vars(dim: Dim) -> frozenset[str]:
+    """Returns the names of the size variables in a dimension (`2*b*t` -> `{"b", "t"}`)."""
+    return frozenset(dim._get_vars()) if isinstance(dim, DimExpr) else frozenset()
+
+
+def same_dim(a: Dim, b: Dim) -> bool:
+    """Says whether two dimensions are equal for every size (False where that is not known)."""
+    return type(a) is type(b) and bool(a == b)
+
+
+def divide_dim(a: Dim, b: Dim) -> Dim | None:
+    """Returns a / b where that is a whole number for every size, else None."""
+    if not is_symbolic(a) and not is_symbolic(b):
+        return a // b if b and a % b == 0 else None
+    quotient = a // b
+    return _plain(quotient) if same_dim(_plain(quotient * b), a) else None
+
+
+def _plain(dim: Dim) -> Dim:
+    return dim if dim_vars(dim) or not is_symbolic(dim) else int(dim)
+
+
+def substitute(value: Any, sizes: Mapping[str, Dim]) -> Any:
+    """Replaces size variables in a dimension, or in every dimension inside an equation's parameter."""
+    if isinstance(value, DimExpr):
+        return value._evaluate(dict(sizes))
+    if type(value) in (tuple, list):
+        return type(value)(substitute(item, sizes) for item in value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(substitute(item, sizes) for item in value))
+    return value
+
+
+def bind_at(eqn: JaxprEqn, operands: Sequence[Any], sizes: Mapping[str, Dim]) -> list[Any]:
+    """Runs an equation whose parameters mention size variables, with those sizes put in."""
+    if eqn.primitive.name == "dim_as_value":
+        dim = substitute(eqn.params["dim"], sizes)
+        return bind(eqn, operands, dim=dim) if is_symbolic(dim) else [np.asarray(dim, eqn.outvars[0].aval.dtype)]
+    body = call_body(eqn)
+    if body is not None and eqn.primitive.name in INLINED | CUSTOM_DERIVATIVE:
+        return evaluate_at(body, operands, sizes)
+    if body is not None and is_op(eqn):
+        sized = trace(lambda *xs: evaluate_at(body, xs, sizes), *map(aval_of, operands))
+        return bind(eqn, operands, call_jaxpr=sized)
+    return bind(eqn, operands, **{name: substitute(value, sizes) for name, value in eqn.params.items()})
+
+
+def evaluate_at(jaxpr: Jaxpr, operands: Sequence[Any], sizes: Mapping[str, Dim], rule: Rule | None = None) -> list[Any]:
+    """Evaluates `jaxpr` with size variables replaced; `rule` overrides equations as in `evaluate`."""
+
+    def sized(eqn: JaxprEqn, values: list[Any]) -> Sequence[Any]:
+        outputs = rule(eqn, values) if rule else None
+        return bind_at(eqn, values, sizes) if outputs is None else outputs
+
+    return evaluate(jaxpr, operands, sized)
+
+
+def live_equations(jaxpr: Jaxpr) -> list[JaxprEqn]:
+    """Returns the equations that the outputs depend on, in order; effects are not kept."""
+    live = {atom for atom in jaxpr.outvars if isinstance(atom, Var)}
+    kept = []
+    for eqn in reversed(jaxpr.eqns):
+        if any(out in live for out in eqn.outvars):
+            kept.append(eqn)
+            live.update(atom for atom in eqn.invars if isinstance(atom, Var))
+    return kept[::-1]
+
+
+def drop_dead(jaxpr: Jaxpr, keep: Callable[[int], bool]) -> tuple[Jaxpr, list[int]]:
+    """Removes equations and inputs that no output depends on.
+
+    keep: whether to keep an unread input, by its position. Returns the jaxpr and the positions of its inputs.
+    """
+    live = live_equations(jaxpr)
+    alive = {id(eqn) for eqn in live}
+    read = {a for eqn in live for a in eqn.invars if isinstance(a, Var)}
+    read.update(a for a in jaxpr.outvars if isinstance(a, Var))
+    kept = [i for i, v in enumerate(jaxpr.invars) if v in read or keep(i)]
+
+    def rule(eqn: JaxprEqn, _: list[Any]) -> list[Any] | None:
+        return None if id(eqn) in alive else [None] * len(eqn.outvars)
+
+    def pruned(*operands: Any) -> list[Any]:
+        given = dict(zip(kept, operands, strict=True))
+        return evaluate(jaxpr, [given.get(i) for i in range(len(jaxpr.invars))], rule)
+
+    return trace(pruned, *(jaxpr.invars[i].aval for i in kept)), kept
+
+
+def producers(equations: Iterable[JaxprEqn]) -> dict[Var, JaxprEqn]:
+    """Maps each value to the equation that makes it."""
+    return {out: eqn for eqn in equations for out in eqn.outvars}
+
+
+def consumers(equations: Iterable[JaxprEqn]) -> dict[Var, list[JaxprEqn]]:
+    """Maps each value to the equations that read it (once per reading operand)."""
+    uses: dict[Var, list[JaxprEqn]] = {}
+    for eqn in equations:
+        for atom in eqn.invars:
+            if isinstance(atom, Var):
+                uses.setdefault(atom, []).append(eqn)
+    return uses

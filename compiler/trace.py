@@ -1,0 +1,237 @@
+"""A model as its author wrote it -> a graph with named inputs and symbolic sizes."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen, nnx
+from jax import export
+
+from xlathe import jaxpr as ir
+from xlathe.align import trace_aligned
+from xlathe.errors import TraceError
+from xlathe.graph import Graph, Input, Weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model reduced to a function of named arrays.
+
+    names, arrays: one a leaf; trained: whether the leaf is a weight (else a mask, a table or a statistic);
+    forward: (leaves, tokens [b, t]) -> logits [b, t, vocab].
+    """
+
+    names: tuple[str, ...]
+    arrays: tuple[Any, ...]
+    trained: tuple[bool, ...]
+    forward: Callable[[list[Any], Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """The slices of a stacked weight, in place of the weight while its scan is unrolled."""
+
+    slices: tuple[Any, ...]
+
+
+def trace(model: Any, params: Any = None, *, max_len: int, tokenizer: Any = None) -> Graph:
+    """Traces a decoder or encoder into a graph whose batch and token axes are symbolic.
+
+    model: an `nnx.Module`, a pair (linen module, variables), or a function f(params, tokens) with `params=`.
+        Called with int32 tokens [b, t] it returns logits [b, t, vocab].
+    max_len: the longest row that the graph must serve; bounds the symbolic length.
+
+    Raises TraceError: where the model cannot be traced with symbolic sizes nor aligned from two lengths, does not
+        return [b, t, vocab], or draws random numbers.
+    """
+    if max_len < 1:
+        raise TraceError(f"max_len must be at least 1, got {max_len}")
+    source = _source(model, params)
+    jaxpr, constants = _trace_sizes(source, max_len)
+    _check_logits(jaxpr)
+    names = [*source.names, *(f"const/{i}" for i in range(len(constants)))]
+    kinds = ["weight" if trained else "const" for trained in source.trained] + ["const"] * len(constants)
+    arrays = dict(zip(names, [*source.arrays, *constants], strict=True))
+    inputs = [Input(name, kind) for name, kind in zip(names, kinds, strict=True)]  # type: ignore[arg-type]
+    jaxpr, inputs, arrays = _unroll(jaxpr, [*inputs, Input("tokens", "arg")], arrays)
+    jaxpr, kept = ir.drop_dead(jaxpr, keep=lambda i: inputs[i].kind == "arg")
+    inputs = [inputs[i] for i in kept]
+    stored = {i.name: np.asarray(arrays[i.name]) for i in inputs if i.kind != "arg"}
+    return Graph(jaxpr, tuple(inputs), Weights(stored), max_len, tokenizer)
+
+
+def _source(model: Any, params: Any) -> Source:
+    if isinstance(model, nnx.Module):
+        return _nnx_source(model)
+    if isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], linen.Module):
+        return _function_source(lambda variables, tokens: model[0].apply(variables, tokens), model[1], drop="params/")
+    if isinstance(model, linen.Module):
+        raise TraceError("a linen module is traced with its variables: xl.trace((module, variables), max_len=...)")
+    if callable(model):
+        if params is None:
+            raise TraceError("a function f(params, tokens) is traced with its parameters: xl.trace(f, params=...)")
+        return _function_source(model, params)
+    raise TraceError(f"expected an nnx.Module, (linen module, variables) or f(params, tokens), got {type(model).__name__}")
+
+
+def _nnx_source(module: nnx.Module) -> Source:
+    definition, state = nnx.split(module)
+    flat = list(nnx.to_flat_state(state))
+    paths = [path for path, _ in flat]
+    variables = [variable for _, variable in flat]
+
+    def forward(leaves: list[Any], tokens: Any) -> Any:
+        replaced = [v.replace(leaf) for v, leaf in zip(variables, leaves, strict=True)]
+        return nnx.merge(definition, nnx.from_flat_state(zip(paths, replaced, strict=True)))(tokens)
+
+    arrays = tuple(variable.get_value() for variable in variables)
+    return Source(
+        tuple("/".join(map(str, path)) for path in paths),
+        arrays,
+        tuple(isinstance(variable, nnx.Param) for variable in variables),
+        forward,
+    )
+
+
+def _function_source(function: Callable, params: Any, drop: str = "") -> Source:
+    flat, tree = jax.tree_util.tree_flatten_with_path(params)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/").removeprefix(drop) for path, _ in flat]
+    arrays = tuple(leaf for _, leaf in flat)
+    trained = tuple(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in arrays)
+    return Source(tuple(names), arrays, trained, lambda leaves, tokens: function(tree.unflatten(leaves), tokens))
+
+
+def _trace_sizes(source: Source, max_len: int) -> tuple[ir.Jaxpr, list[np.ndarray]]:
+    """Traces with symbolic sizes; where that is inconclusive, aligns traces at concrete lengths."""
+    avals = [jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a)) for a in source.arrays]
+
+    def at(rows: ir.Dim, length: ir.Dim) -> ir.Jaxpr:
+        tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+        try:
+            jaxpr = ir.trace(lambda *xs: source.forward(list(xs[:-1]), xs[-1]), *avals, tokens)
+        except jax.errors.JAXTypeError as error:
+            raise TraceError(f"the model branches on the values of tokens or weights: {error}") from error
+        return ir.inline_calls(jaxpr, lambda eqn: eqn.primitive.name in ir.INLINED)
+
+    rows, length = symbolic_sizes(max_len)
+    try:
+        return hoist_constants(at(rows, length))
+    except TraceError:
+        raise
+    except Exception as inconclusive:  # symbolic sizes fail in as many ways as there are Python idioms
+        return trace_aligned(at, rows, length, max_len, inconclusive)
+
+
+def symbolic_sizes(max_len: int) -> tuple[ir.Dim, ir.Dim]:
+    """Returns the size variables b and t of a forward graph, with 1 <= t <= max_len known."""
+    return tuple(export.symbolic_shape("b, t", constraints=["b >= 1", "t >= 1", f"t <= {max_len}"]))
+
+
+def hoist_constants(jaxpr: ir.Jaxpr) -> tuple[ir.Jaxpr, list[np.ndarray]]:
+    """Turns captured constants into inputs, placed before the last input (the tokens)."""
+    constants = list(jaxpr.consts)
+    weights = [v.aval for v in jaxpr.invars[:-1]]
+    tokens = jaxpr.invars[-1].aval
+
+    def hoisted(*operands: Any) -> list[Any]:
+        leaves, held, last = operands[: len(weights)], operands[len(weights) : -1], operands[-1]
+        return ir.evaluate(jaxpr, [*leaves, last], constants=held)
+
+    result = ir.trace(hoisted, *weights, *(jax.typeof(c) for c in constants), tokens)
+    return result, [np.asarray(c) for c in constants]
+
+
+def _check_logits(jaxpr: ir.Jaxpr) -> None:
+    tokens = jaxpr.invars[-1].aval.shape
+    shapes = [v.aval.shape for v in jaxpr.outvars]
+    if len(shapes) != 1 or len(shapes[0]) != 3 or tuple(shapes[0][:2]) != tuple(tokens):
+        raise TraceError(f"the model must return logits [b, t, vocab] for tokens [b, t]; it returns {shapes}")
+
+
+def _unroll(
+    jaxpr: ir.Jaxpr, inputs: list[Input], arrays: Mapping[str, Any]
+) -> tuple[ir.Jaxpr, list[Input], dict[str, Any]]:
+    """Unrolls scans of known length; a stacked weight that only scans read becomes one input a layer."""
+    lengths = _stacked_lengths(jaxpr)
+    prefix = _common_folder([i.name for i, v in zip(inputs, jaxpr.invars, strict=True) if v in lengths])
+    new_inputs: list[Input] = []
+    new_arrays: dict[str, Any] = {}
+    avals: list[Any] = []
+    for item, var in zip(inputs, jaxpr.invars, strict=True):
+        if var not in lengths:
+            new_inputs.append(item)
+            avals.append(var.aval)
+            if item.name in arrays:
+                new_arrays[item.name] = arrays[item.name]
+            continue
+        for i in range(lengths[var]):
+            name = os.path.join(prefix, str(i), item.name.removeprefix(prefix).lstrip("/"))
+            new_inputs.append(Input(name, item.kind))
+            new_arrays[name] = np.asarray(arrays[item.name])[i]
+            avals.append(jax.ShapeDtypeStruct(var.aval.shape[1:], var.aval.dtype))
+
+    def unrolled(*operands: Any) -> list[Any]:
+        left = iter(operands)
+        grouped = [
+            Stacked(tuple(next(left) for _ in range(lengths[v]))) if v in lengths else next(left) for v in jaxpr.invars
+        ]
+        return ir.evaluate(jaxpr, grouped, _unroll_scan)
+
+    return ir.trace(unrolled, *avals), new_inputs, new_arrays
+
+
+def _stacked_lengths(jaxpr: ir.Jaxpr) -> dict[ir.Var, int]:
+    """Maps every input that is read only as a scanned-over operand to the length of its scan."""
+    uses = ir.consumers(jaxpr.eqns)
+    return {
+        var: eqns[0].params["length"]
+        for var in jaxpr.invars
+        if (eqns := uses.get(var)) and all(_scans_over(eqn, var) for eqn in eqns) and var not in jaxpr.outvars
+    }
+
+
+def _scans_over(eqn: ir.JaxprEqn, var: ir.Var) -> bool:
+    if eqn.primitive.name != "scan" or ir.is_symbolic(eqn.params["length"]):
+        return False
+    first = sum(ir.scan_parts(eqn))
+    return not any(atom is var for atom in eqn.invars[:first])
+
+
+def _common_folder(names: list[str]) -> str:
+    """Returns the longest folder that holds all names (`layers` for `layers/a/b` and `layers/c`)."""
+    folder = os.path.commonpath(names) if names else ""
+    return os.path.dirname(folder) if folder in names else folder
+
+
+def _unroll_scan(eqn: ir.JaxprEqn, operands: list[Any]) -> list[Any] | None:
+    if eqn.primitive.name != "scan" or ir.is_symbolic(eqn.params["length"]):
+        return None
+    constants, carried = ir.scan_parts(eqn)
+    held, carry = operands[:constants], operands[constants : constants + carried]
+    order = range(eqn.params["length"])
+    rows: list[list[Any]] = []
+    for i in reversed(order) if eqn.params["reverse"] else order:
+        slices = [xs.slices[i] if isinstance(xs, Stacked) else xs[i] for xs in operands[constants + carried :]]
+        results = ir.evaluate(eqn.params["jaxpr"], [*held, *carry, *slices], _inline_or_unroll)
+        carry, row = results[:carried], results[carried:]
+        rows.append(row)
+    if eqn.params["reverse"]:
+        rows.reverse()
+    stacked = [jnp.stack(column) for column in zip(*rows, strict=True)]
+    return [*carry, *stacked]
+
+
+def _inline_or_unroll(eqn: ir.JaxprEqn, operands: list[Any]) -> list[Any] | None:
+    if eqn.primitive.name in ir.INLINED and (body := ir.call_body(eqn)) is not None:
+        return ir.evaluate(body, operands, _inline_or_unroll)
+    return _unroll_scan(eqn, operands)
+
+
+def count_parameters(graph: Graph) -> int:
+    """Returns the number of trained numbers."""
+    return sum(math.prod(graph.aval(name).shape) for name in graph.names("weight"))
