@@ -1,0 +1,1 @@
+"""x @ dequantize(codes, scale).T without expanding the weight in memory."""

@@ -1,0 +1,87 @@
+// The arithmetic of quantized_dot, compiled once for every instruction set (foreach_isa.h).
+//
+// Each result is 16 partial sums, of the k equal modulo 16, added in ascending k and then folded in halves.
+// This order holds for every M, block size, thread count and register width, so a row's result has the
+// same bits whatever it was computed with; `portable` alone differs, in the last bits, by its rounding.
+
+constexpr int kParts = 16;
+constexpr int kRegisters = kParts / Lanes::kWidth;  // that hold one result's partial sums
+constexpr int kTileN = 12;                          // rows of codes that one block of x is used for
+constexpr int64_t kTileX = 1536;                    // floats in a block of x, which stays in the L1 cache
+
+// sums[m][n] += x[m][k] * codes[n][k] for k < count, a multiple of 16; the sums stay in registers.
+template <int kM, int kN>
+inline __attribute__((always_inline)) void accumulate(Lanes::Float (&sums)[kM][kN][kRegisters],
+                                                      const float* x, int64_t x_stride,
+                                                      const int8_t* const (&codes)[kN], int64_t count) {
+  Lanes::Float acc[kM][kN][kRegisters];
+  __builtin_memcpy(acc, sums, sizeof sums);
+  for (int64_t k = 0; k < count; k += kParts) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRegisters; ++r) {
+      const int64_t at = k + r * Lanes::kWidth;
+      Lanes::Float w[kN];
+#pragma GCC unroll 4
+      for (int n = 0; n < kN; ++n) w[n] = Lanes::load(codes[n] + at);
+#pragma GCC unroll 4
+      for (int m = 0; m < kM; ++m) {
+        const Lanes::Float xs = Lanes::keep(Lanes::load(x + m * x_stride + at));
+#pragma GCC unroll 4
+        for (int n = 0; n < kN; ++n) acc[m][n][r] = Lanes::madd(w[n], xs, acc[m][n][r]);
+      }
+    }
+  }
+  __builtin_memcpy(sums, acc, sizeof sums);
+}
+
+inline float fold(const Lanes::Float (&sums)[kRegisters]) {
+  float parts[kParts];
+  for (int r = 0; r < kRegisters; ++r) Lanes::store(parts + r * Lanes::kWidth, sums[r]);
+  for (int half = kParts / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+  }
+  return parts[0];
+}
+
+// y[m0 + m, n0 + n] for m < kM and n < kTileN, kN rows of codes at a time. Past the last row of codes that
+// row is computed again, and not stored.
+template <int kM, int kN>
+void tile(const QuantizedDot& op, int64_t m0, int64_t n0, int64_t n1) {
+  Lanes::Float sums[kTileN / kN][kM][kN][kRegisters] = {};
+  const float* x = op.x + m0 * op.x_stride;
+  const int64_t whole = op.k / kParts * kParts;
+  const auto codes_at = [&](int64_t n, int64_t k) { return op.codes + (n < n1 ? n : n1 - 1) * op.k + k; };
+
+  constexpr int64_t kTileK = kTileX / kM;
+  for (int64_t k = 0; k < whole; k += kTileK) {
+    for (int group = 0; group < kTileN / kN; ++group) {
+      const int8_t* codes[kN];
+      for (int n = 0; n < kN; ++n) codes[n] = codes_at(n0 + group * kN + n, k);
+      accumulate(sums[group], x + k, op.x_stride, codes, whole - k < kTileK ? whole - k : kTileK);
+    }
+  }
+  for (int group = 0; group < kTileN / kN && whole < op.k; ++group) {
+    int8_t padded[kN][kParts] = {};
+    const int8_t* codes[kN];
+    for (int n = 0; n < kN; ++n) {
+      __builtin_memcpy(padded[n], codes_at(n0 + group * kN + n, whole), op.k - whole);
+      codes[n] = padded[n];
+    }
+    accumulate(sums[group], x + whole, op.x_stride, codes, kParts);
+  }
+  for (int m = 0; m < kM; ++m) {
+    for (int64_t n = n0; n < n1 && n < n0 + kTileN; ++n) {
+      op.y[(m0 + m) * op.n + n] = fold(sums[(n - n0) / kN][m][(n - n0) % kN]) * op.scale[n];
+    }
+  }
+}
+
+// y[m, n] for all m and n0 <= n < n1.
+inline void rows(const QuantizedDot& op, int64_t n0, int64_t n1) {
+  for (int64_t n = n0; n < n1; n += kTileN) {
+    int64_t m = 0;
+    for (; op.m - m >= 3 && op.m - m != 4; m += 3) tile<3, 2>(op, m, n, n1);
+    for (; op.m - m >= 2; m += 2) tile<2, 3>(op, m, n, n1);
+    if (m < op.m) tile<1, 4>(op, m, n, n1);
+  }
+}
