@@ -4,10 +4,19 @@ Test data for the tracer, the recognition of attention, and the derivation of th
 over whole sequences, tiny, with random weights that make attention peaked.
 """
 
-from tests.variants import attention, libraries, positions, refused
+from tests.variants import attention, blocks, libraries, masks, models, positions, refused, softmax, stacked
 from tests.variants.base import Variant, as_function, forward
 
-DECODERS: tuple[Variant, ...] = (*libraries.DECODERS, *attention.DECODERS, *positions.DECODERS)
+DECODERS: tuple[Variant, ...] = (
+    *libraries.DECODERS,
+    *stacked.DECODERS,
+    *attention.DECODERS,
+    *softmax.DECODERS,
+    *masks.DECODERS,
+    *positions.DECODERS,
+    *blocks.DECODERS,
+    *models.DECODERS,
+)
 REFUSED: tuple[Variant, ...] = refused.REFUSED
 
 __all__ = ["DECODERS", "REFUSED", "Variant", "as_function", "forward"]

@@ -22,7 +22,9 @@ SCALE = HEAD_DIM**-0.5
 
 def heads_first(layer: Params, x: jax.Array) -> jax.Array:
     b, t, _ = x.shape
-    q, k, v = [(x @ layer[w]).reshape(b, t, HEADS, HEAD_DIM).transpose(0, 2, 1, 3) for w in ("wq", "wk", "wv")]
+    q, k, v = [
+        (x @ layer[w]).reshape(b, t, HEADS, HEAD_DIM).transpose(0, 2, 1, 3) for w in ("wq", "wk", "wv")
+    ]
     scores = q @ k.swapaxes(-1, -2) / jnp.sqrt(HEAD_DIM)
     scores = jnp.where(jnp.tril(jnp.ones((t, t), dtype=bool)), scores, -jnp.inf)
     out = jax.nn.softmax(scores, axis=-1) @ v
@@ -91,7 +93,9 @@ def flattened_heads(layer: Params, x: jax.Array) -> jax.Array:
     b, t, _ = x.shape
     q, k, v = [y.transpose(0, 2, 1, 3).reshape(b * HEADS, t, HEAD_DIM) for y in projected(layer, x)]
     scores = lax.dot_general(q * SCALE, k, (((2,), (2,)), ((0,), (0,))))
-    scores = lax.select(jnp.broadcast_to(jnp.tri(t, dtype=bool), scores.shape), scores, jnp.full_like(scores, -1e9))
+    scores = lax.select(
+        jnp.broadcast_to(jnp.tri(t, dtype=bool), scores.shape), scores, jnp.full_like(scores, -1e9)
+    )
     out = lax.batch_matmul(jax.nn.softmax(scores), v)
     return merged(layer, out.reshape(b, HEADS, t, HEAD_DIM).transpose(0, 2, 1, 3))
 

@@ -13,8 +13,11 @@ import numpy as np
 from flax import linen, nnx
 
 VOCAB, WIDTH, LAYERS, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, MAX_LEN = 61, 32, 2, 4, 2, 8, 64, 64
-SHARP = 1.6 / math.sqrt(WIDTH)  # std of query and key weights: scores get a std near 2.5, so a wrong mask shows
+SHARP = 1.6 / math.sqrt(
+    WIDTH
+)  # std of query and key weights: scores get a std near 2.5, so a wrong mask shows
 FLAT = 1.0 / math.sqrt(WIDTH)
+sharp_init = jax.nn.initializers.normal(SHARP)
 
 type Params = dict[str, Any]
 type Attend = Callable[[Params, jax.Array], jax.Array]  # (layer, normalized x [b, t, d]) -> [b, t, d]
@@ -36,9 +39,13 @@ class Variant:
     vocab: int = VOCAB
     symbolic: bool = True  # can be traced with symbolic b and t; otherwise at two concrete lengths
     rtol: float = 1e-5  # what a derived decode step can be held to: max |difference| / max |reference|
+    window: int = 0  # tokens that a query sees in every layer, itself included; 0: all
     notes: str = ""
+    twin: Callable[[], Any] | None = None  # builds the same function, written plainly
     reason: str = ""  # refused only: regex to be found in the error
-    author: Callable[..., Any] | type | None = None  # refused only: whose source has the line marked `# refused`
+    author: Callable[..., Any] | type | None = (
+        None  # refused only: whose source has the line marked `# refused`
+    )
     causal: bool = True  # whether logits of a prefix are independent of what follows it
 
     def __repr__(self) -> str:
@@ -53,10 +60,12 @@ class Variant:
         return Path(inspect.getfile(self.author)).name, first + offset
 
 
-def forward(variant: Variant) -> Callable[[jax.Array], jax.Array]:
+def forward(build: Variant | Callable[[], Any]) -> Callable[[jax.Array | np.ndarray], jax.Array]:
     """The author's own code with its weights, compiled at the concrete sizes it is called with: the oracle."""
-    function, weights = as_function(variant.build())
-    compiled = jax.jit(function)
+    function, weights = as_function(build.build() if isinstance(build, Variant) else build())
+    compiled = jax.jit(
+        function, compiler_options={"xla_backend_optimization_level": 0}
+    )  # compiles twice as fast
     return lambda tokens: compiled(weights, tokens)
 
 
@@ -67,6 +76,10 @@ def as_function(model: Any) -> tuple[Callable[[Any, jax.Array], jax.Array], Any]
         return lambda state, tokens: nnx.merge(graphdef, state)(tokens), state
     code, weights = model
     return (code.apply if isinstance(code, linen.Module) else code), weights
+
+
+def init_linen(module: linen.Module, seed: int) -> tuple[linen.Module, Params]:
+    return module, jax.jit(module.init)(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))
 
 
 def normal(rng: np.random.Generator, *shape: int, std: float = FLAT) -> jax.Array:

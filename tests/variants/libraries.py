@@ -1,7 +1,6 @@
 """Decoders made from the attention that libraries bring: `jax.nn.dot_product_attention`, nnx and linen modules."""
 
 import jax
-import jax.numpy as jnp
 from flax import linen, nnx
 
 from tests.variants.base import (
@@ -9,18 +8,17 @@ from tests.variants.base import (
     HIDDEN,
     KV_HEADS,
     LAYERS,
-    SHARP,
     VOCAB,
     WIDTH,
     Params,
     Variant,
     decoder,
     decoder_params,
+    init_linen,
     merged,
     projected,
+    sharp_init,
 )
-
-sharp_init = jax.nn.initializers.normal(SHARP)
 
 
 def dot_product_attention(layer: Params, x: jax.Array) -> jax.Array:
@@ -79,19 +77,18 @@ class LinenDecoder(linen.Module):
         return linen.Dense(VOCAB, use_bias=False)(linen.LayerNorm()(x))
 
 
-def linen_decoder(module: linen.Module, seed: int) -> tuple[linen.Module, Params]:
-    return module, module.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))
-
-
 DECODERS = (
     Variant("nnx_multi_head_attention", lambda: NnxDecoder(nnx.Rngs(0))),
-    Variant("linen_multi_head_attention", lambda: linen_decoder(LinenDecoder(), 1)),
-    Variant("dot_product_attention", lambda: (decoder(dot_product_attention), decoder_params(20))),
-    Variant("dot_product_attention_gqa", lambda: (decoder(dot_product_attention), decoder_params(21, KV_HEADS))),
+    Variant("linen_multi_head_attention", lambda: init_linen(LinenDecoder(), 1)),
+    Variant("dot_product_attention", lambda: (decoder(dot_product_attention), decoder_params(120))),
+    Variant(
+        "dot_product_attention_gqa", lambda: (decoder(dot_product_attention), decoder_params(121, KV_HEADS))
+    ),
     Variant(
         "dot_product_attention_window",
-        lambda: (decoder(dot_product_attention_window), decoder_params(22)),
+        lambda: (decoder(dot_product_attention_window), decoder_params(122)),
         symbolic=False,
-        notes="window of 7: local_window_size compares sizes in Python",
+        window=7,
+        notes="local_window_size compares sizes in Python",
     ),
 )
