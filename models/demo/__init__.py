@@ -1,0 +1,5 @@
+"""A small code-completion model, trained on Python's standard library, and a draft of a tenth of its cost."""
+
+from xlathe.models.demo.files import load, tokenizer
+
+__all__ = ["load", "tokenizer"]

@@ -1,0 +1,60 @@
+"""Training on a tiny configuration: it learns, and resumes exactly."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from xlathe.models.demo import files, train
+from xlathe.models.llama import LlamaConfig
+
+TINY = LlamaConfig(vocab=32, width=16, layers=1, query_heads=2, key_value_heads=1, head_dim=8, hidden=32)
+PLAN = train.Plan(steps=40, decay_steps=1, rows=2, context=16, learning_rate=0.02)
+TOKENS = np.tile(np.arange(32), 20)
+
+
+def fit(plan: train.Plan, folder: Path) -> train.Params:
+    return train.fit(TINY, plan, train.initialize(TINY), TOKENS, TOKENS[:33], folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("train")
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> train.Params:
+    return fit(PLAN, folder / "straight")
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(trained: train.Params, folder: Path) -> None:
+    fit(dataclasses.replace(PLAN, steps=20), folder / "resumed")
+    resumed = fit(PLAN, folder / "resumed")
+    jax.tree.map(np.testing.assert_array_equal, resumed, trained)
+
+
+def test_training_lowers_the_loss(trained: train.Params) -> None:
+    loss, rows = train.make_loss(TINY), train.batch(TOKENS, 0, PLAN)
+    assert loss(trained, rows) < 0.5 * loss(train.initialize(TINY), rows)
+
+
+def test_written_weights_are_the_trained_ones_in_float16(trained: train.Params, folder: Path) -> None:
+    read = files.read(folder / "straight.safetensors")
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a, np.float16), b), trained, read)
+
+
+def test_every_window_is_seen_once_an_epoch() -> None:
+    windows = (len(TOKENS) - 1) // PLAN.context
+    numbered = np.arange(len(TOKENS))
+    rows = [train.batch(numbered, step, dataclasses.replace(PLAN, rows=1)) for step in range(windows)]
+    assert sorted(int(row[0, 0]) for row in rows) == [i * PLAN.context for i in range(windows)]
+    assert (rows[0][0] == rows[0][0, 0] + np.arange(PLAN.context + 1)).all()
+
+
+def test_growing_repeats_the_layers() -> None:
+    params = train.initialize(dataclasses.replace(TINY, layers=2))
+    deep = train.grow(params, 5)
+    assert list(deep["layers"]) == [0, 1, 2, 3, 4]
+    jax.tree.map(np.testing.assert_array_equal, deep["layers"][4], params["layers"][0])
