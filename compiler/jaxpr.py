@@ -12,9 +12,12 @@ from typing import Any
 import flax
 import jax
 import numpy as np
+from jax import lax
 from jax._src import source_info_util
 from jax._src.export.shape_poly import _DimExpr as DimExpr
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+from jax._src.export.shape_poly import dim_as_value_p
+from jax._src.lax.lax import optimization_barrier_p, unstack_p
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Primitive, Var, primitives
 
 Atom = Var | Literal
 Dim = int | DimExpr
@@ -22,6 +25,15 @@ Rule = Callable[[JaxprEqn, list[Any]], Sequence[Any] | None]
 
 CUSTOM_DERIVATIVE = frozenset({"custom_jvp_call", "custom_vjp_call"})
 OP_PREFIX = "xlathe."
+_UNEXPORTED = {
+    "add_any": primitives.add_jaxvals_p,
+    "dim_as_value": dim_as_value_p,
+    "optimization_barrier": optimization_barrier_p,
+    "split": lax.split_p,
+    "stack": lax.stack_p,
+    "tile": lax.tile_p,
+    "unstack": unstack_p,
+}
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "eval_jaxpr"})
 _NOT_THE_USERS = tuple(
     os.path.dirname(path) + os.sep for path in (os.path.abspath(__file__), os.path.abspath(flax.__file__))
@@ -47,6 +59,12 @@ def bind(eqn: JaxprEqn, operands: Sequence[Any], **params: Any) -> list[Any]:
     bind_params = eqn.primitive.get_bind_params({**eqn.params, **params})
     outputs = eqn.primitive.bind(*operands, **bind_params)
     return list(outputs) if eqn.primitive.multiple_results else [outputs]
+
+
+def run(eqn: JaxprEqn, operands: Sequence[Any], **params: Any) -> list[Any]:
+    """Runs one equation on known values now, also while something else is being traced."""
+    with jax.ensure_compile_time_eval():
+        return bind(eqn, operands, **params)
 
 
 def evaluate(
@@ -79,6 +97,11 @@ def evaluate(
 def retrace(jaxpr: Jaxpr, rule: Rule | None = None) -> Jaxpr:
     """Traces `jaxpr` again with `rule` overriding equations; the inputs stay the same."""
     return trace(lambda *operands: evaluate(jaxpr, operands, rule), *(v.aval for v in jaxpr.invars))
+
+
+def primitive(name: str) -> Primitive:
+    """Returns the primitive of JAX with this Python name (`add`, `and_`, `dim_as_value`)."""
+    return _UNEXPORTED.get(name) or getattr(primitives, name.rstrip("_") + "_p")
 
 
 def aval_of(value: Any) -> Any:
@@ -133,6 +156,11 @@ def is_symbolic(dim: Dim) -> bool:
 def dim_vars(dim: Dim) -> frozenset[str]:
     """Returns the names of the size variables in a dimension (`2*b*t` -> `{"b", "t"}`)."""
     return frozenset(dim._get_vars()) if isinstance(dim, DimExpr) else frozenset()
+
+
+def dim_constraints(dim: DimExpr) -> tuple[str, ...]:
+    """Returns what is known about the sizes in the scope of a dimension (`("b>=1", "t<=64")`)."""
+    return tuple(constraint.debug_str for constraint in dim.scope._explicit_constraints)
 
 
 def same_dim(a: Dim, b: Dim) -> bool:

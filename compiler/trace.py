@@ -83,13 +83,15 @@ def _nnx_source(module: nnx.Module) -> Source:
     definition, state = nnx.split(module)
     flat = list(nnx.to_flat_state(state))
     paths = [path for path, _ in flat]
-    variables = [variable for _, variable in flat]
+    variables = [variable for _, variable in flat]  # an array kept by `nnx.data` stands for itself
 
     def forward(leaves: list[Any], tokens: Any) -> Any:
-        replaced = [v.replace(leaf) for v, leaf in zip(variables, leaves, strict=True)]
+        replaced = [
+            v.replace(leaf) if isinstance(v, nnx.Variable) else leaf for v, leaf in zip(variables, leaves, strict=True)
+        ]
         return nnx.merge(definition, nnx.from_flat_state(zip(paths, replaced, strict=True)))(tokens)
 
-    arrays = tuple(variable.get_value() for variable in variables)
+    arrays = tuple(v.get_value() if isinstance(v, nnx.Variable) else v for v in variables)
     return Source(
         tuple("/".join(map(str, path)) for path in paths),
         arrays,

@@ -1,0 +1,30 @@
+"""Values that are known without running the model: numbers, and arrays that hold one number."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from xlathe import jaxpr as ir
+
+_SPREADS = frozenset({"broadcast_in_dim", "reshape", "copy", "stop_gradient", "squeeze", "expand_dims", "transpose"})
+_ARITHMETIC = frozenset({"convert_element_type", "mul", "div", "add", "sub", "neg", "sqrt", "rsqrt", "integer_pow",
+                         "pow", "exp", "exp2", "log", "max", "min", "square"})  # fmt: skip
+
+
+def uniform_value(atom: ir.Atom, producer: Mapping[ir.Var, ir.JaxprEqn]) -> np.generic | None:
+    """Returns the one number that a value holds in all its elements, if it can be read off the graph."""
+    if isinstance(atom, ir.Literal):
+        array = np.asarray(atom.val)
+        return array.reshape(-1)[0] if array.size == 1 else None
+    eqn = producer.get(atom)
+    if eqn is None:
+        return None
+    if eqn.primitive.name in _SPREADS:
+        return uniform_value(eqn.invars[0], producer)
+    if eqn.primitive.name not in _ARITHMETIC:
+        return None
+    operands = [uniform_value(a, producer) for a in eqn.invars]
+    if any(value is None for value in operands):
+        return None
+    params = {"sharding": None} if "sharding" in eqn.params else {}
+    return np.asarray(ir.run(eqn, operands, **params)[0])[()]
