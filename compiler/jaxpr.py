@@ -16,7 +16,7 @@ from jax import lax
 from jax._src import source_info_util
 from jax._src.export.shape_poly import _DimExpr as DimExpr
 from jax._src.export.shape_poly import dim_as_value_p
-from jax._src.lax.lax import optimization_barrier_p, unstack_p
+from jax._src.lax.lax import optimization_barrier_p, ragged_dot_general_p, unstack_p
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Primitive, Var, primitives
 
 Atom = Var | Literal
@@ -29,6 +29,7 @@ _UNEXPORTED = {
     "add_any": primitives.add_jaxvals_p,
     "dim_as_value": dim_as_value_p,
     "optimization_barrier": optimization_barrier_p,
+    "ragged_dot_general": ragged_dot_general_p,
     "split": lax.split_p,
     "stack": lax.stack_p,
     "tile": lax.tile_p,
@@ -161,6 +162,14 @@ def dim_vars(dim: Dim) -> frozenset[str]:
 def dim_constraints(dim: DimExpr) -> tuple[str, ...]:
     """Returns what is known about the sizes in the scope of a dimension (`("b>=1", "t<=64")`)."""
     return tuple(constraint.debug_str for constraint in dim.scope._explicit_constraints)
+
+
+def dim_symbol(dim: Dim, name: str) -> Dim | None:
+    """Returns the size variable called `name` in the scope of a symbolic dimension, if it is in that dimension."""
+    if name not in dim_vars(dim):
+        return None
+    assert isinstance(dim, DimExpr)
+    return DimExpr._from_var(name, dim.scope)
 
 
 def same_dim(a: Dim, b: Dim) -> bool:
