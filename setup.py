@@ -68,7 +68,7 @@ setup(
     packages=packages(),
     package_dir=FOLDERS,
     package_data={
-        "": ["*.cc", "*.h", "*.json"],
+        "": ["*.cc", "*.h", "*.json", "py.typed"],
         "xlathe.models": ["demo/*.safetensors", "demo/*.json"],
     },
     ext_modules=[native_library()],

@@ -1,0 +1,57 @@
+# `make` lists the targets. Every target does its own set-up, and none is done twice.
+#
+#   PYTHON=/path/to/python   the interpreter for the virtual environment; found by itself otherwise
+#   JAX=0.11.2               use this version of JAX, in a virtual environment of its own
+#   ARGS="-k kernels"        more arguments for the tool that the target runs
+
+VENV := .venv$(if $(JAX),-jax-$(JAX))
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+LIBRARY := compiler/kernels/libxlathe_cpu.so
+INSTALL_INPUTS := pyproject.toml setup.py $(shell find compiler/kernels -name '*.cc' -o -name '*.h')
+
+PYTHONS := $(or $(PYTHON),python3.13 python3.12 python3 $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.1[2-9]*/bin/python3))
+
+.PHONY: help install demo test lint bench clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^#   /  /p' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## build .venv with xlathe (editable), its dependencies and the CPU kernels
+
+demo: $(STAMP)  ## trace, shape, compile and run the model that ships with xlathe
+	$(BIN)/xlathe demo $(ARGS)
+
+test: $(STAMP)  ## run the tests
+	$(BIN)/pytest $(ARGS)
+
+lint: $(STAMP)  ## check style, layering and types
+	$(BIN)/ruff check .
+	rm -rf build/typed
+	$(BIN)/python setup.py --quiet build_py --build-lib build/typed
+	MYPYPATH=build/typed $(BIN)/mypy -p xlathe
+
+bench: $(STAMP)  ## measure the CPU kernels beside this machine's memory and XLA
+	$(BIN)/python -m xlathe.tools.bench $(ARGS)
+
+clean:  ## remove everything that make has built
+	rm -rf .venv .venv-jax-* build $(LIBRARY)
+
+$(STAMP): $(INSTALL_INPUTS)
+	@python=$$(for p in $(PYTHONS); do \
+	    "$$p" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo "$$p" && break; \
+	done); \
+	if [ -z "$$python" ]; then \
+	    echo "xlathe needs Python 3.12 or newer, with its venv module. None of these is one: $(PYTHONS)."; \
+	    echo "Install one, or name one: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; \
+	    exit 1; \
+	fi; \
+	echo "Installing into $(VENV) with $$python"; \
+	"$$python" -m venv $(VENV)
+	@rm -f $(LIBRARY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    $(if $(JAX),"jax==$(JAX)") --editable ".[test,lint]"
+	@[ -e $(LIBRARY) ] || echo "The CPU kernels were not compiled (is there a C++ compiler?); xlathe will run" \
+	    "on reference bodies, which are slower. After a repair: rm $@ && make install"
+	@touch $@
