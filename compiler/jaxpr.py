@@ -106,8 +106,8 @@ def primitive(name: str) -> Primitive:
 
 
 def aval_of(value: Any) -> Any:
-    """Returns shape and dtype of an array, tracer or Python number."""
-    return value if isinstance(value, jax.ShapeDtypeStruct) else jax.typeof(value)
+    """Returns shape and dtype of an array, tracer, Python number or aval."""
+    return value if isinstance(value, jax.ShapeDtypeStruct | jax.core.ShapedArray) else jax.typeof(value)
 
 
 def attributes(eqn: JaxprEqn) -> dict[str, Any]:
