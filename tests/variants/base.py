@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,6 @@ SHARP = 1.6 / math.sqrt(
     WIDTH
 )  # std of query and key weights: scores get a std near 2.5, so a wrong mask shows
 FLAT = 1.0 / math.sqrt(WIDTH)
-sharp_init = jax.nn.initializers.normal(SHARP)
 
 type Params = dict[str, Any]
 type Attend = Callable[[Params, jax.Array], jax.Array]  # (layer, normalized x [b, t, d]) -> [b, t, d]
@@ -78,8 +78,31 @@ def as_function(model: Any) -> tuple[Callable[[Any, jax.Array], jax.Array], Any]
     return (code.apply if isinstance(code, linen.Module) else code), weights
 
 
-def init_linen(module: linen.Module, seed: int) -> tuple[linen.Module, Params]:
-    return module, jax.jit(module.init)(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))
+def init_nnx[M: nnx.Module](module: Callable[[nnx.Rngs], M], seed: int) -> M:
+    """A module with weights from `fill`; its other variables are zeros. Compiles nothing, unlike nnx's own start."""
+    graphdef, params, rest = nnx.split(nnx.eval_shape(lambda: module(nnx.Rngs(0))), nnx.Param, ...)
+    return nnx.merge(graphdef, fill(params, seed), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), rest))
+
+
+def init_linen(module: linen.Module, seed: int, **collections: Params) -> tuple[linen.Module, Params]:
+    """A module and its variables: weights from `fill`, other collections as given."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
+    return module, {"params": fill(shapes["params"], seed)} | collections
+
+
+def fill[Tree](shapes: Tree, seed: int) -> Tree:
+    """Random weights by name: also biases and scales differ from their neutral values, so none can be lost."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        names = set(re.findall(r"\w+", jax.tree_util.keystr(path)))
+        if names & {"bias", "scale", "norm1", "norm2"}:
+            return float("bias" not in names) + normal(rng, *leaf.shape, std=0.1)
+        if names & {"query", "key", "q_proj", "k_proj", "qkv", "c_attn", "wq", "wk"}:
+            return normal(rng, *leaf.shape, std=SHARP)
+        return normal(rng, *leaf.shape, std=1.0 if "embedding" in names else FLAT)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def normal(rng: np.random.Generator, *shape: int, std: float = FLAT) -> jax.Array:

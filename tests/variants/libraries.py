@@ -15,9 +15,9 @@ from tests.variants.base import (
     decoder,
     decoder_params,
     init_linen,
+    init_nnx,
     merged,
     projected,
-    sharp_init,
 )
 
 
@@ -33,7 +33,7 @@ def dot_product_attention_window(layer: Params, x: jax.Array) -> jax.Array:
 class NnxBlock(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.ln1 = nnx.LayerNorm(WIDTH, rngs=rngs)
-        self.attn = nnx.MultiHeadAttention(HEADS, WIDTH, kernel_init=sharp_init, decode=False, rngs=rngs)
+        self.attn = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=rngs)
         self.ln2 = nnx.LayerNorm(WIDTH, rngs=rngs)
         self.fc1 = nnx.Linear(WIDTH, HIDDEN, rngs=rngs)
         self.fc2 = nnx.Linear(HIDDEN, WIDTH, rngs=rngs)
@@ -45,7 +45,7 @@ class NnxBlock(nnx.Module):
 
 class NnxDecoder(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
-        self.embed = nnx.Embed(VOCAB, WIDTH, embedding_init=jax.nn.initializers.normal(1.0), rngs=rngs)
+        self.embed = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
         self.blocks = nnx.List([NnxBlock(rngs) for _ in range(LAYERS)])
         self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
         self.head = nnx.Linear(WIDTH, VOCAB, use_bias=False, rngs=rngs)
@@ -62,7 +62,7 @@ class LinenBlock(linen.Module):
     @linen.compact
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         y = linen.LayerNorm()(x)
-        x = x + linen.MultiHeadDotProductAttention(num_heads=HEADS, kernel_init=sharp_init)(y, mask=mask)
+        x = x + linen.MultiHeadDotProductAttention(num_heads=HEADS)(y, mask=mask)
         y = linen.Dense(HIDDEN)(linen.LayerNorm()(x))
         return x + linen.Dense(WIDTH)(linen.gelu(y))
 
@@ -70,7 +70,7 @@ class LinenBlock(linen.Module):
 class LinenDecoder(linen.Module):
     @linen.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        x = linen.Embed(VOCAB, WIDTH, embedding_init=jax.nn.initializers.normal(1.0))(tokens)
+        x = linen.Embed(VOCAB, WIDTH)(tokens)
         mask = linen.make_causal_mask(tokens)
         for i in range(LAYERS):
             x = LinenBlock(name=f"block_{i}")(x, mask)
@@ -78,8 +78,8 @@ class LinenDecoder(linen.Module):
 
 
 DECODERS = (
-    Variant("nnx_multi_head_attention", lambda: NnxDecoder(nnx.Rngs(0))),
-    Variant("linen_multi_head_attention", lambda: init_linen(LinenDecoder(), 1)),
+    Variant("nnx_multi_head_attention", lambda: init_nnx(NnxDecoder, 110)),
+    Variant("linen_multi_head_attention", lambda: init_linen(LinenDecoder(), 111)),
     Variant("dot_product_attention", lambda: (decoder(dot_product_attention), decoder_params(120))),
     Variant(
         "dot_product_attention_gqa", lambda: (decoder(dot_product_attention), decoder_params(121, KV_HEADS))

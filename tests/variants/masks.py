@@ -17,11 +17,11 @@ from tests.variants.base import (
     decoder,
     decoder_params,
     init_linen,
+    init_nnx,
     merged,
     mlp,
     projected,
     rms_norm,
-    sharp_init,
 )
 
 
@@ -91,21 +91,17 @@ def padding_hidden(params: Params, tokens: jax.Array) -> jax.Array:
     return decoder(lambda layer, x: masked_attention(layer, x, visible))(params, tokens)
 
 
+TRIANGLE = np.tril(np.ones((1, 1, MAX_LEN, MAX_LEN), np.float32))
+
+
 class LinenMaskBuffer(linen.Module):
     """Self-attention with a mask in a collection of its own, cut to size."""
 
     @linen.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         t = x.shape[1]
-        bias = self.variable("buffers", "bias", lambda: jnp.tril(jnp.ones((1, 1, MAX_LEN, MAX_LEN))))
-        q, k, v = [
-            linen.DenseGeneral((HEADS, HEAD_DIM), kernel_init=init, name=name)(x)
-            for name, init in [
-                ("query", sharp_init),
-                ("key", sharp_init),
-                ("value", linen.linear.default_kernel_init),
-            ]
-        ]
+        bias = self.variable("buffers", "bias", lambda: TRIANGLE)
+        q, k, v = [linen.DenseGeneral((HEADS, HEAD_DIM), name=name)(x) for name in ("query", "key", "value")]
         att = jnp.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(HEAD_DIM)
         att = jnp.where(bias.value[:, :, :t, :t] == 0, -jnp.inf, att)
         out = jnp.einsum("bhqk,bkhd->bqhd", linen.softmax(att), v)
@@ -115,22 +111,29 @@ class LinenMaskBuffer(linen.Module):
 class LinenMaskBufferDecoder(linen.Module):
     @linen.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        x = linen.Embed(VOCAB, WIDTH, embedding_init=jax.nn.initializers.normal(1.0))(tokens)
+        x = linen.Embed(VOCAB, WIDTH)(tokens)
         for _ in range(LAYERS):
             x = x + LinenMaskBuffer()(linen.RMSNorm()(x))
             x = x + linen.Dense(WIDTH)(linen.silu(linen.Dense(2 * WIDTH)(linen.RMSNorm()(x))))
         return linen.Dense(VOCAB)(linen.RMSNorm()(x))
 
 
+def linen_mask_buffer() -> tuple[linen.Module, Params]:
+    buffers = {f"LinenMaskBuffer_{i}": {"bias": jnp.asarray(TRIANGLE)} for i in range(LAYERS)}
+    return init_linen(LinenMaskBufferDecoder(), 68, buffers=buffers)
+
+
+def future() -> jax.Array:
+    return jnp.triu(jnp.full((MAX_LEN, MAX_LEN), -1e9), k=1)
+
+
 class NnxMaskBufferDecoder(nnx.Module):
     """One additive mask as a plain array attribute, shared by all layers."""
 
     def __init__(self, rngs: nnx.Rngs):
-        self.embed = nnx.Embed(VOCAB, WIDTH, embedding_init=jax.nn.initializers.normal(1.0), rngs=rngs)
-        self.mask = nnx.data(jnp.triu(jnp.full((MAX_LEN, MAX_LEN), -1e9), k=1))
-        self.qkv = nnx.List(
-            [nnx.Linear(WIDTH, 3 * WIDTH, kernel_init=sharp_init, rngs=rngs) for _ in range(LAYERS)]
-        )
+        self.embed = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
+        self.mask = nnx.data(future())
+        self.qkv = nnx.List([nnx.Linear(WIDTH, 3 * WIDTH, rngs=rngs) for _ in range(LAYERS)])
         self.out = nnx.List([nnx.Linear(WIDTH, WIDTH, rngs=rngs) for _ in range(LAYERS)])
         self.norm = nnx.RMSNorm(WIDTH, rngs=rngs)
         self.head = nnx.Linear(WIDTH, VOCAB, rngs=rngs)
@@ -143,6 +146,12 @@ class NnxMaskBufferDecoder(nnx.Module):
             scores = q @ k.mT / np.sqrt(HEAD_DIM) + self.mask[:t, :t]
             x = x + out((jax.nn.softmax(scores) @ v).swapaxes(1, 2).reshape(b, t, d))
         return self.head(self.norm(x))
+
+
+def nnx_mask_buffer() -> nnx.Module:
+    model = init_nnx(NnxMaskBufferDecoder, 69)
+    model.mask = future()
+    return model
 
 
 def with_mask(seed: int) -> Params:
@@ -173,6 +182,6 @@ DECODERS = (
     Variant(
         "mask_padding", lambda: (padding_hidden, decoder_params(67)), notes="the mask depends on the tokens"
     ),
-    Variant("linen_mask_buffer", lambda: init_linen(LinenMaskBufferDecoder(), 68)),
-    Variant("nnx_mask_buffer", lambda: NnxMaskBufferDecoder(nnx.Rngs(69))),
+    Variant("linen_mask_buffer", linen_mask_buffer),
+    Variant("nnx_mask_buffer", nnx_mask_buffer),
 )

@@ -18,21 +18,19 @@ from tests.variants.base import (
     Variant,
     decoder_params,
     init_linen,
+    init_nnx,
     normal,
     rms_norm,
-    sharp_init,
 )
-
-unit_init = jax.nn.initializers.normal(1.0)
 
 
 class LlamaAttention(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
-        def linear(d_in: int, d_out: int, **init: jax.nn.initializers.Initializer) -> nnx.Linear:
-            return nnx.Linear(d_in, d_out, use_bias=False, rngs=rngs, **init)
+        def linear(d_in: int, d_out: int) -> nnx.Linear:
+            return nnx.Linear(d_in, d_out, use_bias=False, rngs=rngs)
 
-        self.q_proj = linear(WIDTH, HEADS * HEAD_DIM, kernel_init=sharp_init)
-        self.k_proj = linear(WIDTH, KV_HEADS * HEAD_DIM, kernel_init=sharp_init)
+        self.q_proj = linear(WIDTH, HEADS * HEAD_DIM)
+        self.k_proj = linear(WIDTH, KV_HEADS * HEAD_DIM)
         self.v_proj = linear(WIDTH, KV_HEADS * HEAD_DIM)
         self.o_proj = linear(HEADS * HEAD_DIM, WIDTH)
 
@@ -68,7 +66,7 @@ class Llama(nnx.Module):
     """Angles computed once a call, [t, 1, d / 2], and handed to every layer."""
 
     def __init__(self, rngs: nnx.Rngs):
-        self.embed = nnx.Embed(VOCAB, WIDTH, embedding_init=unit_init, rngs=rngs)
+        self.embed = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
         self.layers = nnx.List([LlamaLayer(rngs) for _ in range(LAYERS)])
         self.norm = nnx.RMSNorm(WIDTH, rngs=rngs)
         self.lm_head = nnx.Linear(WIDTH, VOCAB, use_bias=False, rngs=rngs)
@@ -89,7 +87,7 @@ class Gpt2Block(linen.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         b, t, c = x.shape
         h = linen.LayerNorm(name="ln_1")(x)
-        qkv = linen.Dense(3 * c, kernel_init=sharp_init, name="c_attn")(h)
+        qkv = linen.Dense(3 * c, name="c_attn")(h)
         q, k, v = jnp.split(qkv.reshape(b, t, 3 * HEADS, HEAD_DIM), 3, axis=2)
         w = jnp.einsum("bqhd,bkhd->bhqk", q, k) / jnp.sqrt(HEAD_DIM).astype(x.dtype)
         w = jnp.where(linen.make_causal_mask(x[..., 0], dtype=bool), w, jnp.finfo(w.dtype).min)
@@ -103,8 +101,8 @@ class Gpt2(linen.Module):
     """Learned positions and a head tied through `attend`."""
 
     def setup(self) -> None:
-        self.wte = linen.Embed(VOCAB, WIDTH, embedding_init=jax.nn.initializers.normal(0.3))
-        self.wpe = linen.Embed(MAX_LEN, WIDTH, embedding_init=jax.nn.initializers.normal(0.2))
+        self.wte = linen.Embed(VOCAB, WIDTH)
+        self.wpe = linen.Embed(MAX_LEN, WIDTH)
         self.h = [Gpt2Block() for _ in range(LAYERS)]
         self.ln_f = linen.LayerNorm()
 
@@ -196,7 +194,7 @@ def gemma2_params(seed: int) -> Params:
 
 
 DECODERS = (
-    Variant("llama", lambda: Llama(nnx.Rngs(130))),
+    Variant("llama", lambda: init_nnx(Llama, 130)),
     Variant("gpt2", lambda: init_linen(Gpt2(), 131)),
     Variant("gpt_neox", lambda: (gpt_neox, gpt_neox_params(132))),
     Variant("gemma2", lambda: (gemma2, gemma2_params(133)), notes="window of 8, then all"),

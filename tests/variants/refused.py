@@ -14,6 +14,7 @@ from tests.variants.base import (
     Variant,
     decoder,
     decoder_params,
+    init_nnx,
     merged,
     mlp,
     projected,
@@ -190,7 +191,7 @@ class BatchNormDecoder(nnx.Module):
     """Normalizes features over batch and tokens, as in training."""
 
     def __init__(self, rngs: nnx.Rngs):
-        self.embed = nnx.Embed(VOCAB, WIDTH, embedding_init=jax.nn.initializers.normal(1.0), rngs=rngs)
+        self.embed = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
         self.norm = nnx.BatchNorm(WIDTH, use_running_average=False, rngs=rngs)
         self.head = nnx.Linear(WIDTH, VOCAB, rngs=rngs)
         self.params = nnx.data(jax.tree.map(nnx.Param, decoder_params(90)["layers"][0]))
@@ -247,7 +248,7 @@ REFUSED = (
     refused(positions_from_the_end, positions_from_the_end, r"(?i)length|size|dim_as_value", causal=False),
     Variant(
         "batch_norm",
-        lambda: BatchNormDecoder(nnx.Rngs(3)),
+        lambda: init_nnx(BatchNormDecoder, 81),
         layers=0,
         reason=r"reduce_sum|mean|norm",
         author=BatchNormDecoder,

@@ -16,13 +16,12 @@ from tests.variants.base import (
     decoder,
     decoder_params,
     init_linen,
+    init_nnx,
     mlp,
     rms_norm,
 )
 from tests.variants.libraries import LinenBlock, LinenDecoder, NnxBlock, NnxDecoder
 from tests.variants.masks import masked_attention, window_and_global
-
-embedding_init = jax.nn.initializers.normal(1.0)
 
 
 class NnxScanned(nnx.Module):
@@ -34,7 +33,7 @@ class NnxScanned(nnx.Module):
         def stack(rngs: nnx.Rngs) -> NnxBlock:
             return NnxBlock(rngs)
 
-        self.embed = nnx.Embed(VOCAB, WIDTH, embedding_init=embedding_init, rngs=rngs)
+        self.embed = nnx.Embed(VOCAB, WIDTH, rngs=rngs)
         self.blocks = stack(rngs)
         self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
         self.head = nnx.Linear(WIDTH, VOCAB, use_bias=False, rngs=rngs)
@@ -51,7 +50,7 @@ class NnxScanned(nnx.Module):
 
 def nnx_unstacked() -> NnxDecoder:
     """The weights of `NnxScanned` in a Python loop."""
-    scanned, plain = NnxScanned(nnx.Rngs(80)), NnxDecoder(nnx.Rngs(0))
+    scanned, plain = init_nnx(NnxScanned, 80), init_nnx(NnxDecoder, 0)
     graphdef, stacked = nnx.split(scanned.blocks)
     blocks = [nnx.merge(graphdef, jax.tree.map(lambda w, i=i: w[i], stacked)) for i in range(LAYERS)]
     plain.embed, plain.norm, plain.head = scanned.embed, scanned.norm, scanned.head
@@ -78,7 +77,7 @@ class LinenCarry(linen.Module):
 class LinenScanned(linen.Module):
     @linen.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        x = linen.Embed(VOCAB, WIDTH, embedding_init=embedding_init)(tokens)
+        x = linen.Embed(VOCAB, WIDTH)(tokens)
         layers = linen.scan(
             linen.remat(LinenCarry, prevent_cse=False),
             variable_axes={"params": 0},
@@ -140,8 +139,8 @@ def checkpointed(params: Params, tokens: jax.Array) -> jax.Array:
 
 
 DECODERS = (
-    Variant("nnx_scan", lambda: NnxScanned(nnx.Rngs(80)), twin=nnx_unstacked),
-    Variant("nnx_remat", lambda: NnxRemat(nnx.Rngs(81)), twin=lambda: NnxDecoder(nnx.Rngs(81))),
+    Variant("nnx_scan", lambda: init_nnx(NnxScanned, 80), twin=nnx_unstacked),
+    Variant("nnx_remat", lambda: init_nnx(NnxRemat, 81), twin=lambda: init_nnx(NnxDecoder, 81)),
     Variant("linen_scan_remat", lambda: init_linen(LinenScanned(), 82), twin=linen_unstacked),
     Variant(
         "lax_scan",
