@@ -143,11 +143,13 @@ def at_source_of(eqn: JaxprEqn) -> Any:
 
 
 def source_line(eqn: JaxprEqn) -> str:
-    """Returns `file:line (function)` of the model code that made the equation."""
-    for frame in source_info_util.user_frames(eqn.source_info.traceback):
-        if not frame.file_name.startswith(_NOT_THE_USERS):
-            return f"{frame.file_name}:{frame.start_line} ({frame.function_name})"
-    return "an unknown line"
+    """Returns `file:line (function)` of the model code that made the equation, and of up to two callers."""
+    frames = [
+        f"{frame.file_name}:{frame.start_line} ({frame.function_name})"
+        for frame in source_info_util.user_frames(eqn.source_info.traceback)
+        if not frame.file_name.startswith(_NOT_THE_USERS)
+    ]
+    return ", called from ".join(frames[:3]) or "an unknown line"
 
 
 def is_symbolic(dim: Dim) -> bool:

@@ -1,1 +1,8 @@
 """High-level operations, one file each: an operation exists because a kernel, a cache or a quantizer consumes it."""
+
+from xlathe.op import Op
+from xlathe.ops.attention import attention
+from xlathe.ops.cached_attention import cached_attention
+from xlathe.ops.quantized_dot import quantized_dot
+
+OPS: tuple[Op, ...] = (attention, cached_attention, quantized_dot)

@@ -1,0 +1,345 @@
+"""Evaluate values that depend on positions but not on tokens, at any positions.
+
+A forward graph says `arange(t)`, `table[:t]`, `i >= j`. The incremental step needs the same values at the positions
+of its tokens (role T), or at every position of a row's context (role L). A *role* is given to each axis of length t
+of the value that is wanted, and pushed backwards through the graph.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from xlathe import jaxpr as ir
+from xlathe.audit import ELEMENTWISE
+from xlathe.errors import DeriveError
+from xlathe.values import uniform_value
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Role:
+    """What an axis of length t stands for: `positions` int32 [size]."""
+
+    positions: jax.Array
+
+    @property
+    def size(self) -> ir.Dim:
+        return self.positions.shape[0]
+
+
+Roles = tuple[Role | None, ...]
+
+
+class Static:
+    """Evaluates token-independent values of one graph under roles.
+
+    values: the graph's weights and constants, by variable. max_len: the longest length, for tables made by running
+    sums. length: what `t` used as a number is; None refuses it (`only_shifts` says where it may be given).
+    """
+
+    def __init__(
+        self, jaxpr: ir.Jaxpr, values: Mapping[ir.Var, Any], max_len: int, length: int | None = None
+    ) -> None:
+        self.producer = ir.producers(jaxpr.eqns)
+        self.values = values
+        self.max_len = max_len
+        self.length = length
+        self.memo: dict[tuple[ir.Var, tuple[int, ...]], Any] = {}
+        self.held: list[Roles] = []  # keeps memoized roles alive, so that their ids stay theirs
+
+    def __call__(self, atom: ir.Atom, roles: Roles) -> Any:
+        """Returns the value of `atom` with every axis of length t at its role's positions (and b = 1)."""
+        if isinstance(atom, ir.Literal):
+            return atom.val
+        if atom in self.values:
+            return self.values[atom]
+        key = (atom, tuple(map(id, roles)))
+        if key not in self.memo:
+            self.held.append(roles)
+            self.memo[key] = self._compute(atom, roles)
+        return self.memo[key]
+
+    def _compute(self, var: ir.Var, roles: Roles) -> Any:
+        eqn = self.producer[var]
+        name = eqn.primitive.name
+        with ir.at_source_of(eqn):
+            if name in ELEMENTWISE:
+                operands = [self(a, _moving(a, roles)) for a in eqn.invars]
+                return ir.bind(eqn, operands)[0]
+            rule = _RULES.get(name)
+            if rule is None and name.startswith("reduce_"):
+                rule = Static._reduce
+            if rule is None:
+                self.refuse(eqn, "of positions has no rule")
+            return rule(self, eqn, var, roles)
+
+    def refuse(self, eqn: ir.JaxprEqn, why: str) -> Any:
+        raise DeriveError(f"no incremental step: {eqn.primitive.name} {why} at {ir.source_line(eqn)}")
+
+    def shape(self, aval: Any, roles: Roles) -> tuple[ir.Dim, ...]:
+        """Returns the shape of a value under roles."""
+        return tuple(
+            n if not ir.is_symbolic(n) else ir.substitute(n, {"b": 1, "t": role.size if role else 1})
+            for n, role in zip(aval.shape, roles, strict=True)
+        )
+
+    def _iota(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
+        axis, shape, dtype = eqn.params["dimension"], self.shape(var.aval, roles), eqn.params["dtype"]
+        role = roles[axis]
+        if role is None:
+            return lax.broadcasted_iota(dtype, shape, axis)
+        return lax.broadcast_in_dim(role.positions.astype(dtype), shape, (axis,))
+
+    def _broadcast(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
+        axes = eqn.params["broadcast_dimensions"]
+        kept = tuple(
+            roles[d] if ir.is_symbolic(n) else None for n, d in zip(eqn.invars[0].aval.shape, axes, strict=True)
+        )
+        return lax.broadcast_in_dim(self(eqn.invars[0], kept), self.shape(var.aval, roles), axes)
+
+    def _reshape(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
+        given = [role for role in roles if role is not None]
+        before = eqn.invars[0].aval.shape
+        wanted = [i for i, n in enumerate(before) if "t" in ir.dim_vars(n)]
+        if len(wanted) != len(given):
+            self.refuse(eqn, "across the position axis")
+        by_axis = dict(zip(wanted, given, strict=True))
+        inner = self(eqn.invars[0], tuple(by_axis.get(i) for i in range(len(before))))
+        return jnp.reshape(inner, self.shape(var.aval, roles))
+
+    def _transpose(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
+        permutation = eqn.params["permutation"]
+        return lax.transpose(self(eqn.invars[0], _placed(roles, permutation, len(permutation))), permutation)
+
+    def _squeeze(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
+        axes, ndim = eqn.params["dimensions"], eqn.invars[0].aval.ndim
+        kept = [i for i in range(ndim) if i not in axes]
+        return lax.squeeze(self(eqn.invars[0], _placed(roles, kept, ndim)), axes)
+
+    def _expand_dims(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
+        axes = eqn.params["dimensions"]
+        return lax.expand_dims(self(eqn.invars[0], tuple(r for i, r in enumerate(roles) if i not in axes)), axes)
+
+    def _slice(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
+        strides = eqn.params["strides"] or (1,) * var.aval.ndim
+        return self._cut(eqn, var, roles, eqn.params["start_indices"], strides)
+
+    def _dynamic_slice(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
+        starts = [uniform_value(a, self.producer) for a in eqn.invars[1:]]
+        if any(start is None for start in starts):
+            self.refuse(eqn, "at a start that is not known")
+        return self._cut(eqn, var, roles, tuple(int(start) for start in starts), (1,) * var.aval.ndim)  # type: ignore[arg-type]
+
+    def _cut(
+        self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles, starts: Sequence[ir.Dim], strides: Sequence[int]
+    ) -> Any:
+        """A window of a table: where it is t long it becomes a gather at the role's positions."""
+        before = eqn.invars[0].aval.shape
+        whole = tuple(role if ir.is_symbolic(n) else None for n, role in zip(before, roles, strict=True))
+        value = self(eqn.invars[0], whole)
+        for axis, (size, role, start, stride) in enumerate(zip(before, roles, starts, strides, strict=True)):
+            length = var.aval.shape[axis]
+            if ir.is_symbolic(start) or (ir.is_symbolic(size) and not ir.same_dim(size, length)):
+                self.refuse(eqn, "takes a part of the positions that depends on the length")
+            if ir.is_symbolic(size):
+                continue
+            if role is not None:
+                value = jnp.take(value, role.positions * stride + start, axis=axis, mode="clip")
+            else:
+                value = lax.slice_in_dim(value, start, start + (length - 1) * stride + 1, stride, axis)
+        return value
+
+    def _gather(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
+        numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+        table, index = eqn.invars
+        if any(map(ir.is_symbolic, (*table.aval.shape, *sizes))):
+            return self._gather_rows(eqn, var, roles)
+        batch = [role for i, role in enumerate(roles) if i not in numbers.offset_dims]
+        return ir.bind(eqn, [self(table, (None,) * table.aval.ndim), self(index, (*batch, None))])[0]
+
+    def _gather_rows(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
+        """A gather of whole position axes by a known index into other axes."""
+        numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+        table, index = eqn.invars
+        dropped = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+        kept = [i for i in range(table.aval.ndim) if i not in dropped]
+        inner: list[Role | None] = [None] * table.aval.ndim
+        for axis, source in zip(numbers.offset_dims, kept, strict=True):
+            inner[source] = roles[axis]
+        moved = [i for i, n in enumerate(table.aval.shape) if ir.is_symbolic(n)]
+        if any(i in dropped or i in numbers.start_index_map or not ir.same_dim(sizes[i], table.aval.shape[i]) for i in moved):
+            self.refuse(eqn, "by an index into the positions")
+        batch = [role for i, role in enumerate(roles) if i not in numbers.offset_dims]
+        value = self(table, tuple(inner))
+        new_sizes = tuple(value.shape[i] if i in moved else n for i, n in enumerate(sizes))
+        return ir.bind(eqn, [value, self(index, (*batch, None))], slice_sizes=new_sizes)[0]
+
+    def _concatenate(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
+        if roles[eqn.params["dimension"]] is not None:
+            self.refuse(eqn, "along the positions")
+        return lax.concatenate([self(a, roles) for a in eqn.invars], eqn.params["dimension"])
+
+    def _split(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
+        if roles[eqn.params["axis"]] is not None:
+            self.refuse(eqn, "along the positions")
+        return ir.bind(eqn, [self(eqn.invars[0], roles)])[eqn.outvars.index(var)]
+
+    def _pad(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
+        for role, padding in zip(roles, eqn.params["padding_config"], strict=True):
+            if role is not None and any(not ir.same_dim(n, 0) for n in padding):
+                self.refuse(eqn, "shifts the positions")
+        return ir.bind(eqn, [self(eqn.invars[0], roles), self(eqn.invars[1], ())])[0]
+
+    def _dot_general(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
+        from xlathe.axes import Einsum
+
+        einsum = Einsum.of(eqn)
+        operands = []
+        for atom, axes in zip(eqn.invars, (einsum.lhs, einsum.rhs), strict=True):
+            given = [None if out is None else roles[out] for out in axes]
+            for out, size in zip(axes, atom.aval.shape, strict=True):
+                if out is None and ir.is_symbolic(size):
+                    self.refuse(eqn, "sums over the positions")
+            operands.append(self(atom, tuple(given)))
+        return ir.bind(eqn, operands)[0]
+
+    def _reduce(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
+        before, axes = eqn.invars[0].aval, eqn.params["axes"]
+        if any(ir.is_symbolic(before.shape[axis]) for axis in axes):
+            self.refuse(eqn, "over the positions")
+        kept = [i for i in range(before.ndim) if i not in axes]
+        return ir.bind(eqn, [self(eqn.invars[0], _placed(roles, kept, before.ndim))])[0]
+
+    def _running(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
+        """A running sum over positions is a table: made once over all positions, then looked up."""
+        axis = eqn.params["axis"]
+        role = roles[axis]
+        if role is None:
+            return ir.bind(eqn, [self(eqn.invars[0], roles)])[0]
+        if eqn.params["reverse"]:
+            self.refuse(eqn, "from the end of the row")
+        everywhere = Role(jnp.arange(self.max_len, dtype=jnp.int32))
+        table = ir.bind(eqn, [self(eqn.invars[0], (*roles[:axis], everywhere, *roles[axis + 1 :]))])[0]
+        return jnp.take(table, role.positions, axis=axis, mode="clip")
+
+    def _dim_as_value(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
+        if "t" in ir.dim_vars(eqn.params["dim"]) and self.length is None:
+            self.refuse(eqn, "uses the total length as a number, which earlier tokens cannot know,")
+        return jnp.asarray(ir.substitute(eqn.params["dim"], {"b": 1, "t": self.length or 1}), var.aval.dtype)
+
+
+_RULES = {
+    "iota": Static._iota,
+    "broadcast_in_dim": Static._broadcast,
+    "reshape": Static._reshape,
+    "transpose": Static._transpose,
+    "squeeze": Static._squeeze,
+    "expand_dims": Static._expand_dims,
+    "slice": Static._slice,
+    "dynamic_slice": Static._dynamic_slice,
+    "gather": Static._gather,
+    "concatenate": Static._concatenate,
+    "split": Static._split,
+    "pad": Static._pad,
+    "dot_general": Static._dot_general,
+    "cumsum": Static._running,
+    "cumprod": Static._running,
+    "cummax": Static._running,
+    "cummin": Static._running,
+    "dim_as_value": Static._dim_as_value,
+}
+
+
+def _moving(atom: ir.Atom, roles: Roles) -> Roles:
+    """The roles of an elementwise operand: scalars have no axes, and axes of size 1 have no role."""
+    shape = atom.aval.shape
+    return tuple(role if ir.is_symbolic(n) else None for n, role in zip(shape, roles, strict=False))
+
+
+def _placed(roles: Roles, axes: Sequence[int], ndim: int) -> Roles:
+    """Puts the i-th role on operand axis `axes[i]`; the other axes have none."""
+    placed: list[Role | None] = [None] * ndim
+    for role, axis in zip(roles, axes, strict=True):
+        placed[axis] = role
+    return tuple(placed)
+
+
+def only_shifts(producer: Mapping[ir.Var, ir.JaxprEqn], atom: ir.Atom, axis: int) -> bool:
+    """Says whether the length, used as a number in `atom`, only adds the same to all elements along `axis`.
+
+    A sound proof by structure: sums of something free of the length and something that does not vary along the axis.
+    """
+    free, constant = _length_use(producer, atom, axis)
+    return free or constant is not None
+
+
+def _length_use(
+    producer: Mapping[ir.Var, ir.JaxprEqn], atom: ir.Atom, axis: int | None
+) -> tuple[bool, str | None]:
+    """Returns (free of the length, "same" where it is a shift along `axis`; None where unknown)."""
+    eqn = producer.get(atom) if isinstance(atom, ir.Var) else None
+    if eqn is None:
+        return True, "same"
+    name = eqn.primitive.name
+    if name == "dim_as_value":
+        return "t" not in ir.dim_vars(eqn.params["dim"]), "same"
+    inner: list[tuple[int | None, ir.Atom]]
+    if name == "broadcast_in_dim":
+        places = {d: i for i, d in enumerate(eqn.params["broadcast_dimensions"])}
+        source = places.get(axis) if axis is not None else None
+        if source is not None and not ir.is_symbolic(eqn.invars[0].aval.shape[source]):
+            source = None
+        inner = [(source, eqn.invars[0])]
+    elif name in ELEMENTWISE:
+        inner = [(axis if a.aval.ndim else None, a) for a in eqn.invars]
+    elif name == "transpose":
+        inner = [(None if axis is None else eqn.params["permutation"][axis], eqn.invars[0])]
+    else:
+        inner = [(None, a) for a in eqn.invars]
+    uses = [_length_use(producer, a, i) for i, a in inner]
+    if all(free for free, _ in uses):
+        return True, "same"
+    if all(i is None for i, _ in inner):
+        return False, "same"  # whatever it is, it does not vary along the axis
+    if name in ("add", "sub", "neg", "convert_element_type", "copy", "broadcast_in_dim", "transpose"):
+        return False, "same" if all(shift is not None for _, shift in uses) else None
+    if name in ("mul", "div"):
+        return False, _scaled_shift(inner, uses, producer)
+    return False, None
+
+
+def _scaled_shift(
+    inner: Sequence[tuple[int | None, ir.Atom]],
+    uses: Sequence[tuple[bool, str | None]],
+    producer: Mapping[ir.Var, ir.JaxprEqn],
+) -> str | None:
+    """A shift times a factor stays a shift where the factor is free of the length and the same along the axis."""
+    (left_free, left), (right_free, _) = uses
+    shifted, factor = (inner[1], inner[0]) if left_free else (inner[0], inner[1])
+    if not (left_free or right_free) or (uses[1] if left_free else uses[0])[1] is None:
+        return None
+    return "same" if not _varies(producer, factor[1], factor[0]) else None
+
+
+def _varies(producer: Mapping[ir.Var, ir.JaxprEqn], atom: ir.Atom, axis: int | None) -> bool:
+    """Says whether a value may vary along an axis."""
+    if axis is None or isinstance(atom, ir.Literal):
+        return False
+    eqn = producer.get(atom)
+    if eqn is None:
+        return True
+    name = eqn.primitive.name
+    if name == "broadcast_in_dim":
+        places = {d: i for i, d in enumerate(eqn.params["broadcast_dimensions"])}
+        source = places.get(axis)
+        if source is None or not ir.is_symbolic(eqn.invars[0].aval.shape[source]):
+            return False
+        return _varies(producer, eqn.invars[0], source)
+    if name in ELEMENTWISE:
+        return any(_varies(producer, a, axis if a.aval.ndim else None) for a in eqn.invars)
+    if name == "transpose":
+        return _varies(producer, eqn.invars[0], eqn.params["permutation"][axis])
+    return True
