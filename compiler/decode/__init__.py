@@ -1,0 +1,1 @@
+"""Decoding: from a compiled step's logits to tokens and text."""
