@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -203,6 +204,12 @@ class Graph:
         }
         logits, _ = run_step(self, args, empty_state(self, rows=rows))
         return logits.reshape(rows, length, self.vocab)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Writes the graph with its prepared weights; `xlathe.load_graph` reads it back."""
+        from xlathe.graph_file import save_graph
+
+        save_graph(self, directory)
 
     def report(self) -> str:
         """Returns size, bits a weight, and what each pass matched and nearly matched, as text."""

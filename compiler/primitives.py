@@ -6,6 +6,7 @@ are absent take their default; shardings are never written.
 """
 
 import functools
+import inspect
 import keyword
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,9 +21,9 @@ from xlathe.errors import OptionError, did_you_mean
 
 _BY_PARAMETERS = {
     "": """
-        abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e ceil clamp clz complex copy
-        cosh digamma div dynamic_update_slice eq erf erf_inv floor ge gt imag is_finite le lgamma lt max min ne neg
-        nextafter not optimization_barrier or population_count pow real rem select_n shift_left
+        abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e ceil clamp clz
+        complex copy cosh digamma div dynamic_update_slice eq erf erf_inv floor ge gt imag is_finite le lgamma lt max
+        min ne neg nextafter not optimization_barrier or population_count pow real rem select_n shift_left
         shift_right_arithmetic shift_right_logical sign sinh square stop_gradient sub xor""",
     "accuracy": "cbrt cos erfc exp exp2 expm1 log log1p logistic rsqrt sin sqrt tan tanh",
     "axes": "reduce_and reduce_or reduce_prod reduce_xor",
@@ -59,8 +60,8 @@ _BY_PARAMETERS = {
     "start_indices limit_indices strides": "slice",
     "window_dimensions window_strides padding base_dilation window_dilation": """
         reduce_window_max reduce_window_min reduce_window_sum""",
-    """window_strides padding lhs_dilation rhs_dilation dimension_numbers feature_group_count batch_group_count
-        precision preferred_element_type out_sharding""": "conv_general_dilated",
+    """window_strides padding lhs_dilation rhs_dilation dimension_numbers feature_group_count
+        batch_group_count precision preferred_element_type out_sharding""": "conv_general_dilated",
     "y": "integer_pow",
 }
 
@@ -164,7 +165,11 @@ def switch(index: Any, branches: Sequence[Callable], *operands: Any) -> tuple[An
     return tuple(ir.primitive("cond").bind(index, *operands, branches=jaxprs))
 
 
-REGIONS: Mapping[str, Callable] = {"scan": scan, "while_loop": while_loop, "switch": switch}
+REGIONS: Mapping[str, Callable[..., tuple[Any, ...]]] = {
+    "scan": scan,
+    "while_loop": while_loop,
+    "switch": switch,
+}
 DIM_FUNCTIONS: Mapping[str, Callable] = {"max_dim": jax.core.max_dim, "min_dim": jax.core.min_dim}
 STRUCTURES: Mapping[str, Any] = {
     cls.__name__: cls
@@ -175,6 +180,14 @@ ENUMS: Mapping[str, Any] = {
     cls.__name__: cls
     for cls in (lax.GatherScatterMode, lax.Precision, lax.DotAlgorithmPreset, lax.RoundingMethod, lax.FftType)
 }
+WORDS = frozenset({*PARAMETERS, *DTYPES, *REGIONS, *DIM_FUNCTIONS, *STRUCTURES, *ENUMS, "size"})
+
+
+def fields_of(structure: Any) -> dict[str, Any]:
+    """Returns the fields of one of `STRUCTURES` by name, but for those that have their default."""
+    fields = inspect.signature(type(structure)).parameters
+    values = {name: getattr(structure, name) for name in fields}
+    return {name: value for name, value in values.items() if value != fields[name].default}
 
 
 def __getattr__(name: str) -> Any:
