@@ -38,7 +38,7 @@ def native_library() -> Extension:
         depends=sorted(map(str, KERNELS.rglob("*.h"))),
         include_dirs=[str(KERNELS)],
         # No -march: a kernel picks its instruction set at run time. No contraction: each rounding is written.
-        extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", *(f"-isystem{i}" for i in includes)],
+        extra_compile_args=["-std=c++17", "-O3", "-g0", "-ffp-contract=off", *(f"-isystem{i}" for i in includes)],
         language="c++",
         optional=True,
     )

@@ -3,6 +3,7 @@
 // Included by foreach_isa.h only, hence no include guard. kWidth floats fit a register. madd(a, b, c) is
 // a * b + c, rounded once everywhere but on `portable`, which rounds twice. keep(v) holds a loaded value in
 // its register: GCC would rather load it again in each instruction that uses it, and loads are what is short.
+// fold(v) adds 16 floats in halves: i and i + 8, then i and i + 4, i and i + 2, 0 and 1.
 
 #if defined(XLATHE_LANES_AVX512)
 
@@ -20,6 +21,13 @@ struct Lanes {
   }
   static void store(float* p, Float v) { _mm512_storeu_ps(p, v); }
   static Float madd(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+  static float fold(const Float (&v)[1]) {
+    const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v[0]), 1));
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v[0]), high);
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
 };
 
 #elif defined(XLATHE_LANES_AVX2)
@@ -38,6 +46,12 @@ struct Lanes {
   }
   static void store(float* p, Float v) { _mm256_storeu_ps(p, v); }
   static Float madd(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+  static float fold(const Float (&v)[2]) {
+    const __m256 eight = _mm256_add_ps(v[0], v[1]);
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
 };
 
 #elif defined(XLATHE_LANES_NEON)
@@ -54,6 +68,11 @@ struct Lanes {
   static Float keep(Float v) { return v; }
   static void store(float* p, Float v) { vst1q_f32(p, v); }
   static Float madd(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
+  static float fold(const Float (&v)[4]) {
+    const float32x4_t four = vaddq_f32(vaddq_f32(v[0], v[2]), vaddq_f32(v[1], v[3]));
+    const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+    return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+  }
 };
 
 #else
@@ -70,6 +89,10 @@ struct Lanes {
   static Float keep(Float v) { return v; }
   static void store(float* p, Float v) { __builtin_memcpy(p, &v, sizeof v); }
   static Float madd(Float a, Float b, Float c) { return a * b + c; }
+  static float fold(const Float (&v)[4]) {
+    const Float four = (v[0] + v[2]) + (v[1] + v[3]);
+    return (four[0] + four[2]) + (four[1] + four[3]);
+  }
 };
 
 #endif

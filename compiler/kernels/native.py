@@ -51,5 +51,7 @@ def available_isas() -> tuple[str, ...]:
 def _load() -> ctypes.CDLL:
     path = library()
     if path is None:
-        raise XlatheError("the CPU kernels were not built: install xlathe again where there is a C++ compiler")
+        raise XlatheError(
+            "the CPU kernels were not built: install xlathe again where there is a C++ compiler"
+        )
     return ctypes.CDLL(str(path))

@@ -22,6 +22,9 @@ struct QuantizedDot {
   int64_t m, n, k;
 };
 
+constexpr int kTileN = 12;  // rows of codes that are worked on together
+constexpr int kCacheLine = 64;
+
 }  // namespace xlathe
 
 #define XLATHE_BODY "quantized_dot/rows.h"
@@ -33,8 +36,8 @@ namespace xlathe {
 namespace {
 
 // Below this many multiply-adds, waking another thread costs more than it saves.
-constexpr int64_t kParallelWork = 2 << 20;
-constexpr int64_t kBlockWork = 1 << 18;
+constexpr int64_t kParallelWork = 1 << 20;
+constexpr int64_t kBlockWork = 1 << 18;  // that a thread takes at a time
 
 std::string shape(ffi::AnyBuffer::Dimensions dims) {
   std::string text = "[";
@@ -76,7 +79,7 @@ ffi::Error quantized_dot_int8(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, f
     rows(op, 0, n);
     return ffi::Error::Success();
   }
-  const int64_t block = std::max<int64_t>(8, kBlockWork / (m * k) / 8 * 8);
+  const int64_t block = kTileN * std::max<int64_t>(1, kBlockWork / (m * k * kTileN));
   parallel_for(pool, (n + block - 1) / block,
                [&](int64_t i) { rows(op, i * block, std::min(n, (i + 1) * block)); });
   return ffi::Error::Success();

@@ -6,17 +6,21 @@
 
 constexpr int kParts = 16;
 constexpr int kRegisters = kParts / Lanes::kWidth;  // that hold one result's partial sums
-constexpr int kTileN = 12;                          // rows of codes that one block of x is used for
-constexpr int64_t kTileX = 1536;                    // floats in a block of x, which stays in the L1 cache
 
-// sums[m][n] += x[m][k] * codes[n][k] for k < count, a multiple of 16; the sums stay in registers.
+// sums[m][n] += x[m][k] * codes[n][k] for k < count, a multiple of 16; the sums stay in registers. Codes
+// `ahead` of these are prefetched: rows read side by side defeat the prefetcher of the CPU.
 template <int kM, int kN>
 inline __attribute__((always_inline)) void accumulate(Lanes::Float (&sums)[kM][kN][kRegisters],
                                                       const float* x, int64_t x_stride,
-                                                      const int8_t* const (&codes)[kN], int64_t count) {
+                                                      const int8_t* const (&codes)[kN], int64_t count,
+                                                      int64_t ahead) {
   Lanes::Float acc[kM][kN][kRegisters];
   __builtin_memcpy(acc, sums, sizeof sums);
   for (int64_t k = 0; k < count; k += kParts) {
+    if (k % kCacheLine == 0) {
+#pragma GCC unroll 4
+      for (int n = 0; n < kN; ++n) __builtin_prefetch(codes[n] + k + ahead, /*write=*/0, /*locality: L2=*/2);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < kRegisters; ++r) {
       const int64_t at = k + r * Lanes::kWidth;
@@ -34,54 +38,49 @@ inline __attribute__((always_inline)) void accumulate(Lanes::Float (&sums)[kM][k
   __builtin_memcpy(sums, acc, sizeof sums);
 }
 
-inline float fold(const Lanes::Float (&sums)[kRegisters]) {
-  float parts[kParts];
-  for (int r = 0; r < kRegisters; ++r) Lanes::store(parts + r * Lanes::kWidth, sums[r]);
-  for (int half = kParts / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
-  }
-  return parts[0];
-}
-
-// y[m0 + m, n0 + n] for m < kM and n < kTileN, kN rows of codes at a time. Past the last row of codes that
-// row is computed again, and not stored.
-template <int kM, int kN>
+// y[m0 + m, n] for m < kM and the tile n0 <= n < min(n0 + kTileN, n1), kN rows of codes at a time. A block of
+// kTileK columns of x stays in the L1 cache for the whole tile. Where the last group of rows reaches past n1,
+// row n1 - 1 is computed again, and not stored.
+template <int kM, int kN, int kTileK>
 void tile(const QuantizedDot& op, int64_t m0, int64_t n0, int64_t n1) {
-  Lanes::Float sums[kTileN / kN][kM][kN][kRegisters] = {};
-  const float* x = op.x + m0 * op.x_stride;
+  static_assert(kTileN % kN == 0 && kTileK % kParts == 0);
+  n1 = n0 + kTileN < n1 ? n0 + kTileN : n1;
+  const int64_t groups = (n1 - n0 + kN - 1) / kN;
   const int64_t whole = op.k / kParts * kParts;
+  const float* x = op.x + m0 * op.x_stride;
   const auto codes_at = [&](int64_t n, int64_t k) { return op.codes + (n < n1 ? n : n1 - 1) * op.k + k; };
 
-  constexpr int64_t kTileK = kTileX / kM;
+  Lanes::Float sums[kTileN / kN][kM][kN][kRegisters] = {};
   for (int64_t k = 0; k < whole; k += kTileK) {
-    for (int group = 0; group < kTileN / kN; ++group) {
+    for (int64_t group = 0; group < groups; ++group) {
       const int8_t* codes[kN];
       for (int n = 0; n < kN; ++n) codes[n] = codes_at(n0 + group * kN + n, k);
-      accumulate(sums[group], x + k, op.x_stride, codes, whole - k < kTileK ? whole - k : kTileK);
+      const int64_t two_groups = 2 * kN * op.k;
+      accumulate(sums[group], x + k, op.x_stride, codes, whole - k < kTileK ? whole - k : kTileK, two_groups);
     }
   }
-  for (int group = 0; group < kTileN / kN && whole < op.k; ++group) {
+  for (int64_t group = 0; group < groups && whole < op.k; ++group) {
     int8_t padded[kN][kParts] = {};
     const int8_t* codes[kN];
     for (int n = 0; n < kN; ++n) {
       __builtin_memcpy(padded[n], codes_at(n0 + group * kN + n, whole), op.k - whole);
       codes[n] = padded[n];
     }
-    accumulate(sums[group], x + whole, op.x_stride, codes, kParts);
+    accumulate(sums[group], x + whole, op.x_stride, codes, kParts, 0);
   }
   for (int m = 0; m < kM; ++m) {
-    for (int64_t n = n0; n < n1 && n < n0 + kTileN; ++n) {
-      op.y[(m0 + m) * op.n + n] = fold(sums[(n - n0) / kN][m][(n - n0) % kN]) * op.scale[n];
+    for (int64_t n = n0; n < n1; ++n) {
+      op.y[(m0 + m) * op.n + n] = Lanes::fold(sums[(n - n0) / kN][m][(n - n0) % kN]) * op.scale[n];
     }
   }
 }
 
-// y[m, n] for all m and n0 <= n < n1.
+// y[m, n] for all m and n0 <= n < n1. The shapes of the tiles fill the 16 registers of AVX2.
 inline void rows(const QuantizedDot& op, int64_t n0, int64_t n1) {
   for (int64_t n = n0; n < n1; n += kTileN) {
     int64_t m = 0;
-    for (; op.m - m >= 3 && op.m - m != 4; m += 3) tile<3, 2>(op, m, n, n1);
-    for (; op.m - m >= 2; m += 2) tile<2, 3>(op, m, n, n1);
-    if (m < op.m) tile<1, 4>(op, m, n, n1);
+    for (; op.m - m >= 3 && op.m - m != 4; m += 3) tile<3, 2, 512>(op, m, n, n1);
+    for (; op.m - m >= 2; m += 2) tile<2, 3, 512>(op, m, n, n1);
+    if (m < op.m) tile<1, 4, 4096>(op, m, n, n1);
   }
 }
