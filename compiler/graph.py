@@ -140,6 +140,11 @@ class Graph:
         return bool(self.names("state"))
 
     @property
+    def has_free_length(self) -> bool:
+        """Whether the number of tokens is symbolic still."""
+        return any(ir.is_symbolic(dim) for dim in self.aval("tokens").shape)
+
+    @property
     def vocab(self) -> int:
         """The number of logits a token."""
         return int(self.jaxpr.outvars[0].aval.shape[-1])

@@ -24,9 +24,14 @@ from xlathe.printer import to_text
 PROGRAM, WEIGHTS, META, TOKENIZER = "graph.py", "weights.safetensors", "graph.json", "tokenizer.json"
 FORMAT, VERSION = "xlathe-graph", 1
 _DTYPE_NAMES = {
-    **{"BOOL": "bool", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"},
-    **{"C64": "complex64", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64"},
-    **{"U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64"},
+    "BOOL": "bool",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "C64": "complex64",
+    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
 }
 
 

@@ -5,11 +5,12 @@ A rewrite never assembles equations by hand. It *evaluates* a jaxpr with some eq
 Every upstream fact relied upon here is asserted by name in `tests/test_jax_surface.py`.
 """
 
+import contextlib
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import flax
 import jax
 import numpy as np
 from jax import lax
@@ -36,9 +37,8 @@ _UNEXPORTED = {
     "unstack": unstack_p,
 }
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "eval_jaxpr"})
-_NOT_THE_USERS = tuple(
-    os.path.dirname(path) + os.sep for path in (os.path.abspath(__file__), os.path.abspath(flax.__file__))
-) + (os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "passes") + os.sep,)
+_OWN = os.path.dirname(os.path.abspath(__file__))
+_OWN_FOLDERS = (_OWN + os.sep, os.path.join(os.path.dirname(_OWN), "passes") + os.sep)
 
 
 def trace(function: Callable, *avals: Any) -> Jaxpr:
@@ -69,12 +69,17 @@ def run(eqn: JaxprEqn, operands: Sequence[Any], **params: Any) -> list[Any]:
 
 
 def evaluate(
-    jaxpr: Jaxpr, operands: Sequence[Any], rule: Rule | None = None, constants: Sequence[Any] | None = None
+    jaxpr: Jaxpr,
+    operands: Sequence[Any],
+    rule: Rule | None = None,
+    constants: Sequence[Any] | None = None,
+    caller: JaxprEqn | None = None,
 ) -> list[Any]:
     """Evaluates `jaxpr`; where `rule(eqn, operands)` returns values they stand for the equation's outputs.
 
     constants: in place of the captured ones. Source lines and name stacks of the original equations are kept on
-    what is traced.
+    what is traced. caller: the call equation whose body this is; JAX traces `jnp.sort` and the like once and keeps
+    the line of the first use, so that the caller's line stands for lines that do not lie below it.
     """
     if len(operands) != len(jaxpr.invars):
         raise TypeError(f"jaxpr takes {len(jaxpr.invars)} inputs, got {len(operands)}")
@@ -87,7 +92,7 @@ def evaluate(
 
     for eqn in jaxpr.eqns:
         values = [read(atom) for atom in eqn.invars]
-        with at_source_of(eqn):
+        with at_source_of(eqn, caller):
             outputs = rule(eqn, values) if rule else None
             if outputs is None:
                 outputs = bind(eqn, values)
@@ -125,7 +130,7 @@ def inline_calls(jaxpr: Jaxpr, inlined: Callable[[JaxprEqn], bool]) -> Jaxpr:
 
     def rule(eqn: JaxprEqn, operands: list[Any]) -> list[Any] | None:
         body = call_body(eqn)
-        return evaluate(body, operands, rule) if body is not None and inlined(eqn) else None
+        return evaluate(body, operands, rule, caller=eqn) if body is not None and inlined(eqn) else None
 
     return retrace(jaxpr, rule)
 
@@ -136,20 +141,34 @@ def scan_parts(eqn: JaxprEqn) -> tuple[int, int]:
     return len(constants), len(carried)
 
 
-def at_source_of(eqn: JaxprEqn) -> Any:
-    """A context in which traced equations get the source line and name stack of `eqn`."""
+def at_source_of(eqn: JaxprEqn, caller: JaxprEqn | None = None) -> Any:
+    """A context in which traced equations get the source line and name stack of `eqn`.
+
+    Where `caller` is given, `eqn` only counts if its line was reached through the caller's.
+    """
+    if caller is not None:
+        outer, inner = _user_frames(caller), _user_frames(eqn)
+        if outer and inner[-len(outer) :] != outer:
+            return contextlib.nullcontext()
     info = eqn.source_info
     return source_info_util.user_context(info.traceback, name_stack=info.name_stack)
 
 
+def _user_frames(eqn: JaxprEqn) -> list[tuple[str, int, str]]:
+    """Returns (file, line, function) of the model's code that made an equation, innermost first."""
+    flax = sys.modules.get("flax")  # never imported here: what is loaded from disk does without
+    libraries = (*_OWN_FOLDERS, os.path.dirname(flax.__file__) + os.sep) if flax else _OWN_FOLDERS
+    return [
+        (frame.file_name, frame.start_line, frame.function_name)
+        for frame in source_info_util.user_frames(eqn.source_info.traceback)
+        if not frame.file_name.startswith(libraries)
+    ]
+
+
 def source_line(eqn: JaxprEqn) -> str:
     """Returns `file:line (function)` of the model code that made the equation, and of up to two callers."""
-    frames = [
-        f"{frame.file_name}:{frame.start_line} ({frame.function_name})"
-        for frame in source_info_util.user_frames(eqn.source_info.traceback)
-        if not frame.file_name.startswith(_NOT_THE_USERS)
-    ]
-    return ", called from ".join(frames[:3]) or "an unknown line"
+    frames = [f"{file}:{line} ({function})" for file, line, function in _user_frames(eqn)[:3]]
+    return ", called from ".join(frames) or "an unknown line"
 
 
 def is_symbolic(dim: Dim) -> bool:

@@ -91,7 +91,7 @@ def _sizes(names: list[ast.expr], call: ast.Call) -> dict[str, ir.Dim]:
     try:
         return dict(zip(targets, symbolic_shape(spec, constraints=listed), strict=True))
     except Exception as error:  # JAX raises several kinds for malformed specifications
-        raise _refusal(call, f"malformed sizes: {_first_line(error)}")
+        raise _refusal(call, f"malformed sizes: {_first_line(error)}") from None
 
 
 def _graph(
@@ -141,7 +141,7 @@ def _expression(node: ast.AST, text: str) -> ast.expr:
     try:
         tree = ast.parse(text, mode="eval").body
     except SyntaxError:
-        raise _refusal(node, f"malformed shape {text!r}")
+        raise _refusal(node, f"malformed shape {text!r}") from None
     return ast.copy_location(ast.fix_missing_locations(tree), node)
 
 
@@ -192,7 +192,7 @@ class _Values:
         try:
             result = _ARITHMETIC[type(op)](a, b)
         except ArithmeticError as error:
-            raise _refusal(node, str(error))
+            raise _refusal(node, str(error)) from None
         if isinstance(result, int) and abs(result) >= _LARGEST:
             raise _refusal(node, f"a number beyond {_LARGEST}")
         return result
@@ -320,7 +320,7 @@ def _guarded(node: ast.AST, make: Callable[[], Any]) -> Any:
     except GraphFileError:
         raise
     except Exception as error:
-        raise _refusal(node, _first_line(error))
+        raise _refusal(node, _first_line(error)) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -8,13 +8,21 @@ A pass is a frozen dataclass whose fields are its options. It maps a graph to a 
 
 import abc
 import dataclasses
+import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, final
 
+import numpy as np
+
 from xlathe import jaxpr as ir
-from xlathe.errors import PassError
+from xlathe.errors import PassError, XlatheError, did_you_mean
 from xlathe.graph import Graph, Record
+from xlathe.instruments import Dump, Instrument, PrintAfterChange
+from xlathe.pass_text import parse_passes, pass_name, print_pass
+from xlathe.verify import check_equal, check_structure
 
 Predicate = Callable[[Graph], str | None]
 """Returns None where the graph has the property, else a sentence that says what is missing."""
@@ -69,10 +77,16 @@ class Pass(abc.ABC):
         self._check(self.gives, result, "promises")
         record = dataclasses.replace(
             record,
+            name=str(self),
             seconds=time.perf_counter() - start,
             equations=(len(graph.jaxpr.eqns), len(result.jaxpr.eqns)),
         )
         return result.replace(history=(*graph.history, record))
+
+    @final
+    def __str__(self) -> str:
+        """The text form, `quantize{scheme=int8}`; `Pipeline.parse` reads it back."""
+        return print_pass(self)
 
     def _check(self, predicates: Iterable[Predicate], graph: Graph, verb: str) -> None:
         for predicate in predicates:
@@ -99,3 +113,111 @@ def has_op(name: str) -> Predicate:
         return None if found else f"an operation xlathe.{name}, and the graph has none"
 
     return predicate
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """Passes in order, and what is checked after each.
+
+    passes: passes or pipelines of them, which are spliced in with what they expect.
+    verify: int32 tokens [b, t] on which each pass must keep what it says it keeps; True draws some; None checks
+        structure only.
+    expect: the least number of hits of a rule over all passes, `{"attention": 12}`: a model must not lose an
+        optimization in silence.
+    """
+
+    passes: Sequence["Pass | Pipeline"]
+    verify: Any = None
+    expect: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        flat: list[Pass] = []
+        expect: dict[str, int] = {}
+        for each in self.passes:
+            flat.extend(each.passes if isinstance(each, Pipeline) else [each])  # type: ignore[arg-type,list-item]
+            expect |= each.expect if isinstance(each, Pipeline) else {}
+        object.__setattr__(self, "passes", tuple(flat))
+        object.__setattr__(self, "expect", expect | dict(self.expect))
+
+    def __str__(self) -> str:
+        """The text form of the passes, `canonicalize,fuse_attention,quantize{scheme=int8}`."""
+        return ",".join(map(str, self.passes))
+
+    @staticmethod
+    def parse(text: str, table: Mapping[str, type[Pass]], **options: Any) -> "Pipeline":
+        """Reads the text form.
+
+        table: pass classes by name (`xlathe.passes.PASSES`). Raises OptionError for unknown passes and options and for
+        values of a wrong type.
+        """
+        return Pipeline(parse_passes(text, table), **options)
+
+    def __call__(
+        self,
+        graph: Graph,
+        *,
+        calibration: Sequence[Any] = (),
+        seed: int = 0,
+        progress: Callable[[str, float], None] = lambda description, fraction: None,
+        dump: str | os.PathLike[str] | None = None,
+        print_after_change: bool = False,
+    ) -> Graph:
+        """Runs the passes; the result's history tells what each did.
+
+        calibration, seed, progress: see `Context`. dump: a directory for the graph after every pass, and for a
+        reproducer where one fails. Raises what the failing pass raises, with the pass and its place; PassError where a
+        result is malformed, differs more than promised, or an expected rule found too little.
+        """
+        context = Context(calibration, seed, progress)
+        watching: list[Instrument] = [Dump(Path(dump))] if dump is not None else []
+        watching += [PrintAfterChange()] if print_after_change else []
+        check_structure(graph)
+        before = len(graph.history)
+        for instrument in watching:
+            instrument.started(graph)
+        for number, pass_ in enumerate(self.passes, 1):
+            progress(str(pass_), (number - 1) / len(self.passes))
+            graph = self._run(number, pass_, graph, context, watching)  # type: ignore[arg-type]
+        progress("done", 1.0)
+        self._check_expected(graph.history[before:])
+        return graph
+
+    def _run(
+        self, number: int, pass_: Pass, graph: Graph, context: Context, watching: Sequence[Instrument]
+    ) -> Graph:
+        name = pass_name(type(pass_))
+        try:
+            result = pass_(graph, context)
+            check_structure(result, graph)
+            self._check_kept(pass_, graph, result, context.seed)
+        except Exception as error:
+            remarks = [r for r in (i.failed(name, str(pass_), graph) for i in watching) if r]
+            kind = type(error) if isinstance(error, XlatheError) else PassError
+            reason = str(error) if isinstance(error, XlatheError) else f"{type(error).__name__}: {error}"
+            place = f"pass {number} of {len(self.passes)}, {pass_}"
+            raise kind("; ".join([f"{place}: {reason}", *remarks])) from error
+        for instrument in watching:
+            instrument.finished(number, name, graph, result)
+        return result
+
+    def _check_kept(self, pass_: Pass, before: Graph, after: Graph, seed: int) -> None:
+        if self.verify is None or self.verify is False or pass_.keeps.rtol is None:
+            return
+        if not after.has_free_length:  # a graph with fixed sizes takes no other tokens
+            return
+        shape = (2, min(16, before.max_len))
+        drawn = np.random.default_rng(seed).integers(0, before.vocab, shape, dtype=np.int32)
+        check_equal(before, after, drawn if self.verify is True else self.verify, pass_.keeps.rtol)
+
+    def _check_expected(self, records: Sequence[Record]) -> None:
+        hits: Counter[str] = Counter()
+        for record in records:
+            hits.update(record.hits)
+        for rule, least in self.expect.items():
+            if rule not in hits:
+                raise PassError(f"expected {least} hits of the rule {rule!r}, which no pass has{did_you_mean(rule, hits)}")
+            if hits[rule] < least:
+                misses = [m for r in records if rule in r.hits for m in r.misses] or ["no near miss"]
+                listed = "".join(f"\n  {miss}" for miss in misses)
+                raise PassError(f"expected {least} hits of the rule {rule!r}, found {hits[rule]}; nearly:{listed}")

@@ -22,9 +22,10 @@ from xlathe.errors import OptionError, did_you_mean
 _BY_PARAMETERS = {
     "": """
         abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e ceil clamp clz
-        complex copy cosh digamma div dynamic_update_slice eq erf erf_inv floor ge gt imag is_finite le lgamma lt max
-        min ne neg nextafter not optimization_barrier or population_count pow real rem select_n shift_left
-        shift_right_arithmetic shift_right_logical sign sinh square stop_gradient sub xor""",
+        complex copy cosh digamma div dynamic_update_slice eq erf erf_inv floor ge gt imag is_finite le
+        lgamma lt max min ne neg nextafter not optimization_barrier or population_count pow real rem
+        select_n shift_left shift_right_arithmetic shift_right_logical sign sinh square stop_gradient sub
+        xor""",
     "accuracy": "cbrt cos erfc exp exp2 expm1 log log1p logistic rsqrt sin sqrt tan tanh",
     "axes": "reduce_and reduce_or reduce_prod reduce_xor",
     "axes index_dtype": "argmax argmin",

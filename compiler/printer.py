@@ -1,7 +1,7 @@
 """A graph as text: stable, readable, runnable Python, and parseable without running it (`xlathe.parser`).
 
 One line an equation, `result = primitive(operands, parameters)  # type`. Calls are inlined, those with a
-custom derivative too; operations of xlathe stay calls. Equal graphs give equal texts, wherever they were traced.
+custom derivative too; operations of xlathe stay calls. Equal graphs give equal texts.
 """
 
 import ast
@@ -202,7 +202,8 @@ class _Printer:
         targets = _tuple([self.names[out] for out in eqn.outvars]) if several else self.names[eqn.outvars[0]]
         comment = ", ".join(type_text(out.aval) for out in eqn.outvars)
         if self.sources:
-            comment += f"  {ir.source_line(eqn).rpartition('/')[2]}"
+            line = ir.source_line(eqn).partition(", called from")[0]
+            comment += f"  {line.rpartition('/')[2]}"
         self.lines.append(f"{indent}{targets} = {call}  # {comment}")
 
     def _return(self, atoms: Sequence[ir.Atom], indent: str) -> None:

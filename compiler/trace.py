@@ -4,18 +4,20 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen, nnx
 from jax import export
 
 from xlathe import jaxpr as ir
 from xlathe.align import trace_aligned
 from xlathe.errors import TraceError
 from xlathe.graph import Graph, Input, Weights
+
+if TYPE_CHECKING:
+    from flax import nnx
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,8 @@ def trace(model: Any, params: Any = None, *, max_len: int, tokenizer: Any = None
 
 
 def _source(model: Any, params: Any) -> Source:
+    from flax import linen, nnx  # here alone: what is loaded from disk does without
+
     if isinstance(model, nnx.Module):
         return _nnx_source(model)
     if isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], linen.Module):
@@ -79,7 +83,9 @@ def _source(model: Any, params: Any) -> Source:
     raise TraceError(f"expected an nnx.Module, (linen module, variables) or f(params, tokens), got {type(model).__name__}")
 
 
-def _nnx_source(module: nnx.Module) -> Source:
+def _nnx_source(module: "nnx.Module") -> Source:
+    from flax import nnx
+
     definition, state = nnx.split(module)
     flat = list(nnx.to_flat_state(state))
     paths = [path for path, _ in flat]
@@ -230,7 +236,7 @@ def _unroll_scan(eqn: ir.JaxprEqn, operands: list[Any]) -> list[Any] | None:
 
 def _inline_or_unroll(eqn: ir.JaxprEqn, operands: list[Any]) -> list[Any] | None:
     if eqn.primitive.name in ir.INLINED and (body := ir.call_body(eqn)) is not None:
-        return ir.evaluate(body, operands, _inline_or_unroll)
+        return ir.evaluate(body, operands, _inline_or_unroll, caller=eqn)
     return _unroll_scan(eqn, operands)
 
 
