@@ -83,13 +83,13 @@ def draw_logits(kind, rows, vocab, seed=0):
 KINDS = ["normal", "peaked", "flat", "tied", "masked", "equal", "single", "huge", "signed zeros"]
 
 
-@pytest.mark.parametrize("vocab", [1, 2, 7, 300])
+@pytest.mark.parametrize("vocab", [1, 7, 300])
 @pytest.mark.parametrize("kind", KINDS)
 def test_law_is_that_of_a_full_sort(kind, vocab):
     options = list(
         itertools.product(
-            [0.1, 1.0, 3.0],
-            [0, 1, 2, 50, HEAD, HEAD + 1, vocab - 1, vocab, vocab + 5],
+            [0.1, 3.0],
+            [0, 1, 2, HEAD, HEAD + 1, vocab - 1, vocab + 5],
             [1e-30, 0.3, 0.9, 0.9999, 1.0],
             [0.0, 0.02, 1.0],
         )
@@ -122,11 +122,20 @@ def test_law_of_a_large_vocabulary(kind):
     assert sum(clear) >= len(options) - 2
 
 
+def one_row(logits, **options):
+    """The law and the draw of one row; rows of any length share a compiled shape."""
+    padded = np.pad(np.float32(logits), (0, 6 - len(logits)), constant_values=-np.inf)[None]
+    sampling = Sampling.of(1, **options)
+    law, tokens = run_filter(padded, sampling), run_sample(padded, sampling, np.int32([3]))
+    return np.asarray(law)[0, : len(logits)], int(tokens[0])
+
+
 def test_ties_stay_together():
-    logits = np.float32([[1, 3, 2, 3, 2, 0]])
-    kept = lambda **options: np.flatnonzero(  # noqa: E731
-        run_filter(logits, Sampling.of(1, temperature=1.0, **options))[0] > -np.inf
-    ).tolist()
+    def kept(**options):
+        law, token = one_row([1, 3, 2, 3, 2, 0], temperature=1.0, **options)
+        assert law[token] > -np.inf
+        return np.flatnonzero(law > -np.inf).tolist()
+
     assert kept(top_k=1) == [1, 3]
     assert kept(top_k=3) == [1, 2, 3, 4]
     assert kept(top_p=0.1) == [1, 3]
@@ -135,29 +144,36 @@ def test_ties_stay_together():
 
 
 def test_top_p_counts_the_mass_that_top_k_left():
-    logits = np.log(np.float32([[0.4, 0.3, 0.2, 0.1]]))
-    law = run_filter(logits, Sampling.of(1, temperature=1.0, top_k=2, top_p=0.55))
+    law, _ = one_row(np.log([0.4, 0.3, 0.2, 0.1]), temperature=1.0, top_k=2, top_p=0.55)
     # 0.4 is 0.571 of what top-k left: enough alone. Of the whole it would not be.
-    np.testing.assert_allclose(law[0], [0, -np.inf, -np.inf, -np.inf], atol=1e-6)
+    np.testing.assert_allclose(law, [0, -np.inf, -np.inf, -np.inf], atol=1e-6)
 
 
-def test_greedy_takes_the_lowest_of_tied_tokens_whatever_the_filters():
-    logits = np.float32([[1, 5, 2, 5], [-np.inf, -np.inf, -3, -3], [-0.0, 0.0, -1, 0.0], [-np.inf] * 4])
-    sampling = Sampling.of(4, temperature=0.0, top_k=3, top_p=0.5, min_p=0.5)
-    assert run_sample(logits, sampling, jnp.arange(4)).tolist() == [1, 2, 0, 0]
-    law = np.asarray(run_filter(logits, sampling))
-    expected = np.full((4, 4), -np.inf)
-    expected[[0, 1, 2], [1, 2, 0]] = 0
+@pytest.mark.parametrize(
+    ("logits", "first"), [([1, 5, 2, 5], 1), ([-np.inf, -np.inf, -3, -3], 2), ([-1, -0.0, 0.0, 0.0], 1)]
+)
+def test_greedy_takes_the_lowest_of_tied_tokens_whatever_the_filters(logits, first):
+    law, token = one_row(logits, temperature=0.0, top_k=3, top_p=0.5, min_p=0.5)
+    assert token == first
+    expected = np.full(4, -np.inf)
+    expected[first] = 0
     np.testing.assert_array_equal(law, expected)
 
 
-def test_a_row_with_no_finite_logit_has_no_law_and_yields_a_token():
-    logits = np.full((1, 5), -np.inf, np.float32)
-    sampling = Sampling.of(1, temperature=1.0, top_k=2, top_p=0.5, min_p=0.1)
-    assert np.all(np.asarray(run_filter(logits, sampling)) == -np.inf)
-    assert run_sample(logits, sampling, jnp.zeros(1, jnp.int32)).tolist() == [0]
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_with_no_finite_logit_has_no_law_and_yields_a_token(temperature):
+    law, token = one_row([-np.inf] * 6, temperature=temperature, top_k=2, top_p=0.5, min_p=0.1)
+    np.testing.assert_array_equal(law, -np.inf)
+    assert token == 0
 
 
+@pytest.mark.parametrize("temperature", [1e-39, 1e-37, 1e37])
+def test_extreme_temperatures_are_the_limits(temperature):
+    law, _ = one_row([0.5, 2, -3, 1], temperature=temperature)
+    np.testing.assert_allclose(np.exp(law), [0, 1, 0, 0] if temperature < 1 else [0.25] * 4, atol=1e-6)
+
+
+ODD = 4099  # a vocabulary that leaves a remainder in every vector loop
 MIXED = {
     "temperature": [0.0, 1.0, 0.7, 1.0, 1.5, 1.0, 0.5],
     "top_k": [0, 0, 40, 200, 0, 0, 3],
@@ -167,12 +183,11 @@ MIXED = {
 }
 
 
-@pytest.mark.parametrize("vocab", [5, 257, 4099])
 @pytest.mark.parametrize("kind", ["normal", "peaked", "tied", "flat"])
-def test_a_row_alone_equals_the_row_in_a_batch(kind, vocab):
+def test_a_row_alone_equals_the_row_in_a_batch(kind):
     """Bit by bit, though the batch searches all scores where the row alone finds its cut in the head."""
     rows = len(MIXED["seed"])
-    logits, positions = draw_logits(kind, rows, vocab), np.arange(100, 100 + rows, dtype=np.int32)
+    logits, positions = draw_logits(kind, rows, ODD), np.arange(100, 100 + rows, dtype=np.int32)
     together = Sampling.of(rows, **MIXED)
     laws, tokens = run_filter(logits, together), run_sample(logits, together, positions)
     for i in range(rows):
@@ -182,7 +197,7 @@ def test_a_row_alone_equals_the_row_in_a_batch(kind, vocab):
 
 
 def test_an_idle_row_of_nan_does_not_touch_the_others():
-    logits = draw_logits("peaked", 7, 500)
+    logits = draw_logits("peaked", 7, ODD)
     sampling, positions = Sampling.of(7, **MIXED), np.arange(7, dtype=np.int32)
     before = run_filter(logits, sampling), run_sample(logits, sampling, positions)
     logits[4] = np.nan
@@ -190,7 +205,7 @@ def test_an_idle_row_of_nan_does_not_touch_the_others():
     others = np.arange(7) != 4
     np.testing.assert_array_equal(np.asarray(after[0])[others], np.asarray(before[0])[others])
     np.testing.assert_array_equal(np.asarray(after[1])[others], np.asarray(before[1])[others])
-    assert 0 <= after[1][4] < 500
+    assert 0 <= after[1][4] < ODD
 
 
 def test_noise_is_a_function_of_key_position_and_token():
@@ -260,9 +275,9 @@ def test_draws_follow_the_law(option, axis):
 
 
 def test_successive_draws_of_a_row_are_independent():
-    draws = 40_000
+    draws = 50_000
     sampling = Sampling.of(draws, temperature=1.0, seed=[8] * draws)
-    logits = jnp.zeros((draws, 4))
+    logits = jnp.where(jnp.arange(8) < 4, 0.0, jnp.full((draws, 8), -jnp.inf))
     tokens = np.asarray(run_sample(logits, sampling, np.arange(draws, dtype=np.int32)))
     pairs = np.bincount(4 * tokens[:-1] + tokens[1:], minlength=16)
     statistic, freedom = chi_square(pairs, np.full(16, -np.log(16)))
@@ -278,19 +293,19 @@ def test_a_seed_keys_rows_like_fold_in():
 
 
 def test_runs_in_a_compiled_loop():
-    logits, steps = draw_logits("normal", 3, 64), 10
-    sampling = Sampling.of(3, temperature=[0.0, 1.0, 0.8], top_k=[0, 0, 9], top_p=[1.0, 0.9, 0.9], seed=2)
+    logits, rows, steps = draw_logits("normal", 7, ODD), 7, 10
+    sampling = Sampling.of(rows, **MIXED)
 
     @jax.jit
     def loop(logits, sampling):
         def step(state):
             i, tokens = state
-            token = sample(logits, sampling, jnp.full(3, i))
-            return i + 1, tokens.at[i].set(token)
+            return i + 1, tokens.at[i].set(sample(logits, sampling, jnp.full(rows, i)))
 
-        return lax.while_loop(lambda state: state[0] < steps, step, (0, jnp.zeros((steps, 3), jnp.int32)))[1]
+        start = 0, jnp.zeros((steps, rows), jnp.int32)
+        return lax.while_loop(lambda state: state[0] < steps, step, start)[1]
 
-    expected = [run_sample(logits, sampling, np.full(3, i, np.int32)) for i in range(steps)]
+    expected = [run_sample(logits, sampling, np.full(rows, i, np.int32)) for i in range(steps)]
     np.testing.assert_array_equal(loop(logits, sampling), np.stack(expected))
 
 
@@ -307,7 +322,7 @@ def test_greedy_draws_no_noise_and_the_vocabulary_is_never_sorted():
 
 
 def test_survives_export_and_lowers_for_every_target():
-    logits, positions = draw_logits("normal", 7, 500), np.arange(7, dtype=np.int32)
+    logits, positions = draw_logits("normal", 7, ODD), np.arange(7, dtype=np.int32)
     sampling = Sampling.of(7, **MIXED)
     flat = lambda logits, positions, *columns: sample(logits, Sampling(*columns), positions)  # noqa: E731
     columns = jax.tree.leaves(sampling)
@@ -346,11 +361,3 @@ def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(OptionError, match=message) as caught:
         Sampling.of(2, **options)
     assert isinstance(caught.value, XlatheError | ValueError)
-
-
-@pytest.mark.parametrize("temperature", [1e-39, 1e-37, 1e37])
-def test_extreme_temperatures_are_the_limits(temperature):
-    logits = draw_logits("normal", 1, 50)
-    law = run_filter(logits, Sampling.of(1, temperature=temperature))
-    expected = np.eye(50)[logits.argmax(-1)] if temperature < 1 else np.full((1, 50), 1 / 50)
-    np.testing.assert_allclose(np.exp(law), expected, atol=1e-6)
