@@ -27,9 +27,10 @@ class Mixes(Exception):
     """Why an equation does not treat each token on its own."""
 
 
-def token_labels(jaxpr: ir.Jaxpr, tokens: ir.Var) -> dict[ir.Var, Labels]:
+def token_labels(jaxpr: ir.Jaxpr, tokens: ir.Var, near_misses: Sequence[str] = ()) -> dict[ir.Var, Labels]:
     """Returns the labels of every live value that depends on the tokens [b, t].
 
+    near_misses: why softmaxes of the graph were not recognized as attention, for the error.
     Raises DeriveError, naming operation and line, at the first one that mixes tokens or rows.
     """
     labels: dict[ir.Var, Labels] = {tokens: (("b",), ("t",))}
@@ -40,7 +41,10 @@ def token_labels(jaxpr: ir.Jaxpr, tokens: ir.Var) -> dict[ir.Var, Labels]:
         try:
             results = _flow(eqn, operands)
         except Mixes as mixes:
-            raise DeriveError(f"no incremental step: {_title(eqn)} {mixes} at {ir.source_line(eqn)}") from None
+            reasons = [f"not attention: {miss}" for miss in near_misses] if eqn.primitive.name == "dot_general" else []
+            raise DeriveError(
+                "; ".join([f"no incremental step: {_title(eqn)} {mixes} at {ir.source_line(eqn)}", *reasons])
+            ) from None
         labels.update(zip(eqn.outvars, results, strict=True))
     return labels
 

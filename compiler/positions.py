@@ -170,12 +170,13 @@ class Static:
         for axis, source in zip(numbers.offset_dims, kept, strict=True):
             inner[source] = roles[axis]
         moved = [i for i, n in enumerate(table.aval.shape) if ir.is_symbolic(n)]
+        batch = [role for i, role in enumerate(roles) if i not in numbers.offset_dims]
+        found = self(index, (*batch, None))  # first, as it may be refused for a reason of its own
         if any(i in dropped or i in numbers.start_index_map or not ir.same_dim(sizes[i], table.aval.shape[i]) for i in moved):
             self.refuse(eqn, "by an index into the positions")
-        batch = [role for i, role in enumerate(roles) if i not in numbers.offset_dims]
         value = self(table, tuple(inner))
         new_sizes = tuple(value.shape[i] if i in moved else n for i, n in enumerate(sizes))
-        return ir.bind(eqn, [value, self(index, (*batch, None))], slice_sizes=new_sizes)[0]
+        return ir.bind(eqn, [value, found], slice_sizes=new_sizes)[0]
 
     def _concatenate(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
         if roles[eqn.params["dimension"]] is not None:
@@ -297,18 +298,29 @@ def _length_use(
         inner = [(axis if a.aval.ndim else None, a) for a in eqn.invars]
     elif name == "transpose":
         inner = [(None if axis is None else eqn.params["permutation"][axis], eqn.invars[0])]
+    elif name == "reshape":
+        inner = [(_reshaped_axis(eqn, axis), eqn.invars[0])]
     else:
-        inner = [(None, a) for a in eqn.invars]
+        free = all(_length_use(producer, a, None)[0] for a in eqn.invars)
+        return free, "same" if free else None
     uses = [_length_use(producer, a, i) for i, a in inner]
     if all(free for free, _ in uses):
         return True, "same"
-    if all(i is None for i, _ in inner):
+    if all(i is None for i, _ in inner) and axis is not None:
         return False, "same"  # whatever it is, it does not vary along the axis
-    if name in ("add", "sub", "neg", "convert_element_type", "copy", "broadcast_in_dim", "transpose"):
+    if name in ("add", "sub", "neg", "convert_element_type", "copy", "broadcast_in_dim", "transpose", "reshape"):
         return False, "same" if all(shift is not None for _, shift in uses) else None
     if name in ("mul", "div"):
         return False, _scaled_shift(inner, uses, producer)
     return False, None
+
+
+def _reshaped_axis(eqn: ir.JaxprEqn, axis: int | None) -> int | None:
+    """Returns the operand axis that a position axis of a reshape comes from: they keep their order."""
+    before, after = (
+        [i for i, n in enumerate(aval.shape) if "t" in ir.dim_vars(n)] for aval in (eqn.invars[0].aval, eqn.outvars[0].aval)
+    )
+    return before[after.index(axis)] if axis in after and len(before) == len(after) else None
 
 
 def _scaled_shift(

@@ -9,10 +9,14 @@ from xlathe import jaxpr as ir
 
 @dataclasses.dataclass(frozen=True)
 class Replacement:
-    """A new way to compute a value: `emit(*values of inputs)`; the inputs come before it in the program."""
+    """A new way to compute a value: `emit(*values of inputs)`; the inputs come before it in the program.
+
+    source: the equation whose line the new ones get; the replaced one's by default.
+    """
 
     inputs: tuple[ir.Var, ...]
     emit: Callable[..., Any]
+    source: ir.JaxprEqn | None = None
 
 
 def rewrite(jaxpr: ir.Jaxpr, replacements: Mapping[ir.Var, Replacement]) -> ir.Jaxpr:
@@ -29,10 +33,11 @@ def rewrite(jaxpr: ir.Jaxpr, replacements: Mapping[ir.Var, Replacement]) -> ir.J
             return atom.val if isinstance(atom, ir.Literal) else env[atom]
 
         for eqn in jaxpr.eqns:
-            with ir.at_source_of(eqn):
-                for out in eqn.outvars:
-                    if out in live and out in replacements:
+            for out in eqn.outvars:
+                if out in live and out in replacements:
+                    with ir.at_source_of(replacements[out].source or eqn):
                         env[out] = _emit(out, replacements[out], read)
+            with ir.at_source_of(eqn):
                 if any(out in live and out not in env for out in eqn.outvars):
                     for out, value in zip(eqn.outvars, ir.bind(eqn, [read(a) for a in eqn.invars]), strict=True):
                         env.setdefault(out, value)

@@ -1,7 +1,6 @@
 """A model as its author wrote it -> a graph with named inputs and symbolic sizes."""
 
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -238,8 +237,3 @@ def _inline_or_unroll(eqn: ir.JaxprEqn, operands: list[Any]) -> list[Any] | None
     if eqn.primitive.name in ir.INLINED and (body := ir.call_body(eqn)) is not None:
         return ir.evaluate(body, operands, _inline_or_unroll, caller=eqn)
     return _unroll_scan(eqn, operands)
-
-
-def count_parameters(graph: Graph) -> int:
-    """Returns the number of trained numbers."""
-    return sum(math.prod(graph.aval(name).shape) for name in graph.names("weight"))

@@ -78,6 +78,7 @@ class Term:
 class Match:
     """An attention: its operands with labels, and the roles of the atoms in them."""
 
+    softmax: ir.JaxprEqn
     result: ir.Var
     result_labels: Labels
     q: Value
@@ -98,7 +99,7 @@ class Match:
 
     def replacement(self) -> Replacement:
         operands = (self.q, self.k, self.v, *(t.value for t in self.terms))
-        return Replacement(tuple(o.var for o in operands), self.emit)
+        return Replacement(tuple(o.var for o in operands), self.emit, self.softmax)
 
     def emit(self, q: jax.Array, k: jax.Array, v: jax.Array, *terms: jax.Array) -> jax.Array:
         """Traces the operation on operands in the author's layout; returns the author's layout."""
@@ -166,7 +167,7 @@ def find_attention(jaxpr: ir.Jaxpr) -> tuple[list[Match], tuple[str, ...]]:
         try:
             matches.append(_Matcher(jaxpr, anchor).match())
         except Miss as miss:
-            misses.append(str(miss))
+            misses.append(f"{miss} (softmax at {ir.source_line(anchor.total)})")
         except NoLabels as unlabelled:
             misses.append(f"{unlabelled} around the softmax at {ir.source_line(anchor.total)}")
     return matches, tuple(dict.fromkeys(misses))
@@ -258,7 +259,14 @@ class _Matcher:
         number = uniform_value(left, self.producer)
         if number is not None and eqn.primitive.name == "mul":
             return float(number), right
-        raise Miss(f"{eqn.primitive.name} of the scores by something that is not one number", eqn)
+        by = "the total length" if self._uses_length(eqn) else "something that is not one number"
+        raise Miss(f"{eqn.primitive.name} of the scores by {by}", eqn)
+
+    def _uses_length(self, eqn: ir.JaxprEqn) -> bool:
+        """Says whether a factor is a number made from the length."""
+        makers = [self.producer[a] for a in eqn.invars if isinstance(a, ir.Var) and a in self.producer]
+        scalars = [m for m in makers if all(not x.aval.ndim for x in m.invars)]
+        return any(m.primitive.name == "dim_as_value" or self._uses_length(m) for m in scalars)
 
     def _biased(self, eqn: ir.JaxprEqn) -> tuple[ir.Atom, ir.Atom, float]:
         left, right = eqn.invars
@@ -378,6 +386,7 @@ class _Matcher:
         known = set((*in_q, *in_v, *key))
         arranged = [self._term(t, known) for t in terms]
         return Match(
+            softmax=self.anchor.total,
             result=result,
             result_labels=tuple(self.axes.resolve(label) for label in result_labels),
             q=self._resolved(q),

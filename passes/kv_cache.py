@@ -23,6 +23,7 @@ from xlathe.pipeline import REASSOCIATED, Context, Keeps, Pass, is_forward, is_s
 from xlathe.positions import Role, Roles, Static, only_shifts
 from xlathe.step import ARGUMENTS
 
+VIEWS = frozenset({"reshape", "transpose", "broadcast_in_dim", "convert_element_type", "not", "and"})
 TERM_QUERIES, TERM_KEYS = 3, 4  # axes of a mask or bias [b, k, g, t, s] of `attention`
 
 
@@ -61,7 +62,9 @@ class _Deriver:
     def __init__(self, graph: Graph) -> None:
         self.graph, self.jaxpr = graph, graph.jaxpr
         (self.tokens,) = (v for v, i in zip(self.jaxpr.invars, graph.inputs, strict=True) if i.kind == "arg")
-        self.labels = token_labels(self.jaxpr, self.tokens)
+        self.labels = token_labels(
+            self.jaxpr, self.tokens, [m for record in graph.history for m in record.misses if record.name == "fuse_attention"]
+        )
         self.equations = ir.live_equations(self.jaxpr)
         self.producer = ir.producers(self.equations)
         self.attentions = [e for e in self.equations if ir.is_op(e, "attention")]
@@ -110,8 +113,12 @@ class _Deriver:
             mask = eqn.invars[3] if len(eqn.invars) > 3 else eqn.outvars[0]
             raise DeriveError(f"no incremental step: attention {seen} at {self._line(mask, eqn)}") from None
 
-    def _line(self, atom: ir.Atom, otherwise: ir.JaxprEqn) -> str:
-        return ir.source_line(self.producer.get(atom, otherwise) if isinstance(atom, ir.Var) else otherwise)
+    def _line(self, atom: ir.Atom, attention: ir.JaxprEqn) -> str:
+        """Returns the line where a mask was made, above the views that arranged it for the operation."""
+        eqn = self.producer.get(atom) if isinstance(atom, ir.Var) else None
+        while eqn is not None and eqn.primitive.name in VIEWS and eqn.invars[0] in self.producer:
+            eqn = self.producer[eqn.invars[0]]
+        return ir.source_line(eqn or attention)
 
     def _uses_length(self, atom: ir.Atom) -> bool:
         return any(e.primitive.name == "dim_as_value" for e in self._upstream(atom))
