@@ -1,0 +1,68 @@
+"""How the tests of step graphs run them: any mixture of rows and chunks, in one compiled shape."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from flax import linen, nnx
+
+import xlathe
+from tests.variants import Variant
+from xlathe.graph import Graph
+from xlathe.passes.canonicalize import Canonicalize
+from xlathe.passes.fuse_attention import FuseAttention
+from xlathe.passes.kv_cache import KVCache
+from xlathe.step import empty_state, run_step
+
+CHUNK = 8  # tokens a call; shorter mixtures are padded, so that a step graph is compiled once
+
+
+def traced(variant: Variant) -> Graph:
+    model = variant.build()
+    if isinstance(model, nnx.Module) or isinstance(model[0], linen.Module):
+        return xlathe.trace(model, max_len=variant.max_len)
+    return xlathe.trace(model[0], params=model[1], max_len=variant.max_len)
+
+
+def fused(variant: Variant) -> Graph:
+    return FuseAttention()(Canonicalize()(traced(variant)))
+
+
+def stepped(variant: Variant) -> Graph:
+    return KVCache()(fused(variant))
+
+
+def decode(
+    graph: Graph, texts: Sequence[np.ndarray], schedule: Sequence[dict[int, int]], rows: Sequence[int], slots: int
+) -> list[np.ndarray]:
+    """Feeds `schedule[i][text]` tokens of each text in call i; returns the logits of every text [length, vocab].
+
+    rows: the row of the cache that each text lives in. Unused slots hold NaN.
+    """
+    count = max(rows) + 2
+    state = empty_state(graph, count, slots, fill=np.nan)
+    done = [0] * len(texts)
+    logits: list[list[np.ndarray]] = [[] for _ in texts]
+    for call in schedule:
+        pieces = [(i, done[i] + j) for i, n in call.items() for j in range(n)]
+        assert len(pieces) <= CHUNK
+        args = {
+            "tokens": [texts[i][p] for i, p in pieces],
+            "positions": [p for _, p in pieces],
+            "rows": [rows[i] for i, _ in pieces],
+        }
+        padding = CHUNK - len(pieces)
+        filled = {key: np.asarray(x + [count if key == "rows" else 0] * padding, np.int32) for key, x in args.items()}
+        output, state = run_step(graph, filled | {"select": np.arange(CHUNK, dtype=np.int32)}, state)
+        for (i, _), row in zip(pieces, np.asarray(output, np.float32), strict=False):
+            logits[i].append(row)
+        for i, n in call.items():
+            done[i] += n
+    assert done == [len(text) for text in texts]
+    return [np.stack(parts) for parts in logits]
+
+
+def difference(found: jax.Array, expected: jax.Array) -> float:
+    """max |difference| over max |expected|; NaN where anything is NaN."""
+    a, b = np.asarray(found, np.float32), np.asarray(expected, np.float32)
+    return float(np.abs(a - b).max() / np.abs(b).max())
