@@ -70,7 +70,10 @@ def test_equals_its_plain_twin(variant):
 def test_refusal_is_warranted(variant):
     """Logits of a prefix depend on what follows, or else the operation would need a state."""
     run, whole = numpy_forward(variant), tokens(3, 12, variant)
-    assert (relative(run(whole[:, :CUT]), run(whole)[:, :CUT]) < 1e-5) == variant.causal
+    prefix = run(whole)[:, :CUT]
+    sees_later = relative(run(with_another(whole, CUT, variant.vocab))[:, :CUT], prefix) > 1e-3
+    # Compiling another length is the costly part of this test.
+    assert (sees_later or relative(run(whole[:, :CUT]), prefix) > 1e-3) != variant.causal
 
 
 @pytest.mark.parametrize("variant", REFUSED, ids=repr)

@@ -1,7 +1,7 @@
 """A zoo of authorings: ways in which people write decoders, and look-alikes that must be refused.
 
-Test data for the tracer, the recognition of attention, and the derivation of the KV cache. Each is a plain forward
-over whole sequences, tiny, with random weights that make attention peaked.
+Test data for the tracer, the recognition of attention, and the derivation of the KV cache. Each is a plain
+forward over whole sequences, tiny, with random weights that make attention peaked.
 """
 
 from tests.variants import attention, blocks, libraries, masks, models, positions, refused, softmax, stacked

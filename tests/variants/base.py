@@ -28,8 +28,8 @@ type Forward = Callable[[Params, jax.Array], jax.Array]  # (params, tokens [b, t
 class Variant:
     """One way to write a decoder: int32 tokens [b, t] in, logits [b, t, vocab] out, for 1 <= t <= max_len.
 
-    `build()` returns what a user hands to `xlathe.trace`: an `nnx.Module`, a pair (linen module, variables), or a
-    pair (function of params and tokens, params). Every call returns the same weights.
+    `build()` returns what a user hands to `xlathe.trace`: an `nnx.Module`, a pair (linen module, variables),
+    or a pair (function of params and tokens, params). Every call returns the same weights.
     """
 
     name: str
@@ -61,11 +61,10 @@ class Variant:
 
 
 def forward(build: Variant | Callable[[], Any]) -> Callable[[jax.Array | np.ndarray], jax.Array]:
-    """The author's own code with its weights, compiled at the concrete sizes it is called with: the oracle."""
+    """The author's own code with its weights, compiled for the sizes it is called with: the oracle."""
     function, weights = as_function(build.build() if isinstance(build, Variant) else build())
-    compiled = jax.jit(
-        function, compiler_options={"xla_backend_optimization_level": 0}
-    )  # compiles twice as fast
+    # Compilation takes longer than the run, and is faster without optimization.
+    compiled = jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
     return lambda tokens: compiled(weights, tokens)
 
 
@@ -79,7 +78,7 @@ def as_function(model: Any) -> tuple[Callable[[Any, jax.Array], jax.Array], Any]
 
 
 def init_nnx[M: nnx.Module](module: Callable[[nnx.Rngs], M], seed: int) -> M:
-    """A module with weights from `fill`; its other variables are zeros. Compiles nothing, unlike nnx's own start."""
+    """A module with weights from `fill` and zeros elsewhere; unlike the usual start it compiles nothing."""
     graphdef, params, rest = nnx.split(nnx.eval_shape(lambda: module(nnx.Rngs(0))), nnx.Param, ...)
     return nnx.merge(graphdef, fill(params, seed), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), rest))
 
@@ -91,7 +90,7 @@ def init_linen(module: linen.Module, seed: int, **collections: Params) -> tuple[
 
 
 def fill[Tree](shapes: Tree, seed: int) -> Tree:
-    """Random weights by name: also biases and scales differ from their neutral values, so none can be lost."""
+    """Random weights by name; biases and scales differ from their neutral values, so none can be lost."""
     rng = np.random.default_rng(seed)
 
     def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:

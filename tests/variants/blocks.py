@@ -1,4 +1,4 @@
-"""Ways to arrange a decoder around its attention: residuals, feed-forwards, embeddings, shared and latent caches."""
+"""Ways to arrange a decoder around its attention: residuals, feed-forwards, embeddings, shared caches."""
 
 import math
 

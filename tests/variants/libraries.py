@@ -1,4 +1,4 @@
-"""Decoders made from the attention that libraries bring: `jax.nn.dot_product_attention`, nnx and linen modules."""
+"""Decoders around the attention of libraries: `jax.nn.dot_product_attention`, nnx and linen modules."""
 
 import jax
 from flax import linen, nnx

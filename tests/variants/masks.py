@@ -154,6 +154,11 @@ def nnx_mask_buffer() -> nnx.Module:
     return model
 
 
+def with_small_vocabulary(seed: int) -> Params:
+    params = decoder_params(seed)
+    return params | {"embed": params["embed"][:8], "unembed": params["unembed"][:, :8]}
+
+
 def with_mask(seed: int) -> Params:
     return decoder_params(seed) | {"mask": jnp.asarray(np.tril(np.ones((MAX_LEN, MAX_LEN), bool)))}
 
@@ -180,7 +185,10 @@ DECODERS = (
         symbolic=False,
     ),
     Variant(
-        "mask_padding", lambda: (padding_hidden, decoder_params(67)), notes="the mask depends on the tokens"
+        "mask_padding",
+        lambda: (padding_hidden, with_small_vocabulary(67)),
+        vocab=8,
+        notes="the mask depends on the tokens, of which one in eight is padding",
     ),
     Variant("linen_mask_buffer", linen_mask_buffer),
     Variant("nnx_mask_buffer", nnx_mask_buffer),

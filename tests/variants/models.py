@@ -147,7 +147,7 @@ def gpt_neox_params(seed: int) -> Params:
 
 
 def gemma2(params: Params, tokens: jax.Array) -> jax.Array:
-    """One stacked einsum for keys and values, caps on scores and logits, norms on both sides, window then global."""
+    """Keys and values in one einsum, caps on scores and logits, norms on both sides, window then global."""
     x = params["embed"][tokens] * jnp.sqrt(WIDTH)
     positions = jnp.arange(tokens.shape[1])
     causal = positions[None, :, None] >= positions[None, None, :]  # [1, t, s]

@@ -1,4 +1,4 @@
-"""Look-alikes without a derived KV cache: most let a token depend on what follows it, a few lack a state rule."""
+"""Look-alikes without a KV cache: most let a token depend on what follows it, a few lack a state rule."""
 
 import jax
 import jax.numpy as jnp
@@ -162,8 +162,8 @@ def expert_choice(layer: Params, x: jax.Array) -> jax.Array:
 def capacity(layer: Params, x: jax.Array) -> jax.Array:
     """An expert takes its first t / 4 tokens and drops the others."""
     expert = jax.nn.one_hot(jnp.argmax(x @ layer["up"][:, :4], axis=-1), 4)  # [b, t, experts]
-    place = jnp.cumsum(expert, axis=1)  # refused
-    return (expert * (place <= x.shape[1] // 4)) @ layer["down"][:4]
+    kept = jnp.cumsum(expert, axis=1) <= x.shape[1] // 4  # refused
+    return (expert * kept) @ layer["down"][:4]
 
 
 def packed_documents(layer: Params, x: jax.Array) -> jax.Array:
@@ -244,7 +244,7 @@ REFUSED = (
     mixes(recurrence, r"scan|while"),
     mixes(cumulative_sum, r"cumsum"),
     mixes(expert_choice, r"argmax", causal=False),
-    mixes(capacity, r"cumsum", causal=False),
+    mixes(capacity, r"(?i)cumsum|length|size|dim_as_value", causal=False),
     refused(positions_from_the_end, positions_from_the_end, r"(?i)length|size|dim_as_value", causal=False),
     Variant(
         "batch_norm",
