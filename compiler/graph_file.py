@@ -23,7 +23,7 @@ from xlathe.printer import to_text
 
 PROGRAM, WEIGHTS, META, TOKENIZER = "graph.py", "weights.safetensors", "graph.json", "tokenizer.json"
 FORMAT, VERSION = "xlathe-graph", 1
-_DTYPE_NAMES = {
+DTYPE_NAMES = {  # by their names in safetensors
     "BOOL": "bool",
     "F16": "float16",
     "BF16": "bfloat16",
@@ -44,7 +44,7 @@ def save_graph(graph: Graph, directory: str | os.PathLike[str]) -> None:
     prepared = graph.weights.prepare(list(graph.names("weight", "const")))
     arrays = {name: np.asarray(array, order="C") for name, array in prepared.items()}
     for name, array in arrays.items():
-        if array.dtype.name not in _DTYPE_NAMES.values():
+        if array.dtype.name not in DTYPE_NAMES.values():
             raise GraphFileError(f"{name} is {array.dtype.name}, which a weight file cannot hold")
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def load_graph(directory: str | os.PathLike[str]) -> Graph:
 class WeightFile(Mapping[str, Any]):
     """The arrays of a safetensors file, read one at a time.
 
-    types: shape and dtype by name.
+    types: shape and dtype by name, in the order of the file.
     """
 
     path: Path
@@ -90,14 +90,14 @@ class WeightFile(Mapping[str, Any]):
         """Reads the header; raises GraphFileError where the file is missing, damaged or of unknown dtypes."""
         try:
             with safe_open(path, "numpy") as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                slices = {name: file.get_slice(name) for name in file.offset_keys()}
                 types = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
         except (OSError, SafetensorError) as error:
             raise GraphFileError(f"{path} cannot be read: {error}") from None
         for name, (_, dtype) in types.items():
-            if dtype not in _DTYPE_NAMES:
+            if dtype not in DTYPE_NAMES:
                 raise GraphFileError(f"{path}: {name} has the unknown dtype {dtype}")
-        return WeightFile(path, {name: (shape, _DTYPE_NAMES[code]) for name, (shape, code) in types.items()})
+        return WeightFile(path, {name: (shape, DTYPE_NAMES[code]) for name, (shape, code) in types.items()})
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self.types:

@@ -214,6 +214,10 @@ def substitute(value: Any, sizes: Mapping[str, Dim]) -> Any:
     """Replaces size variables in a dimension, or in every dimension inside an equation's parameter."""
     if isinstance(value, DimExpr):
         return value._evaluate(dict(sizes))
+    if isinstance(value, Jaxpr):
+        shapes = (substitute(v.aval.shape, sizes) for v in value.invars)
+        avals = [jax.ShapeDtypeStruct(s, v.aval.dtype) for s, v in zip(shapes, value.invars, strict=True)]
+        return trace(lambda *operands: evaluate_at(value, operands, sizes), *avals)
     if type(value) in (tuple, list):
         return type(value)(substitute(item, sizes) for item in value)
     if isinstance(value, tuple) and hasattr(value, "_fields"):

@@ -166,10 +166,9 @@ class _Values:
             case ast.Name(id=name):
                 return self._name(node, name)
             case ast.Attribute(value=ast.Name(id=enum), attr=member) if enum in primitives.ENUMS:
-                members = primitives.ENUMS[enum].__members__
-                if member not in members:
-                    raise _unknown(node, member, members)
-                return members[member]
+                if member not in primitives.ENUMS[enum].__members__:
+                    raise _unknown(node, member, primitives.ENUMS[enum].__members__)
+                return getattr(primitives.ENUMS[enum], member)
             case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
                 return self._structure(node, name, args, keywords)
         raise _refusal(node, "expected a number, a string, a tuple, a dtype or a dimension")

@@ -57,7 +57,9 @@ def _print_value(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, int | float):
         return repr(value)
-    raise OptionError(f"{value!r} has no text form: options are numbers, strings, true, false, none and tuples")
+    raise OptionError(
+        f"{value!r} has no text form: options are numbers, strings, true, false, none and tuples"
+    )
 
 
 def _tokens(text: str) -> list[str]:
@@ -89,7 +91,9 @@ class _Reader:
     def _take(self, expected: str = "") -> str:
         if not self.tokens or (expected and self.tokens[0] != expected):
             found = repr(self.tokens[0]) if self.tokens else "the end"
-            raise OptionError(f"{self.text!r}: expected {repr(expected) if expected else 'more'}, found {found}")
+            raise OptionError(
+                f"{self.text!r}: expected {repr(expected) if expected else 'more'}, found {found}"
+            )
         return self.tokens.pop(0)
 
     def _next_is(self, token: str) -> bool:

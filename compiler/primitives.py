@@ -150,7 +150,11 @@ def scan(
         results = body(*carry, *slices)
         return tuple(results[: len(carry)]), tuple(results[len(carry) :])
 
-    carry, stacked = lax.scan(step, tuple(init), tuple(xs), length=length, reverse=reverse, unroll=unroll)
+    if any(x.shape[0] != length for x in xs):
+        raise OptionError(f"scan of length {length} over lengths {[x.shape[0] for x in xs]}")
+    # a symbolic length is taken from what is scanned over only
+    given = None if xs else length
+    carry, stacked = lax.scan(step, tuple(init), tuple(xs), length=given, reverse=reverse, unroll=unroll)
     return (*carry, *stacked)
 
 

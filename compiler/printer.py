@@ -270,12 +270,12 @@ class _Printer:
             return repr(value)
         if isinstance(value, str):
             return _quoted(value)
+        if type(value).__name__ in primitives.ENUMS:
+            return f"{self._word(type(value).__name__)}.{value.name}"
         if isinstance(value, int | np.integer) or ir.is_symbolic(value):
             return dim_text(value)
         if isinstance(value, float | np.floating):
             return repr(float(value))
-        if type(value).__name__ in primitives.ENUMS:
-            return f"{self._word(type(value).__name__)}.{value.name}"
         if type(value).__name__ in primitives.STRUCTURES:
             fields = primitives.fields_of(value)
             listed = ", ".join(f"{key}={self._value(item)}" for key, item in fields.items())

@@ -56,7 +56,9 @@ def compare(a: Graph, b: Graph, tokens: Any) -> Comparison:
     Raises OptionError where the vocabularies differ or a row has no second token.
     """
     if a.vocab != b.vocab:
-        raise OptionError(f"graphs of different vocabularies cannot be compared: {a.vocab} and {b.vocab} tokens")
+        raise OptionError(
+            f"graphs of different vocabularies cannot be compared: {a.vocab} and {b.vocab} tokens"
+        )
     rows = _rows(tokens)
     difference = largest = 0.0
     kl, same, losses_a, losses_b = [], [], [], []
@@ -100,7 +102,9 @@ def check_equal(before: Graph, after: Graph, tokens: Any, rtol: float) -> None:
     expected, found = np.asarray(before(tokens)), np.asarray(after(tokens))
     if rtol == 0.0:
         if not np.array_equal(expected, found, equal_nan=True):
-            raise PassError(f"promised equal bits, but {int((expected != found).sum())} of {found.size} logits differ")
+            raise PassError(
+                f"promised equal bits, but {int((expected != found).sum())} of {found.size} logits differ"
+            )
         return
     expected, found = expected.astype(np.float64), found.astype(np.float64)
     relative = float(np.abs(found - expected).max() / np.abs(expected).max())
@@ -119,7 +123,9 @@ def _coarsest_eps(jaxpr: ir.Jaxpr) -> float:
 def _rows(tokens: Any) -> list[np.ndarray]:
     array = np.asarray(tokens)
     if array.ndim != 2 or array.shape[1] < 2:
-        raise OptionError(f"expected tokens [rows, length] with a length of 2 or more, got {list(array.shape)}")
+        raise OptionError(
+            f"expected tokens [rows, length] with a length of 2 or more, got {list(array.shape)}"
+        )
     return [array[i : i + 1] for i in range(len(array))]
 
 
@@ -182,7 +188,9 @@ def _check_arrays(graph: Graph, checked: Graph | None) -> None:
     for name in graph.names("weight", "const"):
         if name not in known:
             raise PassError(f"there is no array for the input {name!r}")
-        if name in graph.weights.stored and not (shared and checked is not None and name in checked.names("weight", "const")):
+        if name in graph.weights.stored and not (
+            shared and checked is not None and name in checked.names("weight", "const")
+        ):
             array, aval = graph.weights.stored[name], graph.aval(name)
             if np.shape(array) != aval.shape or jnp.result_type(array) != aval.dtype:
                 found = f"{jnp.result_type(array)}{list(np.shape(array))}"

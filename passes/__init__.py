@@ -12,8 +12,7 @@ from xlathe.pass_text import pass_name
 from xlathe.pipeline import Pass
 
 PASSES: Mapping[str, type[Pass]] = {
-    pass_name(cls): cls
-    for cls in (Canonicalize, FuseAttention, Quantize, KVCache, Specialize, LowerKernels)
+    pass_name(cls): cls for cls in (Canonicalize, FuseAttention, Quantize, KVCache, Specialize, LowerKernels)
 }
 """Pass classes by the name that they have in the text of a pipeline."""
 
