@@ -51,10 +51,10 @@ def test_library_is_built_where_there_is_a_compiler() -> None:
 
 @needs_library
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("k", [1, 8, 15, 16, 17, 100, 512, 768, 1537, 4099])
-@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 8, 33])
+@pytest.mark.parametrize("k", [1, 15, 16, 17, 100, 513, 1537, 4099])
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 33])
 def test_close_to_float64(m: int, k: int, isa: str) -> None:
-    for n in (1, 3, 12, 29):
+    for n in (1, 3, 29):
         args = operands(m, k, n)
         assert_accurate(quantized_dot(*args, isa=isa), *args)
 
