@@ -22,7 +22,7 @@ class Instrument(abc.ABC):
 
     @abc.abstractmethod
     def failed(self, name: str, text: str, before: Graph) -> str:
-        """The pass with that name and text form failed on `before`; returns a remark for the error message."""
+        """The pass with that name and text form failed on `before`; returns a remark for the error."""
 
 
 @dataclasses.dataclass(frozen=True)

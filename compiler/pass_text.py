@@ -1,7 +1,8 @@
-"""Passes as text: `canonicalize,quantize{scheme=int8,granularity=channel}`, the one serial form of a pipeline.
+"""Passes as text: `canonicalize,specialize{batch=1,length=64}`, the one serial form of a pipeline.
 
-A pass is named after its class in lower case with underscores. Options are written in the order of the fields,
-those with their default left out; values are numbers, words, "quoted strings", true, false, none and (tuples,).
+A pass is named after its class in lower case with underscores. Options are written in the order of the
+fields, those with their default left out; values are numbers, words, "quoted strings", true, false, none
+and (tuples,).
 """
 
 import dataclasses
@@ -37,7 +38,8 @@ def print_pass(pass_: Any) -> str:
 def parse_passes(text: str, table: Mapping[str, type]) -> list[Any]:
     """Returns the passes that a text names.
 
-    table: pass classes by name. Raises OptionError for unknown passes and options and for values of a wrong type.
+    table: pass classes by name.
+    Raises OptionError for unknown passes and options and for values of a wrong type.
     """
     return _Reader(text, _tokens(text), table).passes()
 

@@ -1,6 +1,7 @@
 """The contract of a pass, and pipelines of them.
 
-A pass is a frozen dataclass whose fields are its options. It maps a graph to a graph and says what it relies on:
+A pass is a frozen dataclass whose fields are its options. It maps a graph to a graph and says what it
+relies on:
 
 * `needs` and `gives`: predicates on graphs, checked before and after on every run;
 * `keeps`: how equal the result is to the input, checked on sampled tokens under `verify=`.
@@ -121,10 +122,10 @@ class Pipeline:
     """Passes in order, and what is checked after each.
 
     passes: passes or pipelines of them, which are spliced in with what they expect.
-    verify: int32 tokens [b, t] on which each pass must keep what it says it keeps; True draws some; None checks
-        structure only.
-    expect: the least number of hits of a rule over all passes, `{"attention": 12}`: a model must not lose an
-        optimization in silence.
+    verify: int32 tokens [b, t] on which each pass must keep what it says it keeps; True draws some; None
+        checks structure only.
+    expect: the least number of hits of a rule over all passes, `{"attention": 12}`: a model must not lose
+        an optimization in silence.
     """
 
     passes: Sequence["Pass | Pipeline"]
@@ -148,8 +149,8 @@ class Pipeline:
     def parse(text: str, table: Mapping[str, type[Pass]], **options: Any) -> "Pipeline":
         """Reads the text form.
 
-        table: pass classes by name (`xlathe.passes.PASSES`). Raises OptionError for unknown passes and options and for
-        values of a wrong type.
+        table: pass classes by name (`xlathe.passes.PASSES`).
+        Raises OptionError for unknown passes and options and for values of a wrong type.
         """
         return Pipeline(parse_passes(text, table), **options)
 
@@ -165,9 +166,10 @@ class Pipeline:
     ) -> Graph:
         """Runs the passes; the result's history tells what each did.
 
-        calibration, seed, progress: see `Context`. dump: a directory for the graph after every pass, and for a
-        reproducer where one fails. Raises what the failing pass raises, with the pass and its place; PassError where a
-        result is malformed, differs more than promised, or an expected rule found too little.
+        calibration, seed, progress: see `Context`. dump: a directory for the graph after every pass, and for
+        a reproducer where one fails.
+        Raises what the failing pass raises, with the pass and its place; PassError where a result is
+        malformed, differs more than promised, or an expected rule found too little.
         """
         context = Context(calibration, seed, progress)
         watching: list[Instrument] = [Dump(Path(dump))] if dump is not None else []
@@ -216,8 +218,10 @@ class Pipeline:
             hits.update(record.hits)
         for rule, least in self.expect.items():
             if rule not in hits:
-                raise PassError(f"expected {least} hits of the rule {rule!r}, which no pass has{did_you_mean(rule, hits)}")
+                raise PassError(
+                    f"expected {least} hits of {rule!r}; no pass counts it{did_you_mean(rule, hits)}"
+                )
             if hits[rule] < least:
                 misses = [m for r in records if rule in r.hits for m in r.misses] or ["no near miss"]
                 listed = "".join(f"\n  {miss}" for miss in misses)
-                raise PassError(f"expected {least} hits of the rule {rule!r}, found {hits[rule]}; nearly:{listed}")
+                raise PassError(f"expected {least} hits of {rule!r}, found {hits[rule]}; nearly:{listed}")

@@ -6,7 +6,7 @@ log-softmax in float64. Standard errors treat tokens as independent.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax.extend.core import JaxprTypeError, check_jaxpr
 from xlathe import jaxpr as ir
 from xlathe.errors import OptionError, PassError
 from xlathe.graph import Graph
+from xlathe.printer import type_text
 from xlathe.step import ARGUMENTS
 
 _BLOCK = 1 << 24  # logits that are held in float64 at a time
@@ -82,9 +83,10 @@ def compare(a: Graph, b: Graph, tokens: Any) -> Comparison:
 
 
 def perplexity(graph: Graph, tokens: Any) -> Estimate:
-    """Returns exp(mean negative log-likelihood) of each token after the first, given those before it in its row.
+    """Returns exp(mean negative log-likelihood) of each token after the first, given those before it.
 
-    tokens: int32 [rows, length], length >= 2. The error is that of the mean, carried through exp to first order.
+    tokens: int32 [rows, length], length >= 2. The error is that of the mean, carried through exp to first
+    order.
     """
     losses = []
     for row in _rows(tokens):
@@ -96,8 +98,8 @@ def perplexity(graph: Graph, tokens: Any) -> Estimate:
 def check_equal(before: Graph, after: Graph, tokens: Any, rtol: float) -> None:
     """Raises PassError where two graphs differ on int32 tokens [b, t].
 
-    rtol: allowed max |difference| / max |logits|; 0 demands equal bits. Where the graph computes in a dtype coarser
-    than float32, a few units of its last place are allowed.
+    rtol: allowed max |difference| / max |logits|; 0 demands equal bits. Where the graph computes in a dtype
+    coarser than float32, a few units of its last place are allowed.
     """
     expected, found = np.asarray(before(tokens)), np.asarray(after(tokens))
     if rtol == 0.0:
@@ -164,8 +166,8 @@ def _perplexity(losses: np.ndarray) -> Estimate:
 def check_structure(graph: Graph, checked: Graph | None = None) -> None:
     """Raises PassError where a graph is not well formed.
 
-    Its inputs need unique names; stored weights the shape and dtype of their inputs; arguments and outputs those of
-    a forward or a step graph (see `Graph`); its equations must type-check.
+    Its inputs need unique names; stored weights the shape and dtype of their inputs; arguments and outputs
+    those of a forward or a step graph (see `Graph`); its equations must type-check.
     checked: a graph known to be well formed; arrays that both share are not looked at again.
     """
     names = [item.name for item in graph.inputs]
@@ -183,18 +185,20 @@ def check_structure(graph: Graph, checked: Graph | None = None) -> None:
 
 
 def _check_arrays(graph: Graph, checked: Graph | None) -> None:
-    known = set(graph.weights)
-    shared = checked is not None and checked.weights.stored is graph.weights.stored
+    known, stored = set(graph.weights), graph.weights.stored
+    shared = checked is not None and checked.weights.stored is stored
+    seen = set(checked.names("weight", "const")) if checked is not None and shared else set()
     for name in graph.names("weight", "const"):
         if name not in known:
             raise PassError(f"there is no array for the input {name!r}")
-        if name in graph.weights.stored and not (
-            shared and checked is not None and name in checked.names("weight", "const")
-        ):
-            array, aval = graph.weights.stored[name], graph.aval(name)
-            if np.shape(array) != aval.shape or jnp.result_type(array) != aval.dtype:
-                found = f"{jnp.result_type(array)}{list(np.shape(array))}"
-                raise PassError(f"the array {name!r} is {found}, the program takes {aval.str_short()}")
+        if name in stored and name not in seen:
+            _check_array(name, stored[name], graph.aval(name))
+
+
+def _check_array(name: str, array: Any, aval: Any) -> None:
+    if np.shape(array) != aval.shape or jnp.result_type(array) != aval.dtype:
+        found = f"{jnp.result_type(array).name}{list(np.shape(array))}"
+        raise PassError(f"the array {name!r} is {found}, the program takes {type_text(aval)}")
 
 
 def _check_forward(graph: Graph) -> None:
@@ -203,9 +207,9 @@ def _check_forward(graph: Graph) -> None:
     tokens, outputs = graph.aval("tokens"), [v.aval for v in graph.jaxpr.outvars]
     shapes = [tuple(o.shape) for o in outputs]
     if tokens.ndim != 2 or tokens.dtype != jnp.int32:
-        raise PassError(f"tokens must be int32[b, t], they are {tokens.str_short()}")
+        raise PassError(f"tokens must be int32[b, t], they are {type_text(tokens)}")
     if len(shapes) != 1 or len(shapes[0]) != 3 or shapes[0][:2] != tuple(tokens.shape):
-        raise PassError(f"a forward graph returns logits [b, t, vocab]; this one returns {shapes}")
+        raise PassError(f"a forward graph returns logits [b, t, vocab]; this one returns {_types(outputs)}")
 
 
 def _check_step(graph: Graph) -> None:
@@ -214,10 +218,16 @@ def _check_step(graph: Graph) -> None:
     avals = [graph.aval(name) for name in ARGUMENTS]
     flat = all(a.ndim == 1 and a.dtype == jnp.int32 for a in avals)
     if not flat or len({a.shape for a in avals[:3]}) != 1:
-        raise PassError(f"the arguments of a step graph are int32 [n], [n], [n] and [m], not {avals}")
+        raise PassError(f"the arguments of a step graph are int32 [n], [n], [n] and [m], not {_types(avals)}")
     logits, *states = [v.aval for v in graph.jaxpr.outvars]
     if logits.ndim != 2 or logits.shape[0] != avals[3].shape[0]:
-        raise PassError(f"a step graph returns logits [m, vocab] first, this one {logits.str_short()}")
+        raise PassError(f"a step graph returns logits [m, vocab] first, this one {type_text(logits)}")
     expected = [graph.aval(name) for name in graph.names("state")]
     if [(s.shape, s.dtype) for s in states] != [(s.shape, s.dtype) for s in expected]:
-        raise PassError(f"a step graph returns its new states: expected {expected}, found {states}")
+        raise PassError(
+            f"a step graph returns its new states: expected {_types(expected)}, found {_types(states)}"
+        )
+
+
+def _types(avals: Sequence[Any]) -> str:
+    return ", ".join(map(type_text, avals))

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 
+from xlathe.pass_text import pass_name
 from xlathe.passes.canonicalize import Canonicalize
 from xlathe.passes.fuse_attention import FuseAttention
 from xlathe.passes.kv_cache import KVCache
 from xlathe.passes.lower_kernels import LowerKernels
 from xlathe.passes.quantize import Quantize
 from xlathe.passes.specialize import Specialize
-from xlathe.pass_text import pass_name
 from xlathe.pipeline import Pass
 
 PASSES: Mapping[str, type[Pass]] = {
