@@ -55,6 +55,12 @@ def call_body(eqn: JaxprEqn) -> Jaxpr | None:
     return None
 
 
+def bodies(eqn: JaxprEqn) -> list[Jaxpr]:
+    """Returns every jaxpr that an equation may run: a call's body, a loop's, the branches of a `cond`."""
+    values = [v for p in eqn.params.values() for v in (p if isinstance(p, tuple) else (p,))]
+    return [value for value in values if isinstance(value, Jaxpr)]
+
+
 def bind(eqn: JaxprEqn, operands: Sequence[Any], **params: Any) -> list[Any]:
     """Runs (or traces) one equation on new operands, with some of its parameters replaced."""
     bind_params = eqn.primitive.get_bind_params({**eqn.params, **params})

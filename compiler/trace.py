@@ -18,6 +18,8 @@ from xlathe.graph import Graph, Input, Weights
 if TYPE_CHECKING:
     from flax import nnx
 
+_RANDOM = ("random_", "threefry", "rng_")
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -55,6 +57,7 @@ def trace(model: Any, params: Any = None, *, max_len: int, tokenizer: Any = None
     source = _source(model, params)
     jaxpr, constants = _trace_sizes(source, max_len)
     _check_logits(jaxpr)
+    _check_deterministic(jaxpr)
     names = [*source.names, *(f"const/{i}" for i in range(len(constants)))]
     kinds = ["weight" if trained else "const" for trained in source.trained] + ["const"] * len(constants)
     arrays = dict(zip(names, [*source.arrays, *constants], strict=True))
@@ -158,6 +161,15 @@ def _check_logits(jaxpr: ir.Jaxpr) -> None:
     shapes = [v.aval.shape for v in jaxpr.outvars]
     if len(shapes) != 1 or len(shapes[0]) != 3 or tuple(shapes[0][:2]) != tuple(tokens):
         raise TraceError(f"the model must return logits [b, t, vocab] for tokens [b, t]; it returns {shapes}")
+
+
+def _check_deterministic(jaxpr: ir.Jaxpr) -> None:
+    for eqn in ir.live_equations(jaxpr):
+        if eqn.primitive.name.startswith(_RANDOM):
+            raise TraceError(f"the model draws random numbers at {ir.source_line(eqn)}: trace it in evaluation mode "
+                             "(model.eval(), deterministic=True)")  # fmt: skip
+        for body in ir.bodies(eqn):
+            _check_deterministic(body)
 
 
 def _unroll(

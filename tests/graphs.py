@@ -1,0 +1,35 @@
+"""Graphs of the zoo, traced once a test run."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+import xlathe as xl
+from tests.variants import DECODERS, REFUSED, Variant, as_function
+
+ZOO = {variant.name: variant for variant in DECODERS + REFUSED}
+
+
+@functools.cache
+def traced(name: str) -> xl.Graph:
+    """The graph of a decoder, or a look-alike, of the zoo."""
+    function, weights = as_function(ZOO[name].build())
+    return xl.trace(function, weights, max_len=ZOO[name].max_len)
+
+
+def tokens(variant: Variant, b: int, t: int, seed: int = 0) -> np.ndarray:
+    """Returns int32 [b, t]."""
+    return np.random.default_rng(seed).integers(0, variant.vocab, (b, t), dtype=np.int32)
+
+
+def relative(found: jax.Array, expected: jax.Array) -> float:
+    """max |difference| / max |expected|, in float64."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def graph_of(function: Callable, *, max_len: int = 16, **params: np.ndarray) -> xl.Graph:
+    """Traces a function of a dictionary of arrays and tokens."""
+    return xl.trace(function, params, max_len=max_len)

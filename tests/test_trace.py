@@ -1,0 +1,216 @@
+"""Tracing: every authoring of the zoo becomes a graph that computes what its author's code computes."""
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+from jax import lax
+
+import xlathe as xl
+from tests.graphs import ZOO, relative, tokens, traced
+from tests.variants import DECODERS, REFUSED, forward
+from xlathe import jaxpr as ir
+
+EMBED = np.random.default_rng(0).normal(size=(11, 4)).astype(np.float32)
+
+
+@pytest.mark.parametrize("variant", DECODERS, ids=repr)
+def test_computes_the_same(variant):
+    graph, author = traced(variant.name), forward(variant)
+    for b, t in [(1, 1), (2, 9)]:
+        ids = tokens(variant, b, t)
+        assert relative(graph(ids), author(ids)) < variant.rtol
+
+
+@pytest.mark.parametrize("variant", REFUSED, ids=repr)
+def test_computes_the_same_even_where_no_cache_can_be_derived(variant):
+    ids = tokens(variant, 2, 9)
+    assert relative(traced(variant.name)(ids), forward(variant)(ids)) < variant.rtol
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_form(name):
+    """Named inputs, no captured arrays, symbolic axes, no calls but those with a custom derivative."""
+    graph = traced(name)
+    b, t = graph.aval("tokens").shape
+    assert ir.dim_vars(b) == {"b"} and ir.dim_vars(t) == {"t"}
+    assert graph.names("arg") == ("tokens",) and not graph.names("state")
+    assert not graph.jaxpr.constvars and len(set(graph.names("weight", "const"))) == len(graph.weights)
+    assert graph.jaxpr.outvars[0].aval.shape == (b, t, ZOO[name].vocab)
+    assert not {e.primitive.name for e in graph.jaxpr.eqns} & ir.INLINED
+
+
+def test_names_of_a_function():
+    assert {"embed", "layers/0/wq", "layers/1/down", "norm"} <= set(traced("heads_first").names("weight"))
+
+
+@pytest.mark.parametrize("name", ["nnx_scan", "linen_scan_remat", "lax_scan"])
+def test_scanned_layers_are_unrolled(name):
+    """Before: one stacked weight. Expected: one input a layer, numbered in its folder."""
+    graph = traced(name)
+    assert "scan" not in {e.primitive.name for e in graph.jaxpr.eqns}
+    for weight in graph.names("weight"):
+        if "/0/" in weight:
+            assert weight.replace("/0/", "/1/") in graph.names("weight")
+            assert np.any(graph.weights[weight] != graph.weights[weight.replace("/0/", "/1/")])
+    assert any("/0/" in weight for weight in graph.names("weight"))
+
+
+def test_names_of_scanned_layers():
+    def model(params, ids):
+        x = params["embed"][ids]
+        x, _ = lax.scan(lambda x, w: (jnp.tanh(x @ w["up"] + w["bias"]), None), x, params["layers"])
+        return x @ params["embed"].T
+
+    rng = np.random.default_rng(1)
+    up, bias = rng.normal(size=(3, 4, 4)).astype(np.float32), rng.normal(size=(3, 4)).astype(np.float32)
+    graph = xl.trace(model, {"embed": EMBED, "layers": {"up": up, "bias": bias}}, max_len=8)
+    expected = {"embed", *(f"layers/{i}/{leaf}" for i in range(3) for leaf in ("up", "bias"))}
+    assert set(graph.names("weight")) == expected
+    assert np.array_equal(graph.weights["layers/2/up"], up[2])
+
+
+def test_nnx_names_and_kinds():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(11, 4, rngs=rngs)
+            self.bias = nnx.BatchStat(jnp.arange(11.0))
+
+        def __call__(self, ids):
+            return self.embed.attend(self.embed(ids)) + self.bias[...]
+
+    graph = xl.trace(Model(nnx.Rngs(0)), max_len=8)
+    assert graph.names("weight") == ("embed/embedding",) and graph.names("const") == ("bias",)
+
+
+def test_linen_names():
+    class Model(linen.Module):
+        @linen.compact
+        def __call__(self, ids):
+            return linen.Dense(11, name="head")(linen.Embed(11, 4, name="embed")(ids))
+
+    module = Model()
+    variables = module.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    graph = xl.trace((module, variables), max_len=8)
+    assert set(graph.names("weight")) == {"embed/embedding", "head/kernel", "head/bias"}
+
+
+def test_captured_arrays_become_constants():
+    table = np.linspace(0, 1, 8 * 11, dtype=np.float32).reshape(8, 11)
+
+    def model(params, ids):
+        return params["embed"][ids] @ params["embed"].T + table[: ids.shape[1]]
+
+    graph = xl.trace(model, {"embed": EMBED}, max_len=8)
+    (name,) = graph.names("const")
+    assert np.array_equal(graph.weights[name], table)
+    assert relative(graph([[1, 2, 3]]), model({"embed": jnp.asarray(EMBED)}, np.array([[1, 2, 3]]))) < 1e-6
+
+
+def test_integer_parameters_are_constants():
+    def model(params, ids):
+        return params["embed"][ids[..., None] + params["offset"]].sum(2) @ params["embed"].T
+
+    graph = xl.trace(model, {"embed": EMBED, "offset": np.zeros(2, np.int32)}, max_len=8)
+    assert graph.names("const") == ("offset",)
+
+
+def test_unread_weights_are_dropped():
+    graph = xl.trace(
+        lambda p, ids: p["embed"][ids] @ p["embed"].T, {"embed": EMBED, "spare": EMBED}, max_len=8
+    )
+    assert graph.names("weight") == ("embed",) and set(graph.weights) == {"embed"}
+
+
+def test_source_lines_survive():
+    def model(params, ids):
+        x = params["embed"][ids]
+        return jnp.tanh(x) @ params["embed"].T  # this line
+
+    eqn = next(
+        e for e in xl.trace(model, {"embed": EMBED}, max_len=8).jaxpr.eqns if e.primitive.name == "tanh"
+    )
+    first = model.__code__.co_firstlineno
+    assert f"test_trace.py:{first + 2} " in ir.source_line(eqn)
+
+
+def logits_of(x):
+    return x @ EMBED.T
+
+
+REFUSALS = {
+    "branch on a value": (
+        lambda p, i: logits_of(p["e"][i]) if i[0, 0] > 0 else logits_of(-p["e"][i]),
+        "branches on",
+    ),
+    "no logits": (lambda p, i: p["e"][i].sum(-1), "logits"),
+    "two results": (lambda p, i: (logits_of(p["e"][i]), i), "logits"),
+    "one row for all": (lambda p, i: logits_of(p["e"][i[:1]]), "logits"),
+    "random numbers": (
+        lambda p, i: logits_of(p["e"][i] * jax.random.bernoulli(jax.random.key(0), 0.5, (4,))),
+        "random",
+    ),
+    "dropout": (
+        lambda p, i: nnx.Dropout(0.5, rngs=nnx.Rngs(0))(logits_of(p["e"][i])),
+        "random",
+    ),
+    "a loop over tokens": (
+        lambda p, i: logits_of(jnp.stack([p["e"][i[:, j]] for j in range(int(i.shape[1]))], 1)),
+        "loops over tokens",
+    ),
+    "a branch on the length": (
+        lambda p, i: logits_of(jnp.tanh(p["e"][i]) if i.shape[1] > 20 else p["e"][i]),
+        "branches on the length",
+    ),
+    "a number that depends on the length": (
+        lambda p, i: logits_of(p["e"][i] * np.float32(np.log(int(i.shape[1])))),
+        "changes with the length",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refused(name):
+    function, reason = REFUSALS[name]
+    with pytest.raises(xl.TraceError, match=reason):
+        xl.trace(function, {"e": EMBED}, max_len=64)
+
+
+def test_refusal_names_the_line():
+    def model(params, ids):
+        x = params["e"][ids]
+        return logits_of(x * np.float32(np.log(int(ids.shape[1]))))  # this line
+
+    with pytest.raises(xl.TraceError, match=f"test_trace.py:{model.__code__.co_firstlineno + 2} "):
+        xl.trace(model, {"e": EMBED}, max_len=64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ((linen.Dense(4),), "with its variables"),
+        ((logits_of,), "with its parameters"),
+        ((3,), "expected an nnx.Module"),
+    ],
+)
+def test_wrong_kind_of_model(arguments, reason):
+    with pytest.raises(xl.TraceError, match=reason):
+        xl.trace(*arguments, max_len=8)
+
+
+def test_max_len_must_be_positive():
+    with pytest.raises(xl.TraceError, match="max_len"):
+        xl.trace(logits_of, {"e": EMBED}, max_len=0)
+
+
+def test_flax_is_not_needed_to_import():
+    """What is loaded from disk must run where Flax is not installed."""
+    import subprocess
+    import sys
+
+    code = "import sys; sys.modules['flax'] = None; import xlathe; print(xlathe.load_graph.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "load_graph", done.stderr
+    assert flax.__version__
