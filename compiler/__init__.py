@@ -1,5 +1,6 @@
 """xlathe: shapes a JAX model with passes and compiles it ahead of time into a serving binary."""
 
+from xlathe.bundle import load_bundle as load
 from xlathe.errors import (
     BundleError,
     DeriveError,
@@ -14,6 +15,7 @@ from xlathe.graph import Graph
 from xlathe.graph_file import load_graph
 from xlathe.op import op
 from xlathe.pipeline import Pass, Pipeline
+from xlathe.program import Program, compile
 from xlathe.trace import trace
 
 __all__ = [
@@ -25,9 +27,12 @@ __all__ = [
     "Pass",
     "PassError",
     "Pipeline",
+    "Program",
     "RequestError",
     "TraceError",
     "XlatheError",
+    "compile",
+    "load",
     "load_graph",
     "op",
     "trace",

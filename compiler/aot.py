@@ -1,7 +1,7 @@
 """Compile a graph ahead of time: one program a bucket of sizes, all over the same weights."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -48,12 +48,20 @@ class Buckets:
 
 
 @dataclasses.dataclass(frozen=True)
-class Unit:
-    """One program to compile: a pure function and the avals of its arguments (the weights come first)."""
+class Signature:
+    """Arguments (the weights come first, the state last) and results of one program, as avals."""
 
     name: str
-    function: Callable[..., Any]
     avals: tuple[Any, ...]
+    results: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """One program to compile: a pure function and its signature."""
+
+    signature: Signature
+    function: Callable[..., Any]
 
 
 def to_step(graph: Graph) -> Graph:
@@ -64,20 +72,49 @@ def to_step(graph: Graph) -> Graph:
 
 
 def units(step: Graph, buckets: Buckets, target: str | None, *, kernels: bool = True) -> Iterator[Unit]:
-    """Yields every program of a step graph: `decode_r<rows>` and `prefill_r<rows>_n<tokens>`.
+    """Yields every program of a step graph.
 
     kernels: False keeps the reference bodies, for machines that lack the kernels.
     """
     weights = {name: _aval(step.aval(name)) for name in step.names("weight", "const")}
     for r in buckets.batches:
         state = tuple(state_avals(step, r, buckets.slots))
-        logits = jax.ShapeDtypeStruct((r, step.vocab), jnp.float32)
         fixed = _lowered(step, target, kernels, tokens=r, selected=r, rows=r, slots=buckets.slots)
-        yield Unit(f"decode_r{r}", decode_unit(fixed, buckets.unit), (weights, *_decode_avals(logits, r), state))
+        decode = decode_signature(r, buckets.unit, step.vocab, weights, state)
+        yield Unit(decode, decode_unit(fixed, buckets.unit))
         for n in buckets.chunks:
             fixed = _lowered(step, target, kernels, tokens=n, selected=r, rows=r, slots=buckets.slots)
-            chunk = [_ints(n), _ints(n), _ints(n), _ints(r), jax.ShapeDtypeStruct((r,), jnp.bool_)]
-            yield Unit(f"prefill_r{r}_n{n}", prefill_unit(fixed), (weights, logits, *chunk, state))
+            yield Unit(prefill_signature(r, n, step.vocab, weights, state), prefill_unit(fixed))
+
+
+def signatures(
+    buckets: Buckets, vocab: int, weights: Mapping[str, Any], states: Mapping[int, tuple[Any, ...]]
+) -> Iterator[Signature]:
+    """Yields the signatures of `units`, in their order, from avals alone; states: by number of rows."""
+    for r in buckets.batches:
+        yield decode_signature(r, buckets.unit, vocab, weights, states[r])
+        for n in buckets.chunks:
+            yield prefill_signature(r, n, vocab, weights, states[r])
+
+
+def decode_signature(
+    rows: int, unit: int, vocab: int, weights: Mapping[str, Any], state: tuple[Any, ...]
+) -> Signature:
+    """`decode_r<rows>`: see `xlathe.decode.units.decode_unit`."""
+    progress = Rows(_floats(rows, vocab), _ints(rows), _bools(rows), _ints(rows))
+    keys: Any = jax.ShapeDtypeStruct((rows, 2), jnp.uint32)
+    sampling = Sampling(_floats(rows), _ints(rows), _floats(rows), _floats(rows), keys)
+    avals = (dict(weights), progress, sampling, _ints(STOP_TOKENS), _ints(), state)
+    return Signature(f"decode_r{rows}", avals, (_ints(rows, unit), progress, state))
+
+
+def prefill_signature(
+    rows: int, tokens: int, vocab: int, weights: Mapping[str, Any], state: tuple[Any, ...]
+) -> Signature:
+    """`prefill_r<rows>_n<tokens>`: see `xlathe.decode.units.prefill_unit`."""
+    logits, each, chosen = _floats(rows, vocab), _ints(tokens), _ints(rows)
+    avals = (dict(weights), logits, each, each, each, chosen, _bools(rows), state)
+    return Signature(f"prefill_r{rows}_n{tokens}", avals, (logits, state))
 
 
 def _lowered(step: Graph, target: str | None, kernels: bool, **sizes: int) -> Graph:
@@ -85,14 +122,16 @@ def _lowered(step: Graph, target: str | None, kernels: bool, **sizes: int) -> Gr
     return LowerKernels(find_target(target).name)(fixed) if kernels else fixed
 
 
-def _decode_avals(logits: Any, rows: int) -> tuple[Any, ...]:
-    progress = Rows(logits, _ints(rows), jax.ShapeDtypeStruct((rows,), jnp.bool_), _ints(rows))
-    sampling = jax.tree.map(_aval, Sampling.of(rows))
-    return progress, sampling, _ints(STOP_TOKENS), jax.ShapeDtypeStruct((), jnp.int32)
+def _floats(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _ints(size: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((size,), jnp.int32)
+def _ints(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def _bools(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.bool_)
 
 
 def _aval(array: Any) -> jax.ShapeDtypeStruct:

@@ -15,6 +15,7 @@ from xlathe.decode.text import TextStream
 from xlathe.decode.units import NO_TOKEN, Rows
 from xlathe.errors import RequestError
 from xlathe.graph import Graph
+from xlathe.target import find_target
 
 Prompts = str | Sequence[str] | Sequence[Sequence[int]] | np.ndarray
 
@@ -68,7 +69,7 @@ class Program:
     """Programs compiled for some buckets of sizes, and the weights that they share.
 
     calls: the compiled units by name (`aot.units`); step: the graph they were compiled from, None where the program
-    was loaded from disk; seconds: how long compiling or loading took.
+    was loaded from disk; target: what they were compiled for; seconds: how long compiling or loading took.
     """
 
     calls: Mapping[str, Callable[..., Any]]
@@ -79,6 +80,7 @@ class Program:
     tokenizer: Any = None
     stop_tokens: tuple[int, ...] = ()
     step: Graph | None = None
+    target: str = "cpu"
     seconds: float = 0.0
 
     def generate(
@@ -206,7 +208,7 @@ def compile(
         raise RequestError(f"max_len={max_len}, but the graph was traced with max_len={graph.max_len}")
     step = to_step(graph)
     buckets = Buckets.of(max_batch, max_len or graph.max_len, unit, chunks)
-    calls = {u.name: compile_unit(u.function, u.avals) for u in units(step, buckets, target)}
+    calls = {u.signature.name: compile_unit(u.function, u.signature.avals) for u in units(step, buckets, target)}
     return Program(
         calls=calls,
         arrays=step.arrays,
@@ -216,6 +218,7 @@ def compile(
         tokenizer=graph.tokenizer,
         stop_tokens=tuple(stop_tokens),
         step=step,
+        target=find_target(target).name,
         seconds=time.perf_counter() - start,
     )
 
