@@ -1,0 +1,91 @@
+"""What each verb does with a small model."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import xlathe as xl
+from xlathe.passes import PASSES
+from xlathe.tools.main import main
+
+TOKENS = np.random.default_rng(0).integers(0, 4096, (2, 16), dtype=np.int32)
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """Runs words that are right; returns what was printed."""
+    code = main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, "")
+    assert "\x1b" not in out
+    return out
+
+
+def test_passes_lists_every_pass_with_every_option(capsys):
+    listed = [line.split()[0] for line in run(capsys, "passes").splitlines()]
+    expected = []
+    for name, cls in PASSES.items():
+        expected += [name, *(f"{field.name}:" for field in dataclasses.fields(cls))]
+    assert listed == expected
+
+
+def test_opt_saves_what_the_pipeline_gives(tiny, tiny_folder, tmp_path, capsys):
+    text = "canonicalize,fuse_attention,quantize{scheme=int8}"
+    out = run(capsys, "opt", tiny_folder, tmp_path / "int8", f"--passes={text}")
+
+    expected = xl.Pipeline.parse(text, PASSES)(tiny)
+    found = xl.load_graph(tmp_path / "int8")
+    np.testing.assert_array_equal(found(TOKENS), expected(TOKENS))
+    assert found.report().splitlines()[1] == out.splitlines()[1]  # sizes
+
+
+def test_opt_verifies_and_dumps(tiny_folder, tmp_path, capsys):
+    dump = tmp_path / "dump"
+    run(capsys, "opt", tiny_folder, tmp_path / "out", "--config=float32", "--verify", f"--dump={dump}")
+    names = [path.name for path in sorted(dump.iterdir())]
+    assert names == ["00_input.py", "01_canonicalize.py", "02_fuse_attention.py"]
+
+
+def test_opt_prints_what_changed(tiny_folder, tmp_path, capsys):
+    words = ["opt", tiny_folder, tmp_path / "out", "--passes=fuse_attention", "--print_after_change"]
+    assert "--- 1: fuse_attention" in run(capsys, *words)
+
+
+def test_inspect_reports_on_a_graph_or_prints_it(tiny, tiny_folder, capsys):
+    assert run(capsys, "inspect", tiny_folder) == tiny.report() + "\n"
+    assert "def graph(" in run(capsys, "inspect", tiny_folder, "--text")
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundles") / "tiny"
+    assert main(["compile", str(tiny_folder), str(folder), "--max_len=24"]) == 0
+    return folder
+
+
+def test_a_compiled_bundle_generates_what_the_graph_would(tiny, bundle, capsys):
+    out = run(capsys, "generate", bundle, "def read", "--max_tokens=4")
+
+    ids = tiny.tokenizer.encode("def read", add_special_tokens=False).ids
+    new: list[int] = []
+    for _ in range(4):
+        new.append(int(np.argmax(tiny([ids + new])[0, -1])))
+    assert out == tiny.tokenizer.decode(new) + "\n"
+
+
+def test_generate_passes_its_flags_on(bundle, capsys):
+    words = ["generate", bundle, "def read", "--max_tokens=8", "--temperature=1", "--top_k=50", "--top_p=0.9"]
+    first, same, other = (run(capsys, *words, f"--seed={seed}") for seed in (1, 1, 2))
+    assert first == same != other
+    assert run(capsys, *words, "--seed=1", f"--stop={first[:4]}", "--stop=never") == "\n"
+
+
+def test_generate_refuses_what_does_not_fit(bundle, capsys):
+    assert main(["generate", str(bundle), "def", "--max_tokens=24"]) == 1
+    assert "max_len=24" in capsys.readouterr().err
+
+
+def test_inspect_prints_the_manifest_of_a_bundle(bundle, capsys):
+    assert json.loads(run(capsys, "inspect", bundle)) == json.loads((bundle / "manifest.json").read_text())

@@ -1,0 +1,59 @@
+"""The command line: `xlathe <verb> [words] [--flags]`."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from xlathe.errors import XlatheError, did_you_mean
+from xlathe.tools import compile, demo, generate, inspect, opt, passes
+from xlathe.tools.command import UsageError, Verb
+
+# In the order in which a newcomer meets them. A verb imports JAX when it runs: help is quick.
+VERBS: tuple[Verb, ...] = (demo.VERB, compile.VERB, generate.VERB, opt.VERB, inspect.VERB, passes.VERB)
+HELP = ("help", "--help", "-h")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit code: 0, 1 for an error, 2 for a wrong command line, 130 for Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _dispatch(words)
+        sys.stdout.flush()
+    except UsageError as error:
+        return _fail(error, 2)
+    except (XlatheError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # who read our output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _dispatch(words: list[str]) -> None:
+    if not words or (len(words) == 1 and words[0] in HELP):
+        print(_overview())
+    elif words[0] in HELP:
+        print(_find(words[1]).help())
+    else:
+        _find(words[0])(words[1:])
+
+
+def _find(name: str) -> Verb:
+    verbs = {verb.name: verb for verb in VERBS}
+    if name not in verbs:
+        raise UsageError(f"no verb {name!r}{did_you_mean(name, verbs)}")
+    return verbs[name]
+
+
+def _overview() -> str:
+    lines = [f"  {verb.name:<10} {verb.summary}" for verb in VERBS]
+    return "\n".join(
+        ["usage: xlathe VERB [words] [--flags]", "", *lines, "", "xlathe VERB --help lists its flags."]
+    )
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"xlathe: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,87 @@
+"""What `xlathe demo` measures of a pipeline: quality on held-out windows, speed, size."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from xlathe.graph import Graph
+from xlathe.program import Program, Stats
+from xlathe.tools.bench_kernels import memory_read
+from xlathe.verify import Comparison, Estimate, compare
+
+
+@dataclasses.dataclass(frozen=True)
+class Quality:
+    """How a graph predicts, beside the graph that it came from; KL divergence in nats a token."""
+
+    perplexity: Estimate
+    kl: Estimate
+    same_top1: Estimate
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Medians over rounds.
+
+    prefill, decode: tokens a second; read_limit: bytes a second when as many bytes as the weights have are
+    read and nothing else is done.
+    """
+
+    prefill: float
+    decode: float
+    read_limit: float
+
+
+def quality(
+    reference: Graph, graph: Graph, windows: np.ndarray, progress: Callable[[str, float], None]
+) -> Quality:
+    """Compares two graphs on windows int32 [n, length], n >= 2.
+
+    Tokens of one window resemble each other, so that the standard errors are those of the mean over windows
+    (clustered standard errors, https://arxiv.org/abs/2411.00640); the perplexity's is carried through exp.
+    """
+    comparisons: list[Comparison] = []
+    for i, window in enumerate(windows):
+        progress("evaluate", i / len(windows))
+        comparisons.append(compare(reference, graph, window[None]))
+    loss = over_windows([math.log(c.perplexity_b.mean) for c in comparisons])
+    return Quality(
+        Estimate(math.exp(loss.mean), math.exp(loss.mean) * loss.error),
+        over_windows([c.kl.mean for c in comparisons]),
+        over_windows([c.same_top1.mean for c in comparisons]),
+    )
+
+
+def over_windows(means: Sequence[float]) -> Estimate:
+    """Returns the mean of one number a window, and its standard error."""
+    return Estimate(float(np.mean(means)), float(np.std(means, ddof=1) / math.sqrt(len(means))))
+
+
+def speeds(
+    programs: Sequence[tuple[Program, int]],
+    prompt: Sequence[int],
+    new_tokens: int,
+    rounds: int,
+    progress: Callable[[str, float], None],
+) -> list[Speed]:
+    """Times programs, each with the bytes of its weights, on one row.
+
+    All take turns, so that a disturbance of the machine meets them alike. The first round does not count.
+    """
+    reads = [memory_read(size) for _, size in programs]
+    runs: list[list[Stats]] = [[] for _ in programs]
+    for number in range(rounds + 1):
+        progress("measure speed", number / (rounds + 1))
+        for (program, _), stats, read in zip(programs, runs, reads, strict=True):
+            stats.append(program.generate([prompt], max_tokens=new_tokens)[0].stats)
+            read.measure()
+    return [
+        Speed(
+            float(np.median([run.prompt_tokens / run.prefill_seconds for run in stats[1:]])),
+            float(np.median([run.new_tokens / run.decode_seconds for run in stats[1:]])),
+            size / float(np.median(read.seconds[1:])),
+        )
+        for (_, size), stats, read in zip(programs, runs, reads, strict=True)
+    ]

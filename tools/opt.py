@@ -1,0 +1,48 @@
+"""`xlathe opt`: runs passes on a saved graph and saves the result."""
+
+from absl import flags
+
+from xlathe.tools.command import UsageError, Verb
+from xlathe.tools.console import bar, make_console
+from xlathe.tools.source import define_pipeline, find_pipeline, open_graph
+
+
+def define(values: flags.FlagValues) -> None:
+    define_pipeline(values)
+    flags.DEFINE_boolean(
+        "verify", False, "check on drawn tokens that each pass keeps what it promises", flag_values=values
+    )
+    flags.DEFINE_string(
+        "dump", None, "directory for the graph after every pass, and a reproducer", flag_values=values
+    )
+    flags.DEFINE_boolean("print_after_change", False, "print what each pass changed", flag_values=values)
+
+
+def run(values: flags.FlagValues, source: str, destination: str) -> None:
+    import dataclasses
+
+    console = make_console()
+    pipeline = find_pipeline(values)
+    if pipeline is None:
+        raise UsageError("which passes? --passes='canonicalize,fuse_attention' or --config=int8")
+    if values["verify"].value:
+        pipeline = dataclasses.replace(pipeline, verify=True)
+    graph = open_graph(source)
+    with bar(console, "passes") as progress:
+        result = pipeline(
+            graph,
+            progress=progress,
+            dump=values["dump"].value,
+            print_after_change=values["print_after_change"].value,
+        )
+        result.save(destination)
+    console.print(result.report(), soft_wrap=True)
+
+
+VERB = Verb(
+    "opt",
+    "run passes on a graph directory, or the word demo, and save the graph",
+    ("SOURCE", "OUT"),
+    define,
+    run,
+)

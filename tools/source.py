@@ -1,0 +1,90 @@
+"""What the words of a command line name: graphs, programs and pipelines."""
+
+import importlib
+import pkgutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+from xlathe.errors import OptionError, did_you_mean
+from xlathe.tools.command import UsageError
+
+if TYPE_CHECKING:
+    from xlathe.graph import Graph
+    from xlathe.pipeline import Pipeline
+    from xlathe.program import Program
+
+DEMO = "demo"
+DEMO_LENGTH = 512  # the context that the demo's models were trained with
+
+
+def define_pipeline(values: flags.FlagValues) -> None:
+    """Adds the flags that `find_pipeline` reads."""
+    flags.DEFINE_string(
+        "passes", None, "a pipeline, 'canonicalize,quantize{scheme=int8}'", flag_values=values
+    )
+    flags.DEFINE_string("config", None, "a pipeline by the name of its preset, int8", flag_values=values)
+
+
+def find_pipeline(values: flags.FlagValues) -> "Pipeline | None":
+    """Returns the pipeline of --passes or --config, None where neither was given."""
+    if values["passes"].value and values["config"].value:
+        raise UsageError("--passes and --config both name a pipeline; give one of them")
+    if values["config"].value:
+        return preset(values["config"].value)
+    return parse_passes(values["passes"].value) if values["passes"].value else None
+
+
+def preset(name: str) -> "Pipeline":
+    """Returns the pipeline of the preset `name`; OptionError for an unknown one."""
+    from xlathe import configs
+
+    known = [module.name for module in pkgutil.iter_modules(configs.__path__)]
+    if name not in known:
+        raise OptionError(f"no config {name!r}{did_you_mean(name, known)}")
+    return parse_passes(importlib.import_module(f"xlathe.configs.{name}").get_config().passes)
+
+
+def parse_passes(text: str) -> "Pipeline":
+    from xlathe.passes import PASSES
+    from xlathe.pipeline import Pipeline
+
+    return Pipeline.parse(text, PASSES)
+
+
+def open_graph(source: str) -> "Graph":
+    """Traces the demo's target model, or loads the graph directory `source`."""
+    if source == DEMO:
+        from xlathe.models import demo
+        from xlathe.trace import trace
+
+        model, tokenizer = demo.load("target")
+        return trace(model, max_len=DEMO_LENGTH, tokenizer=tokenizer)
+    from xlathe.graph_file import load_graph
+
+    return load_graph(source)
+
+
+def stop_tokens(source: str) -> tuple[int, ...]:
+    """Returns the ids that end an answer: the demo's own; a saved graph does not say."""
+    if source != DEMO:
+        return ()
+    from xlathe.models.demo.corpus import END_OF_TEXT
+
+    return (END_OF_TEXT,)
+
+
+def is_bundle(source: str) -> bool:
+    return (Path(source) / "manifest.json").exists()
+
+
+def open_program(source: str) -> "Program":
+    """Loads the bundle `source`, or compiles the demo or a graph directory with the default passes."""
+    if is_bundle(source):
+        from xlathe.bundle import load_bundle
+
+        return load_bundle(source)
+    from xlathe.program import compile
+
+    return compile(open_graph(source), stop_tokens=stop_tokens(source))
