@@ -33,7 +33,7 @@ lint: $(STAMP)  ## check style, layering and types
 	MYPYPATH=build/typed $(BIN)/mypy -p xlathe
 
 bench: $(STAMP)  ## measure the CPU kernels beside this machine's memory and XLA
-	$(BIN)/python -m xlathe.tools.bench $(ARGS)
+	$(BIN)/python -m xlathe.tools.bench_kernels $(ARGS)
 
 clean:  ## remove everything that make has built
 	rm -rf .venv .venv-jax-* build $(LIBRARY)

@@ -31,14 +31,14 @@ def packages() -> list[str]:
 def native_library() -> Extension:
     """All CPU kernels in one library. It is optional: where it does not compile, setup goes on without it."""
     jaxlib = importlib.util.find_spec("jaxlib")
-    includes = [f"{folder}/include" for folder in (jaxlib and jaxlib.submodule_search_locations) or []]
+    headers = [f"-isystem{folder}/include" for folder in (jaxlib and jaxlib.submodule_search_locations) or []]
     return Extension(
         "xlathe.kernels.libxlathe_cpu",
         sources=sorted(map(str, KERNELS.rglob("*.cc"))),
         depends=sorted(map(str, KERNELS.rglob("*.h"))),
         include_dirs=[str(KERNELS)],
         # No -march: a kernel picks its instruction set at run time. No contraction: each rounding is written.
-        extra_compile_args=["-std=c++17", "-O3", "-g0", "-ffp-contract=off", *(f"-isystem{i}" for i in includes)],
+        extra_compile_args=["-std=c++17", "-O3", "-g0", "-ffp-contract=off", *headers],
         language="c++",
         optional=True,
     )

@@ -37,7 +37,7 @@ namespace {
 
 // Below this many multiply-adds, waking another thread costs more than it saves.
 constexpr int64_t kParallelWork = 1 << 20;
-constexpr int64_t kBlockWork = 1 << 18;  // that a thread takes at a time
+constexpr int64_t kBlocksPerThread = 16;  // so that a thread that is held up leaves little to wait for
 
 std::string shape(ffi::AnyBuffer::Dimensions dims) {
   std::string text = "[";
@@ -73,13 +73,15 @@ ffi::Error quantized_dot_int8(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, f
 
   const int64_t stride = (k + 15) / 16 * 16 + 16;
   const std::vector<float> padded = pad_rows(x.typed_data(), m, k, stride);
-  const QuantizedDot op{padded.data(), stride, codes.typed_data(), scale.typed_data(), y->typed_data(), m, n, k};
+  const QuantizedDot op{
+      padded.data(), stride, codes.typed_data(), scale.typed_data(), y->typed_data(), m, n, k};
   const auto rows = XLATHE_SELECT(*isa, rows);
   if (m * n * k < kParallelWork) {
     rows(op, 0, n);
     return ffi::Error::Success();
   }
-  const int64_t block = kTileN * std::max<int64_t>(1, kBlockWork / (m * k * kTileN));
+  const int64_t blocks = kBlocksPerThread * std::max<int64_t>(1, pool.num_threads());
+  const int64_t block = (n / blocks / kTileN + 1) * kTileN;
   parallel_for(pool, (n + block - 1) / block,
                [&](int64_t i) { rows(op, i * block, std::min(n, (i + 1) * block)); });
   return ffi::Error::Success();

@@ -44,6 +44,7 @@ inline __attribute__((always_inline)) void accumulate(Lanes::Float (&sums)[kM][k
 template <int kM, int kN, int kTileK>
 void tile(const QuantizedDot& op, int64_t m0, int64_t n0, int64_t n1) {
   static_assert(kTileN % kN == 0 && kTileK % kParts == 0);
+  const int64_t last = n1 - kN;  // where a whole group of rows may begin
   n1 = n0 + kTileN < n1 ? n0 + kTileN : n1;
   const int64_t groups = (n1 - n0 + kN - 1) / kN;
   const int64_t whole = op.k / kParts * kParts;
@@ -55,8 +56,9 @@ void tile(const QuantizedDot& op, int64_t m0, int64_t n0, int64_t n1) {
     for (int64_t group = 0; group < groups; ++group) {
       const int8_t* codes[kN];
       for (int n = 0; n < kN; ++n) codes[n] = codes_at(n0 + group * kN + n, k);
-      const int64_t two_groups = 2 * kN * op.k;
-      accumulate(sums[group], x + k, op.x_stride, codes, whole - k < kTileK ? whole - k : kTileK, two_groups);
+      const int64_t count = whole - k < kTileK ? whole - k : kTileK;
+      const int64_t ahead = n0 + (group + 2) * kN <= last ? 2 * kN * op.k : 0;
+      accumulate(sums[group], x + k, op.x_stride, codes, count, ahead);
     }
   }
   for (int64_t group = 0; group < groups && whole < op.k; ++group) {
