@@ -1,6 +1,7 @@
-"""What xlathe relies on in JAX's intermediate representation, fact by fact: a JAX upgrade fails here first."""
+"""What xlathe relies on in JAX, fact by fact: an upgrade of JAX fails here first."""
 
 import functools
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -197,12 +198,13 @@ def test_every_word_is_a_primitive(word):
 
 
 ints, matrix = jnp.arange(4), jnp.ones((4, 4))
-UNARY = """abs acos acosh asin asinh atan atanh bessel_i0e bessel_i1e cbrt ceil cos cosh digamma erf erf_inv erfc exp
-    exp2 expm1 floor is_finite lgamma log log1p logistic neg round rsqrt sign sin sinh sqrt square stop_gradient tan
-    tanh cumlogsumexp cummax cummin cumprod cumsum sort optimization_barrier""".split()
-BINARY = "add sub mul div rem max min pow atan2 nextafter eq ne lt le gt ge complex".split()
-INTEGER = "bitwise_and bitwise_or bitwise_xor shift_left shift_right_arithmetic shift_right_logical".split()
-REDUCTIONS = "reduce_sum reduce_prod reduce_max reduce_min".split()
+UNARY = """
+    abs acos acosh asin asinh atan atanh bessel_i0e bessel_i1e cbrt ceil cos cosh digamma erf erf_inv erfc exp
+    exp2 expm1 floor is_finite lgamma log log1p logistic neg round rsqrt sign sin sinh sqrt square stop_gradient
+    tan tanh cumlogsumexp cummax cummin cumprod cumsum sort optimization_barrier"""
+BINARY = "add sub mul div rem max min pow atan2 nextafter eq ne lt le gt ge complex"
+INTEGER = "bitwise_and bitwise_or bitwise_xor shift_left shift_right_arithmetic shift_right_logical"
+REDUCTIONS = "reduce_sum reduce_prod reduce_max reduce_min"
 OTHERS = [
     lambda x: lax.bitwise_not(ints) + lax.population_count(ints) + lax.clz(ints),
     lambda x: [getattr(lax, f"reduce_{name}")(ints, (0,)) for name in ("and", "or", "xor")],
@@ -234,13 +236,21 @@ OTHERS = [
     lambda x: lax.ragged_dot(matrix, jnp.ones((2, 4, 4)), jnp.array([2, 2])),
     lambda x: [f(lax.complex(x, x)) for f in (lax.real, lax.imag, lax.conj)],
 ]
-SAMPLES = [
-    *(lambda x, f=getattr(lax, name): f(x) for name in UNARY),
-    *(lambda x, f=getattr(lax, name): f(x, x) for name in BINARY),
-    *(lambda x, f=getattr(lax, name): f(ints, ints) for name in INTEGER),
-    *(lambda x, f=getattr(lax, name): f(x, (0,)) for name in REDUCTIONS),
-    *OTHERS,
-]
+
+
+def functions(names: str) -> list[Callable]:
+    return [getattr(lax, name) for name in names.split()]
+
+
+def samples() -> Iterator[Jaxpr]:
+    for function in functions(UNARY) + OTHERS:
+        yield jax.make_jaxpr(function)(X)
+    for function in functions(BINARY):
+        yield jax.make_jaxpr(function)(X, X)
+    for function in functions(INTEGER):
+        yield jax.make_jaxpr(function)(ints, ints)
+    for function in functions(REDUCTIONS):
+        yield jax.make_jaxpr(functools.partial(function, axes=(0,)))(X)
 
 
 def equations(jaxpr):
@@ -253,7 +263,7 @@ def equations(jaxpr):
 @functools.cache
 def sampled() -> dict[str, set[str]]:
     """The parameters of each primitive as this version of JAX binds it."""
-    eqns = [eqn for sample in SAMPLES for eqn in equations(jax.make_jaxpr(sample)(X))]
+    eqns = [eqn for jaxpr in samples() for eqn in equations(jaxpr)]
     return {primitives.python_name(eqn.primitive.name): set(eqn.params) for eqn in eqns}
 
 

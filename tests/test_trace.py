@@ -9,25 +9,24 @@ from flax import linen, nnx
 from jax import lax
 
 import xlathe as xl
-from tests.graphs import ZOO, relative, tokens, traced
-from tests.variants import DECODERS, REFUSED, forward
+from tests.graphs import ZOO, author, eager, relative, tokens, traced
+from tests.variants import forward
 from xlathe import jaxpr as ir
 
 EMBED = np.random.default_rng(0).normal(size=(11, 4)).astype(np.float32)
 
 
-@pytest.mark.parametrize("variant", DECODERS, ids=repr)
-def test_computes_the_same(variant):
-    graph, author = traced(variant.name), forward(variant)
-    for b, t in [(1, 1), (2, 9)]:
-        ids = tokens(variant, b, t)
-        assert relative(graph(ids), author(ids)) < variant.rtol
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize(("b", "t"), [(1, 1), (2, 9)])
+def test_computes_the_same(name, b, t):
+    ids = tokens(ZOO[name], b, t)
+    assert relative(eager(traced(name), ids), author(ZOO[name], ids)) < 1e-5
 
 
-@pytest.mark.parametrize("variant", REFUSED, ids=repr)
-def test_computes_the_same_even_where_no_cache_can_be_derived(variant):
-    ids = tokens(variant, 2, 9)
-    assert relative(traced(variant.name)(ids), forward(variant)(ids)) < variant.rtol
+@pytest.mark.parametrize("name", ["nnx_scan", "llama", "mask_numpy", "window_16"])
+def test_computes_the_same_at_the_longest_length(name):
+    ids = tokens(ZOO[name], 1, traced(name).max_len)
+    assert relative(traced(name)(ids), forward(ZOO[name])(ids)) < 1e-5
 
 
 @pytest.mark.parametrize("name", ZOO)
