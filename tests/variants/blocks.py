@@ -66,13 +66,11 @@ def tied_head(params: Params, tokens: jax.Array) -> jax.Array:
 
 
 def one_hot_embedding(params: Params, tokens: jax.Array) -> jax.Array:
-    identity = jnp.eye(VOCAB)
-    rows = params | {"embed": jax.nn.one_hot(tokens, VOCAB) @ params["embed"]}  # [b, t, d]
-    x = rows["embed"]
+    x = jax.nn.one_hot(tokens, VOCAB) @ params["embed"]
     for layer in params["layers"]:
         x = x + causal(layer, rms_norm(x, layer["norm1"]))
         x = x + mlp(layer, rms_norm(x, layer["norm2"]))
-    return rms_norm(x, params["norm"]) @ (params["unembed"] @ identity)
+    return rms_norm(x, params["norm"]) @ params["unembed"]
 
 
 def tokens_before_batch(params: Params, tokens: jax.Array) -> jax.Array:
