@@ -79,11 +79,12 @@ def units(step: Graph, buckets: Buckets, target: str | None, *, kernels: bool = 
     weights = {name: _aval(step.aval(name)) for name in step.names("weight", "const")}
     for r in buckets.batches:
         state = tuple(state_avals(step, r, buckets.slots))
-        fixed = _lowered(step, target, kernels, tokens=r, selected=r, rows=r, slots=buckets.slots)
+        cache = {"rows": r, "slots": buckets.slots} if state else {}  # a model without attention keeps nothing
+        fixed = _lowered(step, target, kernels, tokens=r, selected=r, **cache)
         decode = decode_signature(r, buckets.unit, step.vocab, weights, state)
         yield Unit(decode, decode_unit(fixed, buckets.unit))
         for n in buckets.chunks:
-            fixed = _lowered(step, target, kernels, tokens=n, selected=r, rows=r, slots=buckets.slots)
+            fixed = _lowered(step, target, kernels, tokens=n, selected=r, **cache)
             yield Unit(prefill_signature(r, n, step.vocab, weights, state), prefill_unit(fixed))
 
 

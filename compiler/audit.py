@@ -228,6 +228,24 @@ def _concatenate(eqn: ir.JaxprEqn, operands: Sequence[Labels | None]) -> list[La
     return [_same(known)]
 
 
+def _stack(eqn: ir.JaxprEqn, operands: Sequence[Labels | None]) -> list[Labels]:
+    labels, axis = _same(operands), eqn.params["axis"]
+    return [(*labels[:axis], (len(eqn.invars),), *labels[axis:])]
+
+
+def _unstack(eqn: ir.JaxprEqn, operands: Sequence[Labels | None]) -> list[Labels]:
+    labels, axis = _one(operands), eqn.params["axis"]
+    _axes_stay(labels, (axis,), "takes apart")
+    return [(*labels[:axis], *labels[axis + 1 :])] * len(eqn.outvars)
+
+
+def _tile(eqn: ir.JaxprEqn, operands: Sequence[Labels | None]) -> list[Labels]:
+    labels = _one(operands)
+    repeated = [i for i, n in enumerate(eqn.params["reps"]) if not ir.same_dim(n, 1)]
+    _axes_stay(labels, repeated, "repeats")
+    return [_resized(labels, eqn.outvars[0].aval.shape, repeated)]
+
+
 def _window(eqn: ir.JaxprEqn, operands: Sequence[Labels | None]) -> list[Labels]:
     """slice, dynamic_slice, pad, split: the token axes must come through whole."""
     labels, before = _one(operands), eqn.invars[0].aval.shape
@@ -302,6 +320,9 @@ RULES: Mapping[str, Rule] = {
     "reshape": _reshape,
     "dot_general": _dot_general,
     "concatenate": _concatenate,
+    "stack": _stack,
+    "unstack": _unstack,
+    "tile": _tile,
     "slice": _window,
     "dynamic_slice": _window,
     "pad": _window,

@@ -137,7 +137,8 @@ class Graph:
 
     @property
     def is_step(self) -> bool:
-        return bool(self.names("state"))
+        """Whether this is an incremental step on a flat list of tokens."""
+        return "rows" in self.names("arg")
 
     @property
     def has_free_length(self) -> bool:

@@ -155,10 +155,31 @@ class Static:
     def _gather(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
         numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
         table, index = eqn.invars
+        if index.aval.ndim == 1:
+            return self._gather_window(eqn, roles)
         if any(map(ir.is_symbolic, (*table.aval.shape, *sizes))):
             return self._gather_rows(eqn, var, roles)
         batch = [role for i, role in enumerate(roles) if i not in numbers.offset_dims]
         return ir.bind(eqn, [self(table, (None,) * table.aval.ndim), self(index, (*batch, None))])[0]
+
+    def _gather_window(self, eqn: ir.JaxprEqn, roles: Roles) -> Any:
+        """One window of a table, as `table[3, :t]` makes it: a look-up at the role's positions where it is t long."""
+        numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+        table, index = eqn.invars
+        kept = [i for i in range(table.aval.ndim) if i not in numbers.collapsed_slice_dims]
+        by_axis = dict(zip(kept, (roles[i] for i in numbers.offset_dims), strict=True))
+        symbolic = [i for i, n in enumerate(table.aval.shape) if ir.is_symbolic(n)]
+        starts = self(index, (None,))
+        if any(i in numbers.start_index_map or not ir.same_dim(sizes[i], table.aval.shape[i]) for i in symbolic):
+            self.refuse(eqn, "by an index into the positions")
+        value = self(table, tuple(by_axis.get(i) if i in symbolic else None for i in range(table.aval.ndim)))
+        for j, axis in enumerate(numbers.start_index_map):
+            role = by_axis.get(axis)
+            if role is not None and ir.is_symbolic(sizes[axis]):
+                value = jnp.take(value, role.positions + starts[j], axis=axis, mode="clip")
+            elif not ir.same_dim(sizes[axis], table.aval.shape[axis]):
+                value = lax.dynamic_slice_in_dim(value, starts[j], sizes[axis], axis)
+        return lax.squeeze(value, numbers.collapsed_slice_dims)
 
     def _gather_rows(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
         """A gather of whole position axes by a known index into other axes."""
@@ -187,6 +208,21 @@ class Static:
         if roles[eqn.params["axis"]] is not None:
             self.refuse(eqn, "along the positions")
         return ir.bind(eqn, [self(eqn.invars[0], roles)])[eqn.outvars.index(var)]
+
+    def _stack(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
+        axis = eqn.params["axis"]
+        return jnp.stack([self(a, (*roles[:axis], *roles[axis + 1 :])) for a in eqn.invars], axis)
+
+    def _unstack(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
+        axis = eqn.params["axis"]
+        value = self(eqn.invars[0], (*roles[:axis], None, *roles[axis:]))
+        return lax.index_in_dim(value, eqn.outvars.index(var), axis, keepdims=False)
+
+    def _tile(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
+        reps = eqn.params["reps"]
+        if any(role is not None and not ir.same_dim(n, 1) for role, n in zip(roles, reps, strict=True)):
+            self.refuse(eqn, "repeats the positions")
+        return jnp.tile(self(eqn.invars[0], _moving(eqn.invars[0], roles)), reps)
 
     def _pad(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
         for role, padding in zip(roles, eqn.params["padding_config"], strict=True):
@@ -243,6 +279,9 @@ _RULES = {
     "dynamic_slice": Static._dynamic_slice,
     "gather": Static._gather,
     "concatenate": Static._concatenate,
+    "stack": Static._stack,
+    "unstack": Static._unstack,
+    "tile": Static._tile,
     "split": Static._split,
     "pad": Static._pad,
     "dot_general": Static._dot_general,
@@ -295,7 +334,7 @@ def _length_use(
             source = None
         inner = [(source, eqn.invars[0])]
     elif name in ELEMENTWISE:
-        inner = [(axis if a.aval.ndim else None, a) for a in eqn.invars]
+        inner = [(axis if axis is not None and _is_long(a, axis) else None, a) for a in eqn.invars]
     elif name == "transpose":
         inner = [(None if axis is None else eqn.params["permutation"][axis], eqn.invars[0])]
     elif name == "reshape":
@@ -313,6 +352,11 @@ def _length_use(
     if name in ("mul", "div"):
         return False, _scaled_shift(inner, uses, producer)
     return False, None
+
+
+def _is_long(atom: ir.Atom, axis: int) -> bool:
+    """Says whether an operand has the position axis: scalars and axes of size 1 are spread over it."""
+    return atom.aval.ndim > 0 and ir.is_symbolic(atom.aval.shape[axis])
 
 
 def _reshaped_axis(eqn: ir.JaxprEqn, axis: int | None) -> int | None:
@@ -351,7 +395,7 @@ def _varies(producer: Mapping[ir.Var, ir.JaxprEqn], atom: ir.Atom, axis: int | N
             return False
         return _varies(producer, eqn.invars[0], source)
     if name in ELEMENTWISE:
-        return any(_varies(producer, a, axis if a.aval.ndim else None) for a in eqn.invars)
+        return any(_varies(producer, a, axis if _is_long(a, axis) else None) for a in eqn.invars)
     if name == "transpose":
         return _varies(producer, eqn.invars[0], eqn.params["permutation"][axis])
     return True

@@ -316,17 +316,20 @@ class _Run:
                 self.reasons[row] = "stop"
             elif len(self.tokens[row]) + len(new) >= self.request.max_tokens:
                 self.reasons[row] = "length"
+            before = len(self.tokens[row])
             self.tokens[row] += new
-            yield Piece(row, tuple(new), self._text(row, new))
+            text = self._text(row, new)
+            yield Piece(row, tuple(self.tokens[row][before:]), text)
 
     def _text(self, row: int, new: list[int]) -> str | None:
         stream = self.streams[row]
         if stream is None:
             return None
         text = stream.push(new)
-        if stream.stopped:
-            self.reasons[row] = "stop"
-        elif self.reasons[row] is not None:
+        if self.reasons[row] is not None and stream.stopped is None:
             text += stream.finish()
+        if stream.stopped is not None:
+            self.reasons[row] = "stop"
+            del self.tokens[row][stream.taken :]
         self.texts[row].append(text)
         return text
