@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from jax import export
 
+from xlathe import jaxpr as ir
 from xlathe.aot import Signature, Unit
 from xlathe.errors import BundleError
 from xlathe.executable_cache import load_or_compile
@@ -18,14 +19,15 @@ from xlathe.kernels import native
 
 
 def export_unit(unit: Unit, platform: str) -> export.Exported:
-    """Lowers a unit for a platform; nothing is compiled."""
+    """Lowers a unit for a platform; nothing is compiled. Equal units give equal bytes."""
     avals, tree = jax.tree.flatten(unit.signature.avals)
 
     def flat(*leaves: Any) -> list[Any]:
         return jax.tree.leaves(unit.function(*jax.tree.unflatten(tree, leaves)))
 
     allowed = [export.DisabledSafetyCheck.custom_call(target) for target in native.TARGETS]
-    return export.export(jax.jit(flat), platforms=[platform], disabled_checks=allowed)(*avals)
+    with ir.no_source_lines():  # they would tell where it was built, and change with every caller
+        return export.export(jax.jit(flat), platforms=[platform], disabled_checks=allowed)(*avals)
 
 
 def custom_calls(program: export.Exported) -> set[str]:

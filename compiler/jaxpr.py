@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
-from jax._src import source_info_util
+from jax._src import config, source_info_util
 from jax._src.export.shape_poly import _DimExpr as DimExpr
 from jax._src.export.shape_poly import dim_as_value_p
 from jax._src.lax.lax import optimization_barrier_p, ragged_dot_general_p, unstack_p
@@ -169,6 +169,11 @@ def _user_frames(eqn: JaxprEqn) -> list[tuple[str, int, str]]:
         for frame in source_info_util.user_frames(eqn.source_info.traceback)
         if not frame.file_name.startswith(libraries)
     ]
+
+
+def no_source_lines() -> Any:
+    """A context in which lowered programs get no paths and lines of source files."""
+    return config.traceback_in_locations_limit(0)
 
 
 def source_line(eqn: JaxprEqn) -> str:
