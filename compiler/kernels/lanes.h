@@ -11,6 +11,7 @@ struct Lanes {
   using Float = __m512;
   static constexpr int kWidth = 16;
   static Float zero() { return _mm512_setzero_ps(); }
+  static Float all(float x) { return _mm512_set1_ps(x); }
   static Float load(const float* p) { return _mm512_loadu_ps(p); }
   static Float load(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -36,6 +37,7 @@ struct Lanes {
   using Float = __m256;
   static constexpr int kWidth = 8;
   static Float zero() { return _mm256_setzero_ps(); }
+  static Float all(float x) { return _mm256_set1_ps(x); }
   static Float load(const float* p) { return _mm256_loadu_ps(p); }
   static Float load(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
@@ -60,6 +62,7 @@ struct Lanes {
   using Float = float32x4_t;
   static constexpr int kWidth = 4;
   static Float zero() { return vdupq_n_f32(0.0f); }
+  static Float all(float x) { return vdupq_n_f32(x); }
   static Float load(const float* p) { return vld1q_f32(p); }
   static Float load(const int8_t* p) {
     const int8_t four[8] = {p[0], p[1], p[2], p[3]};
@@ -81,6 +84,7 @@ struct Lanes {
   typedef float Float __attribute__((vector_size(16)));
   static constexpr int kWidth = 4;
   static Float zero() { return Float{}; }
+  static Float all(float x) { return Float{x, x, x, x}; }
   static Float load(const float* p) { return Float{p[0], p[1], p[2], p[3]}; }
   static Float load(const int8_t* p) {
     return Float{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),

@@ -13,7 +13,7 @@ import jax
 from xlathe.errors import XlatheError
 
 # FFI targets that a compiled program may name. The C++ symbol has "_" for ".".
-TARGETS = ("xlathe.quantized_dot.int8",)
+TARGETS = ("xlathe.quantized_dot.int8", "xlathe.cached_attention.f32")
 
 
 def library() -> Path | None:

@@ -10,6 +10,7 @@
 
 #include "../isa.h"
 #include "../parallel.h"
+#include "../shape.h"
 
 namespace xlathe {
 
@@ -38,12 +39,6 @@ namespace {
 // Below this many multiply-adds, waking another thread costs more than it saves.
 constexpr int64_t kParallelWork = 1 << 20;
 constexpr int64_t kBlocksPerThread = 16;  // so that a thread that is held up leaves little to wait for
-
-std::string shape(ffi::AnyBuffer::Dimensions dims) {
-  std::string text = "[";
-  for (int64_t d : dims) text += (text.size() > 1 ? ", " : "") + std::to_string(d);
-  return text + "]";
-}
 
 // Copies x into rows padded with zeros to a multiple of 16, and by one cache line more so that rows of a
 // power-of-two length do not compete for the same cache sets.
