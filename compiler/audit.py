@@ -56,7 +56,13 @@ def _title(eqn: ir.JaxprEqn) -> str:
 def _flow(eqn: ir.JaxprEqn, operands: Sequence[Labels | None]) -> list[Labels]:
     name = eqn.primitive.name
     if name in ELEMENTWISE or (name in ir.CUSTOM_DERIVATIVE and len(eqn.outvars) == 1):
-        return [_same(operands)] * len(eqn.outvars)
+        labels = _same(operands)
+        for label, size in zip(labels, eqn.outvars[0].aval.shape, strict=True):
+            if not label and ir.is_symbolic(size):
+                raise Mixes(
+                    "combines every token with every position (a mask that depends on the tokens' values is not kept)"
+                )
+        return [labels] * len(eqn.outvars)
     rule = RULES.get(name.removeprefix(ir.OP_PREFIX))
     if rule is None and (name.startswith(("reduce_", "arg"))):
         rule = _reduce

@@ -109,8 +109,8 @@ def test_a_row_may_fill_the_cache_to_its_end(graph: Graph, program: Program) -> 
         ([[1.5]], {}, "prompt 0 holds float64"),
         ("text", {}, "no tokenizer"),
         ([[1]], {"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
-        ([[1]], {"stop": "word"}, "stop strings need a tokenizer"),
-        ([[1]], {"stop": list(range(9))}, "9 stop tokens, but a program takes at most 8"),
+        ([[1]], {"stop": "word", "max_tokens": 2}, "stop strings need a tokenizer"),
+        ([[1]], {"stop": list(range(9)), "max_tokens": 2}, "9 stop tokens, but a program takes at most 8"),
     ],
 )
 def test_requests_that_do_not_fit(program: Program, prompt: object, options: dict, message: str) -> None:
@@ -120,7 +120,7 @@ def test_requests_that_do_not_fit(program: Program, prompt: object, options: dic
 
 def test_options_that_are_out_of_range(program: Program, graph: Graph) -> None:
     with pytest.raises(OptionError, match="temperature"):
-        program.generate([[1]], temperature=-1.0)
+        program.generate([[1]], max_tokens=2, temperature=-1.0)
     with pytest.raises(OptionError, match="max_batch must be at least 1, got 0"):
         compile(graph, max_batch=0)
     with pytest.raises(OptionError, match="no target 'tpu'"):

@@ -41,8 +41,7 @@ def test_decoder(variant):
     assert relative(changed[:, :CUT], logits[:, :CUT]) < 1e-6
     later = relative(changed[:, CUT + 1 :], logits[:, CUT + 1 :])
     assert later > 1e-2 if variant.layers else later == 0
-    for b, t in [(1, 1), (2, CUT)]:
-        assert relative(run(whole[:b, :t]), logits[:b, :t]) < variant.rtol
+    assert relative(run(whole[:2, :CUT]), logits[:2, :CUT]) < variant.rtol
 
 
 @pytest.mark.parametrize("variant", [v for v in DECODERS if 0 < v.window < 20], ids=repr)
@@ -79,7 +78,7 @@ def test_refusal_is_warranted(variant):
 @pytest.mark.parametrize("variant", REFUSED, ids=repr)
 def test_refused_line_is_marked(variant):
     file, line = variant.refused_at
-    assert file == "refused.py" and line > 1 and variant.reason
+    assert file.endswith(".py") and line > 1 and variant.reason
 
 
 @pytest.mark.parametrize("variant", DECODERS + REFUSED, ids=repr)

@@ -17,6 +17,6 @@ DECODERS: tuple[Variant, ...] = (
     *blocks.DECODERS,
     *models.DECODERS,
 )
-REFUSED: tuple[Variant, ...] = refused.REFUSED
+REFUSED: tuple[Variant, ...] = (*refused.REFUSED, *softmax.REFUSED, *masks.REFUSED)
 
 __all__ = ["DECODERS", "REFUSED", "Variant", "as_function", "forward"]

@@ -60,7 +60,8 @@ def masked_by_product(layer: Params, x: jax.Array) -> jax.Array:
     """The mask multiplies the exponentials before they are summed, so it is a sound softmax."""
     q, k, v = projected(layer, x)
     scores = jnp.einsum("bihd,bjhd->bhij", q, k) * HEAD_DIM**-0.5
-    weights = jnp.exp(jnp.minimum(scores, 30.0)) * jnp.tril(jnp.ones((x.shape[1], x.shape[1])))
+    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights *= jnp.tril(jnp.ones((x.shape[1], x.shape[1])))
     weights /= jnp.sum(weights, axis=-1, keepdims=True)
     return merged(layer, jnp.einsum("bhij,bjhd->bihd", weights, v))
 
@@ -114,14 +115,14 @@ def sink_column(layer: Params, x: jax.Array) -> jax.Array:
     scores = jnp.einsum("bihd,bjhd->bhij", q, k) * HEAD_DIM**-0.5
     scores = jnp.where(jnp.tri(t, dtype=bool), scores, -jnp.inf)
     sink = jnp.broadcast_to(layer["sink"][None, :, None, None], (b, h, t, 1))
-    weights = jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1), axis=-1)[..., :-1]
+    weights = jax.nn.softmax(jnp.concatenate([scores, sink], axis=-1), axis=-1)[..., :-1]  # refused
     return merged(layer, jnp.einsum("bhij,bjhd->bihd", weights, v))
 
 
 def sink_denominator(layer: Params, x: jax.Array) -> jax.Array:
     """The same sink as one more term of the denominator."""
     q, k, v = projected(layer, x)
-    scores = jnp.einsum("bihd,bjhd->bhij", q, k) * HEAD_DIM**-0.5
+    scores = jnp.einsum("bihd,bjhd->bhij", q, k) * HEAD_DIM**-0.5  # refused
     scores = jnp.where(jnp.tri(x.shape[1], dtype=bool), scores, -jnp.inf)
     sink = layer["sink"][:, None, None]
     top = jnp.maximum(scores.max(axis=-1, keepdims=True), sink)
@@ -161,10 +162,22 @@ DECODERS = (
     Variant("bfloat16_float32_softmax", lambda: (decoder(float32_softmax), bfloat16_params(26)), rtol=2e-2),
     Variant("soft_cap", lambda: (soft_capped_decoder, decoder_params(27)), notes="scores and final logits"),
     Variant("query_key_norm", lambda: (decoder(query_key_norm), with_query_key_norm(28))),
-    Variant("sink_column", lambda: (decoder(sink_column), with_sinks(29))),
+)
+
+REFUSED = (  # sound, but the operation `attention` has no sink
+    Variant(
+        "sink_column",
+        lambda: (decoder(sink_column), with_sinks(29)),
+        layers=0,
+        reason="concatenate between the product and the softmax",
+        author=sink_column,
+    ),
     Variant(
         "sink_denominator",
         lambda: (decoder(sink_denominator), with_sinks(29)),
+        layers=0,
         twin=lambda: (decoder(sink_column), with_sinks(29)),
+        reason="multiplies every token with every other token",
+        author=sink_denominator,
     ),
 )
