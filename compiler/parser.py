@@ -198,7 +198,7 @@ class _Values:
 
     def _structure(self, node: ast.Call, name: str, args: list[ast.expr], keywords: list[ast.keyword]) -> Any:
         if name in primitives.DIM_FUNCTIONS and not keywords and len(args) == 2:
-            return primitives.DIM_FUNCTIONS[name](*map(self._number, args))
+            return primitives.DIM_FUNCTIONS[name](*map(self.number, args))
         if name not in primitives.STRUCTURES or args:
             raise _unknown(node, name, primitives.STRUCTURES)
         return _guarded(node, lambda: primitives.STRUCTURES[name](**self.keywords(keywords)))

@@ -15,11 +15,20 @@ B, T = jax.export.symbolic_shape("b, t")
 SIZES = ((3, 64), (5, 63), (7, 13))
 
 
-@pytest.mark.parametrize(
-    "expression",
-    [lambda b, t: 5, lambda b, t: t, lambda b, t: b, lambda b, t: t - 1, lambda b, t: 4 * t, lambda b, t: b * t,
-     lambda b, t: 6 * b * t, lambda b, t: (b, t, 4), lambda b, t: ((b, 4 * t), (1, t + 2))],
-)  # fmt: skip
+EXPRESSIONS = [
+    lambda b, t: 5,
+    lambda b, t: t,
+    lambda b, t: b,
+    lambda b, t: t - 1,
+    lambda b, t: 4 * t,
+    lambda b, t: b * t,
+    lambda b, t: 6 * b * t,
+    lambda b, t: (b, t, 4),
+    lambda b, t: ((b, 4 * t), (1, t + 2)),
+]
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
 def test_fit_finds_expressions(expression):
     fit = Fit(SIZES, B, T)
     assert fit(*(expression(b, t) for b, t in SIZES)) == expression(B, T)
