@@ -54,7 +54,7 @@ def usable_here(folder: Path, manifest: Manifest) -> None:
             f"{folder} was compiled for {manifest.platform}, but this process runs on {here}: compile the "
             f"model again for {here}"
         )
-    if datetime.date.today() > manifest.expires:
+    if datetime.datetime.now(datetime.UTC).date() > manifest.expires:
         raise BundleError(
             f"{folder} was built on {manifest.built} with jax {manifest.versions['jax']} and expired on "
             f"{manifest.expires}: build it again from the model, with xlathe.compile(...).save(...)"
