@@ -9,6 +9,7 @@ import jax
 
 from xlathe import jaxpr as ir
 from xlathe.kernels import native
+from xlathe.kernels.cached_attention import cpu as cached_attention_cpu
 from xlathe.kernels.quantized_dot import cpu as quantized_dot_cpu
 from xlathe.ops import OPS
 from xlathe.target import Target
@@ -43,7 +44,27 @@ def kernels_of(target: Target) -> Mapping[str, Kernel]:
     """Returns the kernels that can run on a target, by operation; none where they were not built."""
     if target.platform != "cpu" or native.library() is None:
         return {}
-    return {"quantized_dot": _quantized_dot_on_cpu}
+    return {"cached_attention": _cached_attention_on_cpu, "quantized_dot": _quantized_dot_on_cpu}
+
+
+def _cached_attention_on_cpu(eqn: ir.JaxprEqn, operands: list[Any]) -> jax.Array | None:
+    q, keys, values, rows, positions, *terms = operands
+    options = ir.attributes(eqn)
+    dtypes = {options[f"{stage}_dtype"] for stage in ("scores", "softmax", "probs", "out")}
+    if dtypes != {"float32"} or any(array.dtype != "float32" for array in (q, keys, values)):
+        return None
+    return cached_attention_cpu.cached_attention(
+        q,
+        keys,
+        values,
+        rows,
+        positions,
+        scale=options["scale"],
+        softcap=options["softcap"],
+        window=options["window"],
+        mask=terms.pop(0) if options["masked"] else None,
+        bias=terms.pop(0).astype("float32") if options["biased"] else None,
+    )
 
 
 def _quantized_dot_on_cpu(eqn: ir.JaxprEqn, operands: list[Any]) -> jax.Array | None:
