@@ -26,9 +26,9 @@ def cached_attention(
 ) -> jax.Array:
     """`xlathe.ops.cached_attention` in float32, reading only the slots that each token sees.
 
-    A token's result has the same bits whatever the other tokens or the number of threads. A token whose row or
-    position is none of the cache's, as those of padding, gets zeros; its output in the reference body is different
-    (a mean of values), and neither is used.
+    A token's result has the same bits whatever the other tokens or the number of threads. A token that sees no
+    slot, as padding in a row that the cache lacks, gets zeros; in the reference body it gets the mean of what
+    the others see. Neither is used.
 
     Args:
       q: float32 [n, k, g, d].
@@ -92,7 +92,7 @@ def _check(arrays: dict[str, jax.Array], softcap: float | None, window: int | No
 
 
 def _fits(array: jax.Array, dtype: str, axes: str, sizes: dict[str, int]) -> bool:
-    """Compares with axes such as `[k | 1, n]`; sizes: of the letters met so far, to which new ones are added."""
+    """Compares with axes such as `[k | 1, n]`; sizes: of the letters met so far, which new ones join."""
     names = [axis.split(" | ") for axis in axes.strip("[]").split(", ")]
     return (
         array.dtype == dtype
