@@ -1,11 +1,15 @@
 """What a verb of the command line is, how its words are read, and its help text."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from absl import flags
 
 from xlathe.errors import OptionError
+
+Options = Mapping[str, Any]
+"""The values of a verb's flags by name."""
 
 
 class UsageError(OptionError):
@@ -17,7 +21,7 @@ class Verb:
     """One verb of the command line.
 
     positionals: names of the words that it takes, all of them required; define: adds its flags to a
-    `FlagValues` of its own; run: called with the parsed flags and one string a positional.
+    `FlagValues` of its own; run: called with the options and one string a positional.
     """
 
     name: str
@@ -44,13 +48,14 @@ class Verb:
             positionals = values([f"xlathe {self.name}", *words])[1:]
         except flags.Error as error:
             raise UsageError(f"{error}; see xlathe {self.name} --help") from None
-        if values["help"].value:
+        options = values.flag_values_dict()
+        if options.pop("help"):
             print(self.help())
             return
         if len(positionals) != len(self.positionals):
             found = " ".join(map(repr, positionals)) or "none"
             raise UsageError(f"expected {self.usage}, found the words {found}")
-        self.run(values, *positionals)
+        self.run(options, *positionals)
 
     def _flags(self) -> flags.FlagValues:
         values = flags.FlagValues()
@@ -59,7 +64,7 @@ class Verb:
         return values
 
 
-def _flag_line(flag: flags.Flag) -> str:
+def _flag_line(flag: flags.Flag[Any]) -> str:
     kind = "" if flag.boolean else f"={flag.parser.flag_type().upper()}"
     default = "" if flag.default in (None, False, "", []) else f" (default {flag.default})"
     return f"  {f'--{flag.name}{kind}':<26} {' '.join(flag.help.split())}{default}"

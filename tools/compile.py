@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from xlathe.tools.command import Verb
+from xlathe.tools.command import Options, Verb
 from xlathe.tools.console import bar, make_console
 from xlathe.tools.source import define_pipeline, find_pipeline, open_graph, stop_tokens
 
@@ -16,21 +16,21 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("target", None, "what to compile for; default: cpu", flag_values=values)
 
 
-def run(values: flags.FlagValues, source: str, destination: str) -> None:
+def run(options: Options, source: str, destination: str) -> None:
     from xlathe.program import compile
 
     console = make_console()
-    pipeline = find_pipeline(values)
+    pipeline = find_pipeline(options)
     graph = open_graph(source)
-    with bar(console, "passes") as progress:
-        if pipeline is not None:
+    if pipeline is not None:
+        with bar(console, "passes") as progress:
             graph = pipeline(graph, progress=progress)
     with bar(console, "compile"):
         program = compile(
             graph,
-            max_batch=values["max_batch"].value,
-            max_len=values["max_len"].value,
-            target=values["target"].value,
+            max_batch=options["max_batch"],
+            max_len=options["max_len"],
+            target=options["target"],
             stop_tokens=stop_tokens(source),
         )
     with bar(console, "save"):

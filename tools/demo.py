@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from xlathe.errors import OptionError
-from xlathe.tools.command import Verb
+from xlathe.tools.command import Options, Verb
 from xlathe.tools.console import bar, make_console
 from xlathe.tools.source import DEMO, DEMO_LENGTH, open_graph, preset, stop_tokens
 
@@ -27,15 +27,16 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("json", None, "file for the measured figures", flag_values=values)
 
 
-def run(values: flags.FlagValues) -> None:
+def run(options: Options) -> None:
     from xlathe.report import count_parameters
     from xlathe.tools.results import quality_table, speed_table, write_json
     from xlathe.tools.stages import Task, machine, run_stages
 
     start = time.perf_counter()
     console = make_console()
+    with bar(console, "read held-out text"):
+        windows = held_out_windows(options["eval_tokens"])
     console.print(f"A code model of Python's standard library, on {machine()}", soft_wrap=True)
-    windows = held_out_windows(values["eval_tokens"].value)
     with bar(console, "trace"):
         began = time.perf_counter()
         graph = open_graph(DEMO)
@@ -45,13 +46,13 @@ def run(values: flags.FlagValues) -> None:
         f"{len(graph.names('weight'))} weights, {count_parameters(graph):,} parameters; {seconds:.1f} s",
         soft_wrap=True,
     )
-    task = Task(graph, windows, values["prompt"].value, values["max_tokens"].value, stop_tokens(DEMO))
+    task = Task(graph, windows, options["prompt"], options["max_tokens"], stop_tokens(DEMO))
     results, conditions = run_stages(task, [(name, preset(name)) for name in PIPELINES], console)
     console.print()
-    console.print(quality_table(results, conditions), speed_table(results, conditions))
-    console.print(f"{time.perf_counter() - start:.0f} s in all")
-    if values["json"].value:
-        write_json(Path(values["json"].value), results, conditions)
+    console.print(quality_table(results, conditions), "", speed_table(results, conditions))
+    console.print(f"\n{time.perf_counter() - start:.0f} s in all")
+    if options["json"]:
+        write_json(Path(options["json"]), results, conditions)
 
 
 def held_out_windows(count: int) -> "np.ndarray":

@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from xlathe.tools.command import Verb
+from xlathe.tools.command import Options, Verb
 from xlathe.tools.source import open_program
 
 
@@ -22,8 +22,7 @@ def define(values: flags.FlagValues) -> None:
     )
 
 
-def run(values: flags.FlagValues, source: str, prompt: str) -> None:
-    options = {name: values[name].value for name in sorted(set(values) - {"help"})}
+def run(options: Options, source: str, prompt: str) -> None:
     for piece in open_program(source).stream(prompt, **options):
         print(piece.text, end="", flush=True)
     print()

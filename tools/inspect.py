@@ -4,7 +4,7 @@ from pathlib import Path
 
 from absl import flags
 
-from xlathe.tools.command import Verb
+from xlathe.tools.command import Options, Verb
 from xlathe.tools.source import is_bundle, open_graph
 
 
@@ -14,12 +14,12 @@ def define(values: flags.FlagValues) -> None:
     )
 
 
-def run(values: flags.FlagValues, source: str) -> None:
+def run(options: Options, source: str) -> None:
     if is_bundle(source):
         print((Path(source) / "manifest.json").read_text(encoding="utf-8"))
         return
     graph = open_graph(source)
-    if values["text"].value:
+    if options["text"]:
         from xlathe.printer import to_text
 
         print(to_text(graph, sources=True))

@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from xlathe.tools.command import UsageError, Verb
+from xlathe.tools.command import Options, UsageError, Verb
 from xlathe.tools.console import bar, make_console
 from xlathe.tools.source import define_pipeline, find_pipeline, open_graph
 
@@ -18,22 +18,22 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean("print_after_change", False, "print what each pass changed", flag_values=values)
 
 
-def run(values: flags.FlagValues, source: str, destination: str) -> None:
+def run(options: Options, source: str, destination: str) -> None:
     import dataclasses
 
     console = make_console()
-    pipeline = find_pipeline(values)
+    pipeline = find_pipeline(options)
     if pipeline is None:
         raise UsageError("which passes? --passes='canonicalize,fuse_attention' or --config=int8")
-    if values["verify"].value:
+    if options["verify"]:
         pipeline = dataclasses.replace(pipeline, verify=True)
     graph = open_graph(source)
     with bar(console, "passes") as progress:
         result = pipeline(
             graph,
             progress=progress,
-            dump=values["dump"].value,
-            print_after_change=values["print_after_change"].value,
+            dump=options["dump"],
+            print_after_change=options["print_after_change"],
         )
         result.save(destination)
     console.print(result.report(), soft_wrap=True)

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from xlathe.tools.command import Verb
+from xlathe.tools.command import Options, Verb
 
 
 def define(values: flags.FlagValues) -> None:
     """There is nothing to choose."""
 
 
-def run(values: flags.FlagValues) -> None:
+def run(options: Options) -> None:
     from xlathe.passes import PASSES
 
     for name, cls in PASSES.items():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,8 +54,8 @@ def quality_table(results: Sequence[Result], conditions: Conditions) -> Table:
     table = _table(
         "Size and quality",
         f"{tokens:,} held-out tokens in {conditions.windows} windows; ± standard error over windows; "
-        f"KL divergence in nats a token",
-        ("MB on disk", "bits a weight", "perplexity", f"KL from {results[0].name}", "same top-1"),
+        f"KL divergence in 10⁻³ nats a token",
+        ("MB\non disk", "bits\na weight", "perplexity", f"KL from\n{results[0].name}", "same\ntop-1 %"),
     )
     for result in results:
         quality = result.quality
@@ -63,8 +64,8 @@ def quality_table(results: Sequence[Result], conditions: Conditions) -> Table:
             f"{result.disk_bytes / 1e6:.2f}",
             f"{result.bits_per_weight:.2f}",
             _estimate(quality.perplexity),
-            _estimate(quality.kl),
-            _estimate(Estimate(100 * quality.same_top1.mean, 100 * quality.same_top1.error)) + " %",
+            _estimate(quality.kl, 1e3),
+            _estimate(quality.same_top1, 100),
         )
     return table
 
@@ -76,12 +77,12 @@ def speed_table(results: Sequence[Result], conditions: Conditions) -> Table:
         f"one row, prompt of {conditions.prompt_tokens} tokens, {conditions.new_tokens} new ones, median of "
         f"{conditions.rounds} rounds; the limit is plain reading of as many bytes; {conditions.machine}",
         (
-            "prefill tokens/s",
-            "decode tokens/s",
-            f"decode / {results[0].name}",
-            "weights read GB/s",
-            "of the limit",
-            "compile s",
+            "prefill\ntokens/s",
+            "decode\ntokens/s",
+            f"decode /\n{results[0].name}",
+            "weights\nread GB/s",
+            "of the\nlimit",
+            "compile\ns",
         ),
     )
     for result in results:
@@ -107,17 +108,17 @@ def write_json(path: Path, results: Sequence[Result], conditions: Conditions) ->
 
 
 def _table(title: str, caption: str, headings: Sequence[str]) -> Table:
-    table = Table(
-        "", title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD
-    )
+    table = Table("", title=title, caption=caption, box=SIMPLE_HEAD)
+    table.title_justify = table.caption_justify = "left"
     for heading in headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     return table
 
 
-def _estimate(value: Estimate) -> str:
+def _estimate(value: Estimate, factor: float = 1.0) -> str:
     """Prints a mean to the digits that its error, of two significant ones, allows."""
-    if value.error == 0:
-        return f"{value.mean:g}"
-    digits = max(0, 1 - int(f"{value.error:e}".partition("e")[2]))
-    return f"{value.mean:.{digits}f} ±{value.error:.{digits}f}"
+    mean, error = factor * value.mean, factor * value.error
+    if error == 0:
+        return f"{mean:g}"
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{mean:.{digits}f} ±{error:.{digits}f}"

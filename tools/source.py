@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from xlathe.errors import OptionError, did_you_mean
-from xlathe.tools.command import UsageError
+from xlathe.tools.command import Options, UsageError
 
 if TYPE_CHECKING:
     from xlathe.graph import Graph
@@ -27,13 +27,13 @@ def define_pipeline(values: flags.FlagValues) -> None:
     flags.DEFINE_string("config", None, "a pipeline by the name of its preset, int8", flag_values=values)
 
 
-def find_pipeline(values: flags.FlagValues) -> "Pipeline | None":
+def find_pipeline(options: Options) -> "Pipeline | None":
     """Returns the pipeline of --passes or --config, None where neither was given."""
-    if values["passes"].value and values["config"].value:
+    if options["passes"] and options["config"]:
         raise UsageError("--passes and --config both name a pipeline; give one of them")
-    if values["config"].value:
-        return preset(values["config"].value)
-    return parse_passes(values["passes"].value) if values["passes"].value else None
+    if options["config"]:
+        return preset(options["config"])
+    return parse_passes(options["passes"]) if options["passes"] else None
 
 
 def preset(name: str) -> "Pipeline":
