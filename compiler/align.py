@@ -111,8 +111,9 @@ def _align(traces: list[ir.Jaxpr], fit: Fit, inconclusive: Exception) -> dict[in
         names = {eqn.primitive.name for eqn in group}
         where = ir.source_line(group[0])
         if len(names) > 1:
-            raise _error(f"the model runs {' or '.join(sorted(names))} at {where}, depending on the length: it branches "
-                         "on the length or loops over tokens in Python", inconclusive)  # fmt: skip
+            either = " or ".join(sorted(names))
+            raise _error(f"the model runs {either} at {where}, depending on the length: it branches on the length or "
+                         "loops over tokens in Python", inconclusive)  # fmt: skip
         wiring = {
             tuple(o.get(a) if isinstance(a, ir.Var) else None for a in eqn.invars)
             for eqn, o in zip(group, ordinals, strict=True)

@@ -14,13 +14,14 @@ Factor = str | int  # "b", "t", or the size of a static part of an axis
 Label = tuple[Factor, ...]
 Labels = tuple[Label, ...]
 
-ELEMENTWISE = frozenset(
-    """abs acos acosh add and asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil clamp conj convert_element_type
-    copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag integer_pow is_finite le lgamma
-    log log1p logistic lt max min mul name ne neg nextafter not optimization_barrier or population_count pow real complex
-    reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt
-    square stop_gradient sub tan tanh xor""".split()
-)
+_ELEMENTWISE = """
+abs acos acosh add and asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil clamp complex conj
+convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag
+integer_pow is_finite le lgamma log log1p logistic lt max min mul name ne neg nextafter not optimization_barrier or
+population_count pow real reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic
+shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor
+"""
+ELEMENTWISE = frozenset(_ELEMENTWISE.split())
 
 
 class Mixes(Exception):
@@ -185,9 +186,7 @@ def _dot_general(eqn: ir.JaxprEqn, operands: Sequence[Labels | None]) -> list[La
         _axes_stay(labels, axes, "sums over")
     free = [
         [i for i in range(len(labels)) if i not in (*contract, *batch)]
-        for labels, contract, batch in zip(
-            sides, (lhs_contract, rhs_contract), (lhs_batch, rhs_batch), strict=True
-        )
+        for labels, contract, batch in zip(sides, (lhs_contract, rhs_contract), (lhs_batch, rhs_batch), strict=True)
     ]
     loose = [any(_mixed(labels[i]) or "?" in labels[i] for i in axes) for labels, axes in zip(sides, free, strict=True)]
     if all(loose):
@@ -345,4 +344,3 @@ RULES: Mapping[str, Rule] = {
     "attention": _attention,
     "quantized_dot": _quantized_dot,
 }
-

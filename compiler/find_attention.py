@@ -91,7 +91,7 @@ class _Matcher:
         self.producer = ir.producers(jaxpr.eqns)
         self.consumer = ir.consumers(jaxpr.eqns)
         self.products: dict[ir.Var, bool] = {}
-        self.outputs = set(a for a in jaxpr.outvars if isinstance(a, ir.Var))
+        self.outputs = {a for a in jaxpr.outvars if isinstance(a, ir.Var)}
 
     def match(self) -> Match:
         probs = self.anchor.probs
@@ -105,7 +105,9 @@ class _Matcher:
         k, q = operands if set(self.axes.resolve(keys)) <= set(self._atoms(operands[0])) else operands[::-1]
         pv, v, result_labels, probs_dtype = self._values(probs, labels, keys)
         result, result_labels = self._divided(pv.outvars[0], result_labels)
-        return self._assemble(q, k, self._strip(v), terms, scale, softcap, dot, result, result_labels, keys, probs_dtype)
+        return self._assemble(
+            q, k, self._strip(v), terms, scale, softcap, dot, result, result_labels, keys, probs_dtype
+        )
 
     def _atoms(self, *values: Value) -> Label:
         return tuple(a for value in values for label in value.labels for a in self.axes.resolve(label))
@@ -222,7 +224,9 @@ class _Matcher:
         while True:
             uses = [e for e in self.consumer.get(current, []) if e is not self.anchor.total]
             if len(uses) != 1 or current in self.outputs:
-                raise Miss(f"the probabilities are used {len(uses) + (current in self.outputs)} times", self.anchor.total)
+                raise Miss(
+                    f"the probabilities are used {len(uses) + (current in self.outputs)} times", self.anchor.total
+                )
             eqn = uses[0]
             if eqn.primitive.name == "dot_general":
                 break
@@ -292,7 +296,7 @@ class _Matcher:
         if stray or not set(key) <= set(in_k) & set(in_v):
             raise Miss("keys and values have axes that are no part of attention", dot)
         batch = tuple(a for a in shared if "b" in ir.dim_vars(self.axes.sizes[a]))
-        known = set((*in_q, *in_v, *key))
+        known = {*in_q, *in_v, *key}
         arranged = [self._term(t, known) for t in terms]
         return Match(
             softmax=self.anchor.total,
@@ -334,4 +338,3 @@ class _Matcher:
 def _is_static_product(eqn: ir.JaxprEqn) -> bool:
     """Says whether a product has no batch: positions times a table, say, as in a relative bias."""
     return not any("b" in ir.dim_vars(d) for d in eqn.outvars[0].aval.shape)
-

@@ -28,7 +28,9 @@ class NotCausal(Exception):
     """A query sees a later key."""
 
 
-def plan_mask(terms_at: Callable[[jax.Array, jax.Array], tuple[jax.Array | None, jax.Array | None]], max_len: int) -> MaskPlan:
+def plan_mask(
+    terms_at: Callable[[jax.Array, jax.Array], tuple[jax.Array | None, jax.Array | None]], max_len: int
+) -> MaskPlan:
     """Evaluates mask and bias for all 0 <= q, k < max_len.
 
     terms_at: maps query positions [Q] and key positions [K] to (mask [..., Q, K], bias [..., Q, K]); either may be

@@ -40,9 +40,7 @@ class Static:
     sums. length: what `t` used as a number is; None refuses it (`only_shifts` says where it may be given).
     """
 
-    def __init__(
-        self, jaxpr: ir.Jaxpr, values: Mapping[ir.Var, Any], max_len: int, length: int | None = None
-    ) -> None:
+    def __init__(self, jaxpr: ir.Jaxpr, values: Mapping[ir.Var, Any], max_len: int, length: int | None = None) -> None:
         self.producer = ir.producers(jaxpr.eqns)
         self.values = values
         self.max_len = max_len
@@ -193,7 +191,10 @@ class Static:
         moved = [i for i, n in enumerate(table.aval.shape) if ir.is_symbolic(n)]
         batch = [role for i, role in enumerate(roles) if i not in numbers.offset_dims]
         found = self(index, (*batch, None))  # first, as it may be refused for a reason of its own
-        if any(i in dropped or i in numbers.start_index_map or not ir.same_dim(sizes[i], table.aval.shape[i]) for i in moved):
+        if any(
+            i in dropped or i in numbers.start_index_map or not ir.same_dim(sizes[i], table.aval.shape[i])
+            for i in moved
+        ):
             self.refuse(eqn, "by an index into the positions")
         value = self(table, tuple(inner))
         new_sizes = tuple(value.shape[i] if i in moved else n for i, n in enumerate(sizes))
@@ -316,9 +317,7 @@ def only_shifts(producer: Mapping[ir.Var, ir.JaxprEqn], atom: ir.Atom, axis: int
     return free or constant is not None
 
 
-def _length_use(
-    producer: Mapping[ir.Var, ir.JaxprEqn], atom: ir.Atom, axis: int | None
-) -> tuple[bool, str | None]:
+def _length_use(producer: Mapping[ir.Var, ir.JaxprEqn], atom: ir.Atom, axis: int | None) -> tuple[bool, str | None]:
     """Returns (free of the length, "same" where it is a shift along `axis`; None where unknown)."""
     eqn = producer.get(atom) if isinstance(atom, ir.Var) else None
     if eqn is None:
@@ -350,7 +349,7 @@ def _length_use(
     if name in ("add", "sub", "neg", "convert_element_type", "copy", "broadcast_in_dim", "transpose", "reshape"):
         return False, "same" if all(shift is not None for _, shift in uses) else None
     if name in ("mul", "div"):
-        return False, _scaled_shift(inner, uses, producer)
+        return False, _scaled_shift(name, inner, uses, producer)
     return False, None
 
 
@@ -362,22 +361,24 @@ def _is_long(atom: ir.Atom, axis: int) -> bool:
 def _reshaped_axis(eqn: ir.JaxprEqn, axis: int | None) -> int | None:
     """Returns the operand axis that a position axis of a reshape comes from: they keep their order."""
     before, after = (
-        [i for i, n in enumerate(aval.shape) if "t" in ir.dim_vars(n)] for aval in (eqn.invars[0].aval, eqn.outvars[0].aval)
+        [i for i, n in enumerate(aval.shape) if "t" in ir.dim_vars(n)]
+        for aval in (eqn.invars[0].aval, eqn.outvars[0].aval)
     )
     return before[after.index(axis)] if axis in after and len(before) == len(after) else None
 
 
 def _scaled_shift(
+    name: str,
     inner: Sequence[tuple[int | None, ir.Atom]],
     uses: Sequence[tuple[bool, str | None]],
     producer: Mapping[ir.Var, ir.JaxprEqn],
 ) -> str | None:
     """A shift times a factor stays a shift where the factor is free of the length and the same along the axis."""
-    (left_free, left), (right_free, _) = uses
-    shifted, factor = (inner[1], inner[0]) if left_free else (inner[0], inner[1])
-    if not (left_free or right_free) or (uses[1] if left_free else uses[0])[1] is None:
-        return None
-    return "same" if not _varies(producer, factor[1], factor[0]) else None
+    for shift, factor in ((0, 1), (1, 0)) if name == "mul" else ((0, 1),):
+        axis, atom = inner[factor]
+        if uses[factor][0] and uses[shift][1] is not None and not _varies(producer, atom, axis):
+            return "same"
+    return None
 
 
 def _varies(producer: Mapping[ir.Var, ir.JaxprEqn], atom: ir.Atom, axis: int | None) -> bool:

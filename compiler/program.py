@@ -136,9 +136,7 @@ class Program:
         stop_tokens = (*self.stop_tokens, *(s for s in stops if not isinstance(s, str)))
         if len(stop_tokens) > STOP_TOKENS:
             raise RequestError(f"{len(stop_tokens)} stop tokens, but a program takes at most {STOP_TOKENS}")
-        sampling = Sampling.of(
-            len(prompts), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed
-        )
+        sampling = Sampling.of(len(prompts), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
         strings = tuple(s for s in stops if isinstance(s, str))
         if strings and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this program has none; use stop token ids")
@@ -177,10 +175,11 @@ class Program:
         if max_tokens < 1:
             raise RequestError(f"max_tokens must be at least 1, got {max_tokens}")
         longest = max(map(len, prompts))
-        if longest + max_tokens > self.buckets.slots:
+        needed = longest + max_tokens
+        if needed > self.buckets.slots:
             raise RequestError(
-                f"a prompt of {longest} tokens and max_tokens={max_tokens} need {longest + max_tokens} positions, but the "
-                f"program was compiled with max_len={self.buckets.slots}"
+                f"a prompt of {longest} tokens and max_tokens={max_tokens} need {needed} positions, but the program was "
+                f"compiled with max_len={self.buckets.slots}"
             )
 
 
@@ -260,9 +259,7 @@ class _Run:
         limit = jnp.asarray(self.program.buckets.unit, jnp.int32)
         while None in self.reasons:
             start = time.perf_counter()
-            new, rows, self.state = decode(
-                self.program.arrays, rows, self.request.sampling, stops, limit, self.state
-            )
+            new, rows, self.state = decode(self.program.arrays, rows, self.request.sampling, stops, limit, self.state)
             fetched = np.asarray(new)
             self.decode_seconds += time.perf_counter() - start
             yield from self._take(fetched)
@@ -303,7 +300,9 @@ class _Run:
         self.prefill_seconds = time.perf_counter() - start
         lengths = [len(ids) for ids in request.prompts] + [0] * (request.rows - len(request.prompts))
         active = jnp.arange(request.rows) < len(request.prompts)
-        return Rows(logits, jnp.asarray(lengths, jnp.int32), active, jnp.full(request.rows, request.max_tokens, jnp.int32))
+        return Rows(
+            logits, jnp.asarray(lengths, jnp.int32), active, jnp.full(request.rows, request.max_tokens, jnp.int32)
+        )
 
     def _take(self, fetched: np.ndarray) -> Iterator[Piece]:
         """Adds a unit's tokens [rows, unit] to the rows that still run."""

@@ -82,7 +82,9 @@ def _source(model: Any, params: Any) -> Source:
         if params is None:
             raise TraceError("a function f(params, tokens) is traced with its parameters: xl.trace(f, params=...)")
         return _function_source(model, params)
-    raise TraceError(f"expected an nnx.Module, (linen module, variables) or f(params, tokens), got {type(model).__name__}")
+    raise TraceError(
+        f"expected an nnx.Module, (linen module, variables) or f(params, tokens), got {type(model).__name__}"
+    )
 
 
 def _nnx_source(module: "nnx.Module") -> Source:

@@ -94,7 +94,8 @@ class _Emitter:
             return moved.reshape([self._size(label) for label in order])
         spread = moved.reshape([self.match.sizes[a] if a in atoms else 1 for label in order for a in label])
         full = [
-            [self.match.sizes[a] for a in label] if any(a in atoms for a in label) else [1] * len(label) for label in order
+            [self.match.sizes[a] for a in label] if any(a in atoms for a in label) else [1] * len(label)
+            for label in order
         ]
         spread = jnp.broadcast_to(spread, [n for sizes in full for n in sizes])
         merged = [self._size(label) if any(a in atoms for a in label) else 1 for label in order]

@@ -52,7 +52,9 @@ class KVCache(Pass):
         )
         plans = tuple(dict.fromkeys(map(str, deriver.plans.values())))
         return graph.replace(jaxpr=jaxpr, inputs=inputs), Record(
-            "kv_cache", hits={"cached": len(deriver.remembered)}, notes=(f"{deriver.bytes_per_token} bytes a token", *plans)
+            "kv_cache",
+            hits={"cached": len(deriver.remembered)},
+            notes=(f"{deriver.bytes_per_token} bytes a token", *plans),
         )
 
 
@@ -63,7 +65,9 @@ class _Deriver:
         self.graph, self.jaxpr = graph, graph.jaxpr
         (self.tokens,) = (v for v, i in zip(self.jaxpr.invars, graph.inputs, strict=True) if i.kind == "arg")
         self.labels = token_labels(
-            self.jaxpr, self.tokens, [m for record in graph.history for m in record.misses if record.name == "fuse_attention"]
+            self.jaxpr,
+            self.tokens,
+            [m for record in graph.history for m in record.misses if record.name == "fuse_attention"],
         )
         self.equations = ir.live_equations(self.jaxpr)
         self.producer = ir.producers(self.equations)
@@ -89,7 +93,7 @@ class _Deriver:
     def _needed_everywhere(self) -> set[ir.Var]:
         """Values that every new token needs, because something remembered depends on them."""
         needed: set[ir.Var] = set()
-        stack = [v for v in self.remembered]
+        stack = list(self.remembered)
         while stack:
             var = stack.pop()
             if var in needed or var not in self.labels:
@@ -215,7 +219,9 @@ class _Step:
                 continue
             everywhere = any(out in d.needed for out in eqn.outvars)
             with ir.at_source_of(eqn):
-                results = self._attention(eqn, everywhere) if ir.is_op(eqn, "attention") else self._apply(eqn, everywhere)
+                results = (
+                    self._attention(eqn, everywhere) if ir.is_op(eqn, "attention") else self._apply(eqn, everywhere)
+                )
             for out, value in zip(eqn.outvars, results, strict=True):
                 self.values[out, everywhere] = value
         logits = self._value(d.jaxpr.outvars[0], everywhere=False)

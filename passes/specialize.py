@@ -30,7 +30,14 @@ class Specialize(Pass):
     slots: int = 0
 
     def apply(self, graph: Graph, context: Context) -> tuple[Graph, Record]:
-        given = {"b": self.batch, "t": self.length, "n": self.tokens, "m": self.selected, "r": self.rows, "s": self.slots}
+        given = {
+            "b": self.batch,
+            "t": self.length,
+            "n": self.tokens,
+            "m": self.selected,
+            "r": self.rows,
+            "s": self.slots,
+        }
         sizes: dict[str, Any] = {name: size for name, size in given.items() if size}
         scope = _symbols(graph.jaxpr)
         if unknown := sizes.keys() - scope.keys():

@@ -33,9 +33,7 @@ def test_equations_that_differ_stay():
     def model(p, i):
         x = p["e"][i]
         y = x * 2.0 + x * 3.0 + jnp.sum(x, -1, keepdims=True) + jnp.sum(x, 1, keepdims=True)
-        return (
-            y + x.astype(jnp.bfloat16).astype(jnp.float32) + x.astype(jnp.float16).astype(jnp.float32)
-        ) @ p["e"].T
+        return (y + x.astype(jnp.bfloat16).astype(jnp.float32) + x.astype(jnp.float16).astype(jnp.float32)) @ p["e"].T
 
     before = graph_of(model, e=E)
     after = Canonicalize()(before)
@@ -109,9 +107,7 @@ def test_record():
     assert record.equations == (len(before.jaxpr.eqns), len(before.jaxpr.eqns) - record.hits["merged"])
 
 
-@pytest.mark.parametrize(
-    "name", ["gpt2", "rope_half", "bfloat16_float32_softmax", "mask_numpy", "experts_top_two"]
-)
+@pytest.mark.parametrize("name", ["gpt2", "rope_half", "bfloat16_float32_softmax", "mask_numpy", "experts_top_two"])
 def test_values_are_kept(name):
     before = traced(name)
     ids = tokens(ZOO[name], 2, 9)

@@ -46,7 +46,9 @@ def test_windows_are_found_over_all_distances(name: str, window: int | None) -> 
     graph = stepped(variant)
     operations = [e for e in graph.jaxpr.eqns if e.primitive.name == "xlathe.cached_attention"]
     assert len(operations) == variant.layers
-    assert {(e.params["window"], e.params["masked"], e.params["biased"]) for e in operations} == {(window, False, False)}
+    assert {(e.params["window"], e.params["masked"], e.params["biased"]) for e in operations} == {
+        (window, False, False)
+    }
 
 
 def test_a_long_window_hides_what_is_behind_it() -> None:

@@ -94,5 +94,5 @@ def test_unknown_options(options: dict[str, str], message: str) -> None:
 
 
 def test_a_rule_that_matches_nothing_is_an_error() -> None:
-    with pytest.raises(OptionError, match="'layer/.*' matches no weight"):
+    with pytest.raises(OptionError, match=r"'layer/\.\*' matches no weight"):
         Quantize(weights="layer/.*")(fused(variant("llama")))
