@@ -52,9 +52,7 @@ def compiled(graph: xl.Graph) -> Program:
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return Program(
-        calls={
-            u.signature.name: compile_unit(u.function, u.signature.avals) for u in units(step, buckets, "cpu")
-        },
+        calls={u.signature.name: compile_unit(u.function, u.signature.avals) for u in units(step, buckets, "cpu")},
         arrays=step.arrays,
         state_avals={2: tuple(state_avals(step, 2, buckets.slots))},
         buckets=buckets,
@@ -149,11 +147,14 @@ def test_reference_programs_run_without_kernels(
 
 
 def test_what_a_bundle_holds(saved: dict[str, Path]) -> None:
-    files = {kind: {str(p.relative_to(saved[kind])) for p in saved[kind].rglob("*.*")} for kind in saved}
-    without_reference = {name for name in FILES if "reference" not in name}
-    assert files["float32"] == without_reference
-    assert files["int8"] == (without_reference if native.library() is None else set(FILES))
-    described = json.loads((saved["int8"] / "manifest.json").read_text())
+    described = {kind: json.loads((saved[kind] / "manifest.json").read_text()) for kind in saved}
+    for kind, folder in saved.items():
+        wanted = {name for name in FILES if "reference" not in name or described[kind]["custom_calls"]}
+        assert {str(path.relative_to(folder)) for path in folder.rglob("*.*")} == wanted
+        assert set(described[kind]["files"]) == wanted - {"manifest.json"}
+    called = "xlathe.quantized_dot.int8" in described["int8"]["custom_calls"]
+    assert called == (native.library() is not None)
+    described = described["int8"]
     weights = described["files"]["weights.safetensors"]["size"]
     assert weights == (saved["int8"] / "weights.safetensors").stat().st_size
     assert weights < (saved["float32"] / "weights.safetensors").stat().st_size / 2
@@ -168,8 +169,7 @@ def test_programs_do_not_depend_on_where_they_were_saved(
 ) -> None:
     (lambda: programs["int8"].save(tmp_path / "again"))()  # from another line, through another caller
     first, second = (
-        {path.name: path.read_bytes() for path in folder.rglob("*.*")}
-        for folder in (saved["int8"], tmp_path / "again")
+        {path.name: path.read_bytes() for path in folder.rglob("*.*")} for folder in (saved["int8"], tmp_path / "again")
     )
     assert first == second
     assert not any(b".py" in content for content in first.values())
@@ -293,9 +293,7 @@ def test_a_manifest_of_another_bundle(copy: Path, fields: dict[str, Any], expect
 def test_weights_of_another_type(copy: Path) -> None:
     first, *others = bundle_check.read_manifest(copy).inputs
     change(copy, inputs=(dataclasses.replace(first, dtype="bfloat16"), *others))
-    with pytest.raises(
-        xl.BundleError, match=r"weights.safetensors has '.+' .+ where '.+' bfloat16\[.*\] is expected"
-    ):
+    with pytest.raises(xl.BundleError, match=r"weights.safetensors has '.+' .+ where '.+' bfloat16\[.*\] is expected"):
         xl.load(copy)
 
 
@@ -304,9 +302,7 @@ def test_what_is_no_program(copy: Path) -> None:
     path.write_bytes(b"something else")
     files = bundle_check.read_manifest(copy).files
     change(copy, files={**files, "programs/decode_r2.stablehlo": bundle_check.file_entry(path)})
-    with pytest.raises(
-        xl.BundleError, match=r"decode_r2.stablehlo: JAX .+ cannot read it.+it was written on 20"
-    ):
+    with pytest.raises(xl.BundleError, match=r"decode_r2.stablehlo: JAX .+ cannot read it.+it was written on 20"):
         xl.load(copy)
 
 
