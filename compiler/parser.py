@@ -46,8 +46,9 @@ def parse(text: str, ops: Iterable[Op] = OPS) -> tuple[ir.Jaxpr, tuple[Input, ..
     if len(text) > MAX_CHARACTERS:
         raise GraphFileError(f"{len(text)} characters; a printed graph has at most {MAX_CHARACTERS}")
     try:
-        tree = ast.parse(text)
-        return _program(tree.body, {op.name: op for op in ops})
+        return _program(ast.parse(text).body, {op.name: op for op in ops})
+    except GraphFileError as error:
+        raise GraphFileError(str(error)) from None  # without what JAX notes on errors that pass through it
     except SyntaxError as error:
         raise GraphFileError(f"line {error.lineno}: {error.msg}") from None
     except (ValueError, RecursionError, MemoryError) as error:  # null bytes, too deeply nested
@@ -265,27 +266,30 @@ class _Body:
     def _define(self, function: ast.FunctionDef) -> None:
         names = [argument.arg for argument in _arguments(function)]
         _check_unique(function, names)
+        outer = dict(self.regions)
 
         def region(*operands: Any) -> tuple[Any, ...]:
             if len(operands) != len(names):
                 raise _refusal(function, f"takes {len(names)} values, is given {len(operands)}")
             inner = {**self.values, **dict(zip(names, operands, strict=True))}
-            return _Body(self.ops, self.dims, inner, dict(self.regions)).run(function.body)
+            return _Body(self.ops, self.dims, inner, dict(outer)).run(function.body)
 
         self.regions[function.name] = region
 
     def _call(self, call: ast.Call) -> Any:
         if not isinstance(call.func, ast.Name):
             raise _refusal(call, "only primitives and operations are called, by name")
-        name, params = call.func.id, _Values(self.dims).keywords(call.keywords)
+        name = call.func.id
+        if name not in self.ops and name not in primitives.PARAMETERS and name not in primitives.REGIONS:
+            raise _unknown(call, name, [*primitives.PARAMETERS, *self.ops, *primitives.REGIONS])
+        params = _Values(self.dims).keywords(call.keywords)
         if name in primitives.REGIONS:
-            return _guarded(call, lambda: primitives.REGIONS[name](*map(self._grouped, call.args), **params))
+            grouped = [self._grouped(argument) for argument in call.args]
+            return _guarded(call, lambda: primitives.REGIONS[name](*grouped, **params))
         operands = [self.operand(argument) for argument in call.args]
         if name in self.ops:
             return _guarded(call, lambda: self.ops[name](*operands, **params))
-        if name in primitives.PARAMETERS:
-            return _guarded(call, lambda: primitives.apply(name, *operands, **params))
-        raise _unknown(call, name, [*primitives.PARAMETERS, *self.ops, *primitives.REGIONS])
+        return _guarded(call, lambda: primitives.apply(name, *operands, **params))
 
     def _grouped(self, node: ast.expr) -> Any:
         """Reads an operand of a region: a nested function, a value, or a tuple of those."""
@@ -319,7 +323,7 @@ def _guarded(node: ast.AST, make: Callable[[], Any]) -> Any:
     except GraphFileError:
         raise
     except Exception as error:
-        raise _refusal(node, _first_line(error)) from error
+        raise _refusal(node, _first_line(error)) from None
 
 
 def _first_line(error: Exception) -> str:

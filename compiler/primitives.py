@@ -8,6 +8,7 @@ are absent take their default; shardings are never written.
 import functools
 import inspect
 import keyword
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -73,6 +74,9 @@ DEFAULTS: Mapping[str, Any] = {
     **dict.fromkeys(("strides", "fill_value", "group_offset")),
     "weak_type": False,
 }
+_DTYPE_PARAMETERS = frozenset(
+    {"dtype", "index_dtype", "input_dtype", "new_dtype", "out_dtype", "preferred_element_type"}
+)
 _DTYPE_NAMES = """
     bool int4 int8 int16 int32 int64 uint4 uint8 uint16 uint32 uint64
     float16 bfloat16 float32 float64 float8_e4m3fn float8_e5m2 complex64 complex128"""
@@ -110,7 +114,9 @@ def apply(name: str, *operands: Any, **params: Any) -> Any:
     missing = [param for param in known if param not in params and not _has_default(name, param)]
     if missing:
         raise OptionError(f"{name} needs the parameter {missing[0]!r}")
-    given = {param: _as_parameter(params.get(param, DEFAULTS.get(param))) for param in known}
+    given = {param: _as_parameter(param, params.get(param, DEFAULTS.get(param))) for param in known}
+    if name == "reshape" and math.prod(operands[0].shape) != math.prod(given["new_sizes"]):
+        raise OptionError(f"reshape from {operands[0].shape} to {given['new_sizes']} changes the number of elements")
     primitive = ir.primitive(name)
     outputs = primitive.bind(*operands, **given)
     return tuple(outputs) if primitive.multiple_results else outputs
@@ -125,8 +131,8 @@ def is_default(name: str, param: str, value: Any) -> bool:
     return param in UNWRITTEN or (_has_default(name, param) and DEFAULTS.get(param) is value)
 
 
-def _as_parameter(value: Any) -> Any:
-    return jnp.dtype(value) if isinstance(value, type) and issubclass(value, np.generic) else value
+def _as_parameter(name: str, value: Any) -> Any:
+    return jnp.dtype(value) if name in _DTYPE_PARAMETERS and value is not None else value
 
 
 def _dim_as_value(dim: ir.Dim) -> Any:

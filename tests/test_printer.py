@@ -44,9 +44,7 @@ def test_round_trip(name):
     assert plain(read.jaxpr) == plain(inlined)
 
 
-@pytest.mark.parametrize(
-    "name", ["gemma2", "bfloat16_float32_softmax", "rope_complex", "recurrence", "fourier"]
-)
+@pytest.mark.parametrize("name", ["gemma2", "bfloat16_float32_softmax", "rope_complex", "recurrence", "fourier"])
 def test_round_trip_keeps_every_bit(name):
     graph, ids = traced(name), tokens(ZOO[name], 2, 9)
     assert np.array_equal(eager(again(graph), ids), eager(graph, ids))
@@ -118,11 +116,7 @@ def arithmetic(p, ids):
     x = p["e"][ids]
     x = x.at[:, 0].add(1.0).at[:, -1].mul(p["s"]).at[ids % 2].max(0.25)
     x = jax.nn.relu(x) + jnp.round(x) + lax.erfc(x) + lax.reduce_precision(x, 5, 5) + jnp.fft.fft(x).real
-    x = (
-        x
-        + (x.astype(jnp.complex64) * (1 + 2j)).imag
-        + jnp.nan_to_num(x / 0.0, nan=0.5, posinf=1e30, neginf=-np.inf)
-    )
+    x = x + (x.astype(jnp.complex64) * (1 + 2j)).imag + jnp.nan_to_num(x / 0.0, nan=0.5, posinf=1e30, neginf=-np.inf)
     x = jnp.dot(x, p["w"], precision="highest") + jnp.sort(x) + lax.cumsum(x, 2) + lax.top_k(x, 4)[0]
     x = x + x.astype(jnp.bfloat16) * jnp.bfloat16(0.1) + x.astype(jnp.int8).astype(jnp.float32) * (x > 0.1)
     return jnp.clip(x, -1e6, 1e6) @ p["e"].T
@@ -182,7 +176,7 @@ def test_dimensions_are_python():
 def test_names_that_are_no_identifiers():
     """Expected: an identifier each, and the true name in the annotation."""
     odd = ["a/b", "a b", "1", "class", "x1", "add", "t", 'quo"te', "back\\slash", "é", "graph", "tokens "]
-    params = {name: E for name in odd}
+    params = dict.fromkeys(odd, E)
     graph = graph_of(lambda p, ids: sum(p.values())[ids] @ E.T, **params)
     assert set(again(graph).names("weight")) == set(odd)
     assert to_text(again(graph)) == to_text(graph)

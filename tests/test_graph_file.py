@@ -1,0 +1,162 @@
+"""Graphs on disk: what is saved reads back; what is missing, damaged or foreign gets one clear error."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer, models
+
+import xlathe as xl
+from tests.graphs import graph_of, traced
+from xlathe.passes import Canonicalize, FuseAttention, KVCache, Quantize
+from xlathe.printer import to_text
+
+E = np.random.default_rng(0).normal(size=(11, 4)).astype(np.float32)
+IDS = np.array([[1, 2, 3, 10]], np.int32)
+
+
+def model(p, ids):
+    x = p["e"][ids] * p["half"].astype(jnp.float32) + p["codes"].astype(jnp.float32) * p["scalar"]
+    return jnp.where(p["mask"], x, 0.0) @ p["e"].T
+
+
+@pytest.fixture
+def graph():
+    codes, mask = np.arange(4, dtype=np.int8), np.array([True, False, True, True])
+    half = np.asarray(jnp.linspace(0, 1, 4).astype(jnp.bfloat16))
+    return graph_of(model, e=E, half=half, codes=codes, mask=mask, scalar=np.float32(0.5))
+
+
+@pytest.fixture
+def saved(graph, tmp_path):
+    graph.save(tmp_path / "g")
+    return tmp_path / "g"
+
+
+def test_reads_back(graph, saved):
+    read = xl.load_graph(saved)
+    assert to_text(read) == to_text(graph) and read.max_len == graph.max_len and read.inputs == graph.inputs
+    for name in graph.names("weight", "const"):
+        assert np.asarray(read.weights[name]).dtype == graph.weights[name].dtype
+        assert np.array_equal(read.weights[name], graph.weights[name])
+        assert np.shape(read.weights[name]) == np.shape(graph.weights[name])
+    assert np.array_equal(read(IDS), graph(IDS)) and read.tokenizer is None
+
+
+def test_history_and_tokenizer_read_back(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    graph = xl.trace(lambda p, ids: p["e"][ids] @ p["e"].T, {"e": E}, max_len=8, tokenizer=tokenizer)
+    graph = Canonicalize()(graph)
+    graph.save(tmp_path)
+    read = xl.load_graph(tmp_path)
+    assert read.history == graph.history and read.tokenizer.encode("b").ids == [1]
+
+
+def test_quantized_step_reads_back(tmp_path):
+    """Expected: weights are saved as the recipes made them, and the step computes the same bits."""
+    graph = KVCache()(Quantize()(FuseAttention()(Canonicalize()(traced("multi_query")))))
+    graph.save(tmp_path)
+    read = xl.load_graph(tmp_path)
+    assert to_text(read) == to_text(graph) and read.is_step and not read.weights.recipes
+    assert any(np.asarray(read.weights[name]).dtype == np.int8 for name in read.names("weight"))
+    assert np.array_equal(read(IDS), graph(IDS))
+
+
+def test_arrays_are_read_on_demand(saved):
+    read = xl.load_graph(saved)
+    (saved / "weights.safetensors").unlink()
+    with pytest.raises(FileNotFoundError):
+        read.weights["e"]
+
+
+@pytest.mark.parametrize("name", ["graph.py", "graph.json", "weights.safetensors"])
+def test_missing_file(saved, name):
+    (saved / name).unlink()
+    with pytest.raises(xl.GraphFileError, match=name):
+        xl.load_graph(saved)
+
+
+def test_missing_directory(tmp_path):
+    with pytest.raises(xl.GraphFileError, match="cannot be read"):
+        xl.load_graph(tmp_path / "nowhere")
+
+
+def test_program_errors_name_file_and_line(saved):
+    text = (saved / "graph.py").read_text()
+    (saved / "graph.py").write_text(text.replace("dot_general(x", "dot_generall(x"))
+    with pytest.raises(xl.GraphFileError, match=r"graph.py: line \d+: unknown name 'dot_generall'; did you mean"):
+        xl.load_graph(saved)
+
+
+def test_nothing_is_executed(saved, tmp_path):
+    trap = tmp_path / "trap"
+    text = (saved / "graph.py").read_text()
+    (saved / "graph.py").write_text(f"open({str(trap)!r}, 'w').close()\n{text}")
+    with pytest.raises(xl.GraphFileError, match="line 1"):
+        xl.load_graph(saved)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda a: {k: v for k, v in a.items() if k != "e"}, "no array 'e'"),
+        (lambda a: a | {"e": a["e"][:-1]}, r"'e' is float32\[10, 4\], the program takes float32\[11, 4\]"),
+        (lambda a: a | {"e": a["e"].astype(np.float16)}, r"'e' is float16\[11, 4\]"),
+        (lambda a: a | {"mask": a["mask"].astype(np.int8)}, "'mask' is int8"),
+    ],
+)
+def test_wrong_arrays(saved, change, reason):
+    path = saved / "weights.safetensors"
+    save_file(change(load_file(path)), path)
+    with pytest.raises(xl.GraphFileError, match=reason):
+        xl.load_graph(saved)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.99])
+@pytest.mark.parametrize("name", ["graph.py", "graph.json", "weights.safetensors"])
+def test_truncated_files(saved, name, share):
+    data = (saved / name).read_bytes()
+    (saved / name).write_bytes(data[: int(share * len(data))])
+    with pytest.raises(xl.GraphFileError):
+        xl.load_graph(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"format": "other"}, "does not describe a graph"),
+        ({"version": 99}, "version 99"),
+        ({"max_len": -1}, "max_len"),
+        ({"max_len": "64"}, "max_len"),
+        ({"history": [{"name": 3}]}, "history"),
+        ({"history": 7}, "history"),
+    ],
+)
+def test_wrong_description(saved, change, reason):
+    path = saved / "graph.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(xl.GraphFileError, match=reason):
+        xl.load_graph(saved)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "{", '"' * 7, "[" * 100_000])
+def test_description_that_is_none(saved, text):
+    (saved / "graph.json").write_text(text)
+    with pytest.raises(xl.GraphFileError, match=r"graph.json"):
+        xl.load_graph(saved)
+
+
+def test_broken_tokenizer(saved):
+    (saved / "tokenizer.json").write_text("{}")
+    with pytest.raises(xl.GraphFileError, match="no tokenizer"):
+        xl.load_graph(saved)
+
+
+def test_dtype_that_files_cannot_hold(tmp_path):
+    graph = graph_of(lambda p, ids: p["e"][ids] @ p["e"].T + p["q"].astype(jnp.float32), e=E,
+                     q=np.zeros(11, jnp.int4))  # fmt: skip
+    with pytest.raises(xl.GraphFileError, match="q is int4"):
+        graph.save(tmp_path)
