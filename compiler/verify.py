@@ -21,6 +21,7 @@ from xlathe.step import ARGUMENTS
 
 _BLOCK = 1 << 24  # logits that are held in float64 at a time
 _LENIENT_ULPS = 4
+_LARGEST_EXPONENT = 709.0  # of e, in float64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +161,8 @@ def _estimate(values: np.ndarray) -> Estimate:
 
 def _perplexity(losses: np.ndarray) -> Estimate:
     loss = _estimate(losses)
-    return Estimate(math.exp(loss.mean), math.exp(loss.mean) * loss.error)
+    mean = math.exp(loss.mean) if loss.mean < _LARGEST_EXPONENT else math.inf
+    return Estimate(mean, mean * loss.error)
 
 
 def check_structure(graph: Graph, checked: Graph | None = None) -> None:
