@@ -91,7 +91,7 @@ def _normal(labels: Labels) -> Labels:
 
 
 def _static(shape: Sequence[ir.Dim]) -> Labels:
-    return tuple(() if not ir.is_symbolic(n) and n == 1 else ("?" if ir.is_symbolic(n) else n,) for n in shape)
+    return _normal(tuple(("?" if ir.is_symbolic(n) else int(n),) for n in shape))
 
 
 def _same(operands: Sequence[Labels | None]) -> Labels:

@@ -190,7 +190,7 @@ class Graph:
         return self._run_step(checked) if self.is_step else self._run_forward(self.arrays, checked)
 
     @functools.cached_property
-    def _run_forward(self) -> Callable:
+    def _run_forward(self) -> Callable[..., jax.Array]:
         def run(arrays: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
             sizes = {"b": tokens.shape[0], "t": tokens.shape[1]}
             return ir.evaluate_at(self.jaxpr, self.bind_names({**arrays, "tokens": tokens}), sizes)[0]

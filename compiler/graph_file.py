@@ -140,11 +140,11 @@ def _history(meta: Mapping[str, Any]) -> tuple[Record, ...]:
         raise GraphFileError(f"{META}: malformed history: {error}") from None
 
 
-def _record(name: str, hits: dict, misses: list, notes: list, seconds: float, equations: list) -> Record:
+def _record(name: str, hits: Any, misses: Any, notes: Any, seconds: float, equations: Any) -> Record:
     before, after = map(int, equations)
     counts = {str(rule): int(count) for rule, count in hits.items()}
-    texts = [tuple(map(str, lines)) for lines in (misses, notes)]
-    return Record(str(name), counts, *texts, float(seconds), (before, after))
+    near, said = (tuple(map(str, lines)) for lines in (misses, notes))
+    return Record(str(name), counts, near, said, float(seconds), (before, after))
 
 
 def _tokenizer(path: Path) -> Tokenizer | None:

@@ -20,8 +20,8 @@ from jax._src.export.shape_poly import dim_as_value_p
 from jax._src.lax.lax import optimization_barrier_p, ragged_dot_general_p, unstack_p
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Primitive, Var, primitives
 
-Atom = Var | Literal
-Dim = int | DimExpr
+type Atom = Var | Literal
+type Dim = int | DimExpr
 Rule = Callable[[JaxprEqn, list[Any]], Sequence[Any] | None]
 
 CUSTOM_DERIVATIVE = frozenset({"custom_jvp_call", "custom_vjp_call"})
@@ -41,7 +41,7 @@ _OWN = os.path.dirname(os.path.abspath(__file__))
 _OWN_FOLDERS = (_OWN + os.sep, os.path.join(os.path.dirname(_OWN), "passes") + os.sep)
 
 
-def trace(function: Callable, *avals: Any) -> Jaxpr:
+def trace(function: Callable[..., Any], *avals: Any) -> Jaxpr:
     """Traces `function` at the given avals (anything with `.shape` and `.dtype`) to a jaxpr with flat inputs."""
     return jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals))
 
@@ -162,8 +162,8 @@ def at_source_of(eqn: JaxprEqn, caller: JaxprEqn | None = None) -> Any:
 
 def _user_frames(eqn: JaxprEqn) -> list[tuple[str, int, str]]:
     """Returns (file, line, function) of the model's code that made an equation, innermost first."""
-    flax = sys.modules.get("flax")  # never imported here: what is loaded from disk does without
-    libraries = (*_OWN_FOLDERS, os.path.dirname(flax.__file__) + os.sep) if flax else _OWN_FOLDERS
+    flax = getattr(sys.modules.get("flax"), "__file__", None)  # never imported here: a bundle does without
+    libraries = (*_OWN_FOLDERS, os.path.dirname(flax) + os.sep) if flax else _OWN_FOLDERS
     return [
         (frame.file_name, frame.start_line, frame.function_name)
         for frame in source_info_util.user_frames(eqn.source_info.traceback)
@@ -224,7 +224,7 @@ def _plain(dim: Dim) -> Dim:
 def substitute(value: Any, sizes: Mapping[str, Dim]) -> Any:
     """Replaces size variables in a dimension, or in every dimension inside an equation's parameter."""
     if isinstance(value, DimExpr):
-        return value._evaluate(dict(sizes))
+        return value._evaluate({**sizes})  # type: ignore[dict-item]
     if isinstance(value, Jaxpr):
         shapes = (substitute(v.aval.shape, sizes) for v in value.invars)
         avals = [jax.ShapeDtypeStruct(s, v.aval.dtype) for s, v in zip(shapes, value.invars, strict=True)]

@@ -24,12 +24,15 @@ class MaskPlan:
     biased: bool
 
 
+TermsAt = Callable[[jax.Array, jax.Array], tuple[jax.Array | None, jax.Array | None]]
+
+
 class NotCausal(Exception):
     """A query sees a later key."""
 
 
 def plan_mask(
-    terms_at: Callable[[jax.Array, jax.Array], tuple[jax.Array | None, jax.Array | None]], max_len: int
+    terms_at: TermsAt, max_len: int
 ) -> MaskPlan:
     """Evaluates mask and bias for all 0 <= q, k < max_len.
 
@@ -53,7 +56,7 @@ def plan_mask(
     return MaskPlan(window if window != max_len else None, exact and window is not None, biased)
 
 
-def _allowed(terms_at: Callable, queries: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+def _allowed(terms_at: TermsAt, queries: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array | None]:
     """Returns which keys are seen, bool [heads, Q, K], and the bias as [heads, Q, K]."""
     mask, bias = (None if x is None else x.reshape(-1, *x.shape[-2:]) for x in terms_at(queries, keys))
     allowed = jnp.ones((1, queries.shape[0], keys.shape[0]), bool)
@@ -65,7 +68,7 @@ def _allowed(terms_at: Callable, queries: jax.Array, keys: jax.Array) -> tuple[j
 
 
 def _check_block(
-    terms_at: Callable, start: jax.Array, keys: jax.Array, by_distance: jax.Array
+    terms_at: TermsAt, start: jax.Array, keys: jax.Array, by_distance: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     queries = jnp.minimum(start + jnp.arange(min(BLOCK, keys.shape[0]), dtype=jnp.int32), keys.shape[0] - 1)
     allowed, bias = _allowed(terms_at, queries, keys)

@@ -156,8 +156,8 @@ class _Values:
         match node:
             case ast.Constant(value=None | bool() | float() | str()):
                 return node.value
-            case ast.Constant(value=int()) if abs(node.value) < _LARGEST:
-                return node.value
+            case ast.Constant(value=int() as number) if abs(number) < _LARGEST:
+                return number
             case ast.Tuple(elts=items):
                 return tuple(self.value(item) for item in items)
             case ast.UnaryOp(op=ast.USub(), operand=operand):

@@ -136,7 +136,7 @@ class Pipeline:
         flat: list[Pass] = []
         expect: dict[str, int] = {}
         for each in self.passes:
-            flat.extend(each.passes if isinstance(each, Pipeline) else [each])  # type: ignore[arg-type,list-item]
+            flat.extend(each.passes if isinstance(each, Pipeline) else [each])  # type: ignore[arg-type]
             expect |= each.expect if isinstance(each, Pipeline) else {}
         object.__setattr__(self, "passes", tuple(flat))
         object.__setattr__(self, "expect", expect | dict(self.expect))

@@ -67,12 +67,8 @@ class Static:
             if name in ELEMENTWISE:
                 operands = [self(a, _moving(a, roles)) for a in eqn.invars]
                 return ir.bind(eqn, operands)[0]
-            rule = _RULES.get(name)
-            if rule is None and name.startswith("reduce_"):
-                rule = Static._reduce
-            if rule is None:
-                self.refuse(eqn, "of positions has no rule")
-            return rule(self, eqn, var, roles)
+            rule = _RULES.get(name, Static._reduce if name.startswith("reduce_") else None)
+            return rule(self, eqn, var, roles) if rule else self.refuse(eqn, "of positions has no rule")
 
     def refuse(self, eqn: ir.JaxprEqn, why: str) -> Any:
         raise DeriveError(f"no incremental step: {eqn.primitive.name} {why} at {ir.source_line(eqn)}")
@@ -147,7 +143,7 @@ class Static:
             if role is not None:
                 value = jnp.take(value, role.positions * stride + start, axis=axis, mode="clip")
             else:
-                value = lax.slice_in_dim(value, start, start + (length - 1) * stride + 1, stride, axis)
+                value = lax.slice_in_dim(value, start, start + (length - 1) * stride + 1, stride, axis)  # type: ignore[arg-type]
         return value
 
     def _gather(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:

@@ -145,7 +145,7 @@ def size(array: Any, axis: int) -> ir.Dim:
 
 
 def scan(
-    body: Callable, init: Sequence[Any], xs: Sequence[Any], *, length: ir.Dim, reverse: bool, unroll: int
+    body: Callable[..., Any], init: Sequence[Any], xs: Sequence[Any], *, length: ir.Dim, reverse: bool, unroll: int
 ) -> tuple[Any, ...]:
     """`jax.lax.scan` over flat values: body(*carry, *slices) -> (*carry, *outputs).
 
@@ -160,16 +160,18 @@ def scan(
         raise OptionError(f"scan of length {length} over lengths {[x.shape[0] for x in xs]}")
     # a symbolic length is taken from what is scanned over only
     given = None if xs else length
-    carry, stacked = lax.scan(step, tuple(init), tuple(xs), length=given, reverse=reverse, unroll=unroll)
+    carry, stacked = lax.scan(step, tuple(init), tuple(xs), length=given, reverse=reverse, unroll=unroll)  # type: ignore[arg-type]
     return (*carry, *stacked)
 
 
-def while_loop(condition: Callable, body: Callable, init: Sequence[Any]) -> tuple[Any, ...]:
+def while_loop(
+    condition: Callable[..., Any], body: Callable[..., Any], init: Sequence[Any]
+) -> tuple[Any, ...]:
     """`jax.lax.while_loop` over flat values: condition(*carry) -> (bool,), body(*carry) -> carry."""
     return lax.while_loop(lambda c: condition(*c)[0], lambda c: tuple(body(*c)), tuple(init))
 
 
-def switch(index: Any, branches: Sequence[Callable], *operands: Any) -> tuple[Any, ...]:
+def switch(index: Any, branches: Sequence[Callable[..., Any]], *operands: Any) -> tuple[Any, ...]:
     """Runs branch `index` (int32 in range, not clamped) on the operands."""
     avals = [ir.aval_of(x) for x in operands]
     jaxprs = tuple(ir.trace(lambda *xs, b=branch: tuple(b(*xs)), *avals) for branch in branches)
@@ -181,7 +183,7 @@ REGIONS: Mapping[str, Callable[..., tuple[Any, ...]]] = {
     "while_loop": while_loop,
     "switch": switch,
 }
-DIM_FUNCTIONS: Mapping[str, Callable] = {"max_dim": jax.core.max_dim, "min_dim": jax.core.min_dim}
+DIM_FUNCTIONS: Mapping[str, Callable[..., Any]] = {"max_dim": jax.core.max_dim, "min_dim": jax.core.min_dim}
 STRUCTURES: Mapping[str, Any] = {
     cls.__name__: cls
     for cls in (lax.GatherDimensionNumbers, lax.ScatterDimensionNumbers, lax.ConvDimensionNumbers,

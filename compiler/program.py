@@ -178,8 +178,8 @@ class Program:
         needed = longest + max_tokens
         if needed > self.buckets.slots:
             raise RequestError(
-                f"a prompt of {longest} tokens and max_tokens={max_tokens} need {needed} positions, but the program was "
-                f"compiled with max_len={self.buckets.slots}"
+                f"a prompt of {longest} tokens and max_tokens={max_tokens} need {needed} positions, but the program "
+                f"was compiled with max_len={self.buckets.slots}"
             )
 
 

@@ -110,12 +110,17 @@ def _nnx_source(module: "nnx.Module") -> Source:
     )
 
 
-def _function_source(function: Callable, params: Any, drop: str = "") -> Source:
-    flat, tree = jax.tree_util.tree_flatten_with_path(params)
+def _function_source(function: Callable[..., Any], params: Any, drop: str = "") -> Source:
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    tree = jax.tree.structure(params)
     names = [jax.tree_util.keystr(path, simple=True, separator="/").removeprefix(drop) for path, _ in flat]
     arrays = tuple(leaf for _, leaf in flat)
     trained = tuple(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in arrays)
-    return Source(tuple(names), arrays, trained, lambda leaves, tokens: function(tree.unflatten(leaves), tokens))
+
+    def forward(leaves: list[Any], tokens: Any) -> Any:
+        return function(jax.tree.unflatten(tree, leaves), tokens)
+
+    return Source(tuple(names), arrays, trained, forward)
 
 
 def _trace_sizes(source: Source, max_len: int) -> tuple[ir.Jaxpr, list[np.ndarray]]:
@@ -141,7 +146,8 @@ def _trace_sizes(source: Source, max_len: int) -> tuple[ir.Jaxpr, list[np.ndarra
 
 def symbolic_sizes(max_len: int) -> tuple[ir.Dim, ir.Dim]:
     """Returns the size variables b and t of a forward graph, with 1 <= t <= max_len known."""
-    return tuple(export.symbolic_shape("b, t", constraints=["b >= 1", "t >= 1", f"t <= {max_len}"]))
+    rows, length = export.symbolic_shape("b, t", constraints=["b >= 1", "t >= 1", f"t <= {max_len}"])
+    return rows, length
 
 
 def hoist_constants(jaxpr: ir.Jaxpr) -> tuple[ir.Jaxpr, list[np.ndarray]]:

@@ -27,4 +27,4 @@ def uniform_value(atom: ir.Atom, producer: Mapping[ir.Var, ir.JaxprEqn]) -> np.g
     if any(value is None for value in operands):
         return None
     params = {"sharding": None} if "sharding" in eqn.params else {}
-    return np.asarray(ir.run(eqn, operands, **params)[0])[()]
+    return np.asarray(ir.run(eqn, operands, **params)[0]).reshape(-1)[0]

@@ -177,7 +177,8 @@ class _Deriver:
         def step(*operands: Any) -> list[Any]:
             values, args = operands[: len(held)], operands[len(held) : len(held) + 4]
             known = dict(zip((v for v in self.jaxpr.invars if v is not self.tokens), values, strict=True))
-            return _Step(self, known, *args, operands[len(held) + 4 :]).run()
+            tokens, positions, rows, select = args
+            return _Step(self, known, tokens, positions, rows, select, operands[len(held) + 4 :]).run()
 
         return ir.trace(step, *held, *counts, *states)
 

@@ -1,19 +1,15 @@
 """Where top-k and top-p cut a row of scores, exactly and without sorting it.
 
 A score is a log probability relative to the likeliest token: 0 for that token, less for the others, -inf
-for those that cannot be drawn. The cut is found by bisection on the bits of the float, among the `HEAD`
-largest scores if they hold it, else among all. Probability mass is summed in integers, where order does not
-matter: so the two ways agree, in any batch, to the last bit.
+for those that cannot be drawn. The cut is found among the largest scores, the head, if they hold it, else
+by bisection on the bits of the float among all. Probability mass is summed in integers, where order does
+not matter: so the two ways agree, in any batch, to the last bit.
 """
 
 from collections.abc import Callable
-from typing import Final
 
 import jax.numpy as jnp
 from jax import Array, lax
-
-HEAD: Final = 128
-"""How many of the largest scores are searched before all of them are."""
 
 
 def cut(scores: Array, top_k: Array, top_p: Array) -> Array:
@@ -28,17 +24,23 @@ def cut(scores: Array, top_k: Array, top_p: Array) -> Array:
       top_k: int32 [R]; off at 0, and from V up.
       top_p: float32 [R], positive; off from 1 up.
     """
-    k = jnp.where(top_k < scores.shape[1], top_k, 0)[:, None]
+    vocab = scores.shape[1]
+    k = jnp.where(top_k < vocab, top_k, 0)[:, None]
     p = top_p[:, None]
     nothing = jnp.full_like(p, -jnp.inf)
 
     def search() -> Array:
-        # Without the barrier, a static slice of `head` would make XLA:CPU sort the whole vocabulary.
-        head = lax.optimization_barrier(lax.top_k(scores, min(HEAD, scores.shape[1]))[0])
+        # XLA:CPU sorts the whole vocabulary for a top-k of which a static slice is taken.
+        head = lax.top_k(scores, head_size(vocab))[0]
         kth = lax.cond((k > 0).any(), lambda: _kth_largest(scores, head, k), lambda: nothing)
         return lax.cond((p < 1).any(), lambda: _nucleus(scores, head, kth, p), lambda: kth)
 
     return lax.cond(((k > 0) | (p < 1)).any(), search, lambda: nothing)
+
+
+def head_size(vocab: int) -> int:
+    """Returns how many of the largest scores are tried before all are: they rarely fail to hold the cut."""
+    return min(max(128, vocab // 128), vocab)
 
 
 def _kth_largest(scores: Array, head: Array, k: Array) -> Array:

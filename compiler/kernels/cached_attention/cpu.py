@@ -84,15 +84,16 @@ def _check(arrays: dict[str, jax.Array], softcap: float | None, window: int | No
             f"cached_attention: expected softcap and window above 0 or None; found {softcap} and {window}"
         )
     sizes: dict[str, int] = {}
-    if all(_fits(array, *_AXES[name].split(" ", 1), sizes) for name, array in arrays.items()):
+    if all(_fits(array, _AXES[name], sizes) for name, array in arrays.items()):
         return
     expected = ", ".join(f"{name} {_AXES[name]}" for name in arrays)
     found = ", ".join(f"{name} {a.dtype}{list(a.shape)}" for name, a in arrays.items())
     raise OptionError(f"cached_attention: expected {expected}; found {found}")
 
 
-def _fits(array: jax.Array, dtype: str, axes: str, sizes: dict[str, int]) -> bool:
+def _fits(array: jax.Array, aval: str, sizes: dict[str, int]) -> bool:
     """Compares with axes such as `[k | 1, n]`; sizes: of the letters met so far, which new ones join."""
+    dtype, axes = aval.split(" ", 1)
     names = [axis.split(" | ") for axis in axes.strip("[]").split(", ")]
     return (
         array.dtype == dtype
