@@ -1,7 +1,8 @@
 """Microseconds a call of `sample`, beside a sort and a top-k of the same logits, inside a compiled loop.
 
 Each figure is the median of several runs of a loop whose every turn depends on the one before. Logits are
-normal with a deviation of 5 (a peaked law) or 2 (a flat one, whose nucleus is larger than `HEAD`).
+normal with a deviation of 5 (a peaked law) or 2 (a flat one, whose nucleus is larger than the head that is
+searched first).
 
     python bench/sampling.py
 """

@@ -11,7 +11,7 @@ from jax import lax
 from scipy import stats
 
 from xlathe.decode.logits import Sampling, filter_logits, gumbel, sample
-from xlathe.decode.threshold import HEAD
+from xlathe.decode.threshold import head_size
 from xlathe.errors import OptionError, XlatheError
 
 NAMES = ["temperature", "top_k", "top_p", "min_p"]
@@ -89,7 +89,7 @@ def test_law_is_that_of_a_full_sort(kind, vocab):
     options = list(
         itertools.product(
             [0.1, 3.0],
-            [0, 1, 2, HEAD, HEAD + 1, vocab - 1, vocab + 5],
+            [0, 1, 2, head_size(vocab), head_size(vocab) + 1, vocab - 1, vocab + 5],
             [1e-30, 0.3, 0.9, 0.9999, 1.0],
             [0.0, 0.02, 1.0],
         )
