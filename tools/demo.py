@@ -19,7 +19,7 @@ PIPELINES = ("float32", "int8")
 
 
 def define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("prompt", "def read_file(path):\n", "what is completed", flag_values=values)
+    flags.DEFINE_string("prompt", "def read_file(path):", "what is completed", flag_values=values)
     flags.DEFINE_integer("max_tokens", 48, "the most tokens of a completion", flag_values=values)
     flags.DEFINE_integer(
         "eval_tokens", 8192, f"held-out tokens, in windows of {DEMO_LENGTH}", flag_values=values
