@@ -8,6 +8,7 @@ import jax
 from xlathe import jaxpr as ir
 from xlathe.errors import OptionError
 from xlathe.graph import Graph, Record
+from xlathe.ops import OPS
 from xlathe.pipeline import EXACT, Context, Keeps, Pass
 
 
@@ -47,8 +48,14 @@ class Specialize(Pass):
             jax.ShapeDtypeStruct(ir.substitute(tuple(v.aval.shape), everything), v.aval.dtype)
             for v in graph.jaxpr.invars
         ]
-        jaxpr = ir.trace(lambda *xs: ir.evaluate_at(graph.jaxpr, xs, everything), *avals)
+        jaxpr = ir.trace(lambda *xs: ir.evaluate_at(graph.jaxpr, xs, everything, _bind_anew), *avals)
         return graph.replace(jaxpr=jaxpr), Record("specialize", notes=(str(sizes),))
+
+
+def _bind_anew(eqn: ir.JaxprEqn, operands: list[Any]) -> list[Any] | None:
+    """Traces an operation's body at its new sizes: with numbers put in, a body is not recognized any more."""
+    operation = next((o for o in OPS if o.recognizes(eqn)), None)
+    return None if operation is None else [operation(*operands, **ir.attributes(eqn))]
 
 
 def _symbols(jaxpr: ir.Jaxpr) -> dict[str, Any]:
