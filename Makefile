@@ -24,7 +24,7 @@ demo: $(STAMP)  ## trace, shape, compile and run the model that ships with xlath
 	$(BIN)/xlathe demo $(ARGS)
 
 test: $(STAMP)  ## run the tests
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n auto $(ARGS)
 
 lint: $(STAMP)  ## check style, layering and types
 	$(BIN)/ruff check .
