@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from absl import logging
 
 from xlathe import jaxpr as ir
 from xlathe.kernels import native
@@ -42,7 +43,10 @@ def lower_operations(jaxpr: ir.Jaxpr, target: Target) -> tuple[ir.Jaxpr, Counter
 
 def kernels_of(target: Target) -> Mapping[str, Kernel]:
     """Returns the kernels that can run on a target, by operation; none where they were not built."""
-    if target.platform != "cpu" or native.library() is None:
+    if target.platform != "cpu":
+        return {}
+    if native.library() is None:
+        logging.log_first_n(logging.WARNING, "The CPU kernels were not built: reference bodies run, which is slower.", 1)
         return {}
     return {"cached_attention": _cached_attention_on_cpu, "quantized_dot": _quantized_dot_on_cpu}
 
