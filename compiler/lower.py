@@ -46,7 +46,7 @@ def kernels_of(target: Target) -> Mapping[str, Kernel]:
     if target.platform != "cpu":
         return {}
     if native.library() is None:
-        logging.log_first_n(logging.WARNING, "The CPU kernels were not built: reference bodies run, which is slower.", 1)
+        logging.log_first_n(logging.WARNING, "The CPU kernels were not built: slower reference bodies run.", 1)
         return {}
     return {"cached_attention": _cached_attention_on_cpu, "quantized_dot": _quantized_dot_on_cpu}
 
