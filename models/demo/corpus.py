@@ -81,9 +81,7 @@ def held_out_files(library: Path | None = None) -> list[str]:
     """The test side of `library` (default: the running interpreter's), ordered by the hash of the names."""
     library = library or Path(sysconfig.get_path("stdlib"))
     named = [
-        (hashlib.sha256(str(path).encode()).digest(), text)
-        for path, text in source_files(library)
-        if held_out(path)
+        (hashlib.sha256(str(path).encode()).digest(), text) for path, text in source_files(library) if held_out(path)
     ]
     return [text for _, text in sorted(named)]
 

@@ -18,6 +18,11 @@ def relative_error(actual: jax.Array, expected: np.ndarray) -> float:
     return float(np.abs(np.asarray(actual) - expected).max() / np.abs(expected).max())
 
 
+@pytest.fixture(scope="module")
+def model() -> Llama:
+    return Llama(TINY, rngs=nnx.Rngs(0))
+
+
 def tokens(b: int, t: int) -> np.ndarray:
     return np.random.default_rng(1).integers(0, TINY.vocab, (b, t)).astype(np.int32)
 
@@ -67,8 +72,7 @@ def test_feed_forward_is_the_paper_s() -> None:
     assert relative_error(layer(jnp.asarray(x, jnp.float32)), expected) < 1e-5
 
 
-def test_a_later_token_changes_no_earlier_logits() -> None:
-    model = Llama(TINY, rngs=nnx.Rngs(0))
+def test_a_later_token_changes_no_earlier_logits(model: Llama) -> None:
     before = tokens(2, 12)
     after = before.copy()
     after[:, 8] = (after[:, 8] + 1) % TINY.vocab
@@ -77,8 +81,7 @@ def test_a_later_token_changes_no_earlier_logits() -> None:
     assert (np.abs(first[:, 8:] - second[:, 8:]).max(axis=(0, 2)) > 1e-4).all()
 
 
-def test_batch_and_length_may_be_symbolic() -> None:
-    model = Llama(TINY, rngs=nnx.Rngs(0))
+def test_batch_and_length_may_be_symbolic(model: Llama) -> None:
     b, t = export.symbolic_shape("b, t")
     exported = export.export(jax.jit(model))(jax.ShapeDtypeStruct((b, t), jnp.int32))
     for shape in ((1, 5), (3, 11)):
@@ -91,8 +94,8 @@ def test_parameter_count(name: str, count: int) -> None:
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) == count
 
 
-def test_weight_names() -> None:
-    state = nnx.to_pure_dict(nnx.state(Llama(TINY, rngs=nnx.Rngs(0))))
+def test_weight_names(model: Llama) -> None:
+    state = nnx.to_pure_dict(nnx.state(model))
     layer = {f"attention/{part}/kernel" for part in ("query", "key", "value", "output")}
     layer |= {f"feed_forward/{part}/kernel" for part in ("gate", "up", "down")}
     layer |= {"attention_norm/scale", "feed_forward_norm/scale"}

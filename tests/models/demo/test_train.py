@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from xlathe.models.demo import files, train
@@ -15,8 +16,9 @@ PLAN = train.Plan(steps=40, decay_steps=1, rows=2, context=16, learning_rate=0.0
 TOKENS = np.tile(np.arange(32), 20)
 
 
-def fit(plan: train.Plan, folder: Path) -> train.Params:
-    return train.fit(TINY, plan, train.initialize(TINY), TOKENS, TOKENS[:33], folder)
+@pytest.fixture(scope="module")
+def initial() -> train.Params:
+    return train.initialize(TINY)
 
 
 @pytest.fixture(scope="module")
@@ -25,19 +27,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(folder: Path) -> train.Params:
-    return fit(PLAN, folder / "straight")
+def trained(initial: train.Params, folder: Path) -> train.Params:
+    return train.fit(TINY, PLAN, initial, TOKENS, TOKENS[:33], folder / "straight")
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(trained: train.Params, folder: Path) -> None:
-    fit(dataclasses.replace(PLAN, steps=20), folder / "resumed")
-    resumed = fit(PLAN, folder / "resumed")
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(
+    initial: train.Params, trained: train.Params, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = train.batch
+
+    def interrupted(tokens: np.ndarray, step: int, plan: train.Plan) -> np.ndarray:
+        if step == 5:
+            raise KeyboardInterrupt
+        return batch(tokens, step, plan)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "CHECKPOINT_EVERY", 0)
+        patch.setattr(train, "batch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train.fit(TINY, PLAN, initial, TOKENS, TOKENS[:33], folder / "resumed")
+    assert 5 in ocp.utils.checkpoint_steps(folder / "resumed")
+    resumed = train.fit(TINY, PLAN, initial, TOKENS, TOKENS[:33], folder / "resumed")
     jax.tree.map(np.testing.assert_array_equal, resumed, trained)
 
 
-def test_training_lowers_the_loss(trained: train.Params) -> None:
+def test_training_lowers_the_loss(initial: train.Params, trained: train.Params) -> None:
     loss, rows = train.make_loss(TINY), train.batch(TOKENS, 0, PLAN)
-    assert loss(trained, rows) < 0.5 * loss(train.initialize(TINY), rows)
+    assert loss(trained, rows) < 0.5 * loss(initial, rows)
 
 
 def test_written_weights_are_the_trained_ones_in_float16(trained: train.Params, folder: Path) -> None:
@@ -53,8 +69,9 @@ def test_every_window_is_seen_once_an_epoch() -> None:
     assert (rows[0][0] == rows[0][0, 0] + np.arange(PLAN.context + 1)).all()
 
 
-def test_growing_repeats_the_layers() -> None:
-    params = train.initialize(dataclasses.replace(TINY, layers=2))
-    deep = train.grow(params, 5)
-    assert list(deep["layers"]) == [0, 1, 2, 3, 4]
-    jax.tree.map(np.testing.assert_array_equal, deep["layers"][4], params["layers"][0])
+def test_a_grown_model_computes_the_same(trained: train.Params) -> None:
+    deep = train.grow(trained, 3)
+    assert list(deep["layers"]) == [0, 1, 2]
+    rows = train.batch(TOKENS, 0, PLAN)
+    before = train.make_loss(TINY)(trained, rows)
+    np.testing.assert_allclose(train.make_loss(dataclasses.replace(TINY, layers=3))(deep, rows), before, rtol=1e-6)
