@@ -1,7 +1,7 @@
 """Held-out perplexity of the demo's models beside a trigram's: `python -m xlathe.models.demo.evaluate`.
 
 The text is that part of the running interpreter's library which no model was trained on. Each model reads
-rows of `--context` tokens, each from nothing, and is scored on the next tokens; the trigram on the same.
+rows of `--window` tokens, each from nothing, and is scored on the next tokens; the trigram on the same.
 """
 
 import math
@@ -23,7 +23,7 @@ from xlathe.models.demo.trigram import Trigram, train_trigram
 FLAGS = flags.FLAGS
 flags.DEFINE_string("tokens", None, "Training tokens for the trigram: train.npy in train's --workdir.")
 flags.DEFINE_integer("limit", 1_000_000, "At most so many held-out tokens.")
-flags.DEFINE_integer("context", 512, "Tokens in a row.")
+flags.DEFINE_integer("window", 512, "Tokens in a row.")
 
 
 def rows_of(tokens: np.ndarray, context: int) -> np.ndarray:
@@ -51,7 +51,7 @@ def trigram_nats(model: Trigram, rows: np.ndarray) -> np.ndarray:
 
 
 def main(_: Sequence[str]) -> None:
-    rows = rows_of(corpus.held_out_tokens(FLAGS.limit), FLAGS.context)
+    rows = rows_of(corpus.held_out_tokens(FLAGS.limit), FLAGS.window)
     text_bytes = sum(len(demo.tokenizer().decode(row[1:].tolist()).encode()) for row in rows)
     nats = {name: model_nats(demo.load(name)[0], rows) for name in files.MODELS}
     if FLAGS.tokens:
