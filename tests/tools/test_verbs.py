@@ -68,11 +68,11 @@ def bundle(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_compiled_bundle_generates_what_the_graph_would(tiny, bundle, capsys):
     out = run(capsys, "generate", bundle, "def read", "--max_tokens=4")
 
-    ids = tiny.tokenizer.encode("def read", add_special_tokens=False).ids
-    new: list[int] = []
-    for _ in range(4):
-        new.append(int(np.argmax(tiny([ids + new])[0, -1])))
-    assert out == tiny.tokenizer.decode(new) + "\n"
+    prompt = tiny.tokenizer.encode("def read", add_special_tokens=False).ids
+    ids = [*prompt, 0, 0, 0, 0]
+    for i in range(len(prompt), len(ids)):
+        ids[i] = int(np.argmax(tiny([ids])[0, i - 1]))
+    assert out == tiny.tokenizer.decode(ids[len(prompt) :]) + "\n"
 
 
 def test_generate_passes_its_flags_on(bundle, capsys):
