@@ -69,7 +69,7 @@ HOSTILE = {
     "region that is none": ("(y,) = scan(tanh, (e,), (), length=3, reverse=False, unroll=1)", "unknown name 'tanh'"),
     "size of another axis": ("t2 = size(tokens, axis=7)", "size"),
     "scan without operands": ("(y,) = scan()", "line"),
-    "recursion": ("def f(a):\n        (c,) = while_loop(f, f, (a,))\n        return (c,)\n    y = while_loop(f, f, (e,))",
+    "recursion": ("def f(a):\n        c = while_loop(f, f, (a,))\n        return (c,)\n    y = while_loop(f, f, (e,))",
                   "unknown name 'f'"),
 }  # fmt: skip
 
