@@ -76,7 +76,7 @@ def matrices(params: Params) -> Any:
 def make_optimizer(plan: Plan) -> optax.GradientTransformation:
     """Muon for matrices and AdamW for the rest, https://arxiv.org/abs/2502.16982; warm-up, plateau, decay."""
 
-    def rate(step: jax.Array) -> jax.Array:
+    def rate(step: Any) -> Any:  # an optax.Schedule
         shape = jnp.minimum((step + 1) / WARM_UP, (plan.steps - step) / plan.decay_steps)
         return plan.learning_rate * jnp.clip(shape, 0.0, 1.0)
 
