@@ -86,7 +86,8 @@ def _build(task: Task, name: str, pipeline: Pipeline, reference: Graph | None, c
     with bar(console, "passes") as progress:
         shaped = pipeline(task.graph, progress=progress)
         step = to_step(shaped)
-    for record in (*shaped.history, step.history[-1]):
+    derived = () if shaped.is_step else step.history[-1:]
+    for record in (*shaped.history, *derived):
         console.print(_told(record), soft_wrap=True)
     cached = sum(math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in state_avals(step, rows=1, slots=1))
     console.print(f"  cache: {len(step.names('state'))} derived arrays, {cached:,} bytes a token")
@@ -97,7 +98,8 @@ def _build(task: Task, name: str, pipeline: Pipeline, reference: Graph | None, c
     _complete(program, task, console)
     with bar(console, "evaluate") as progress:
         measured = quality(reference or shaped, shaped, task.windows, progress)
-    console.print(f"  held out: perplexity {measured.perplexity}, KL divergence {measured.kl} nats a token")
+    told = f"  held out: perplexity {measured.perplexity}, KL divergence {measured.kl} nats a token"
+    console.print(told, soft_wrap=True)
     return Built(name, str(pipeline), shaped, program, disk_bytes, measured)
 
 
