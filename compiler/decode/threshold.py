@@ -60,7 +60,7 @@ def _nucleus(scores: Array, head: Array, kth: Array, p: Array) -> Array:
     """Returns float32 [R, 1]: the smallest score in the nucleus of those >= `kth`; `kth` where p is 1."""
 
     def mass(values: Array) -> Callable[[Array], Array]:
-        return mass_from(values, jnp.where(values >= kth, jnp.exp(values), 0), scores.shape[1])
+        return mass_from(values, jnp.exp(values), scores.shape[1])
 
     def search(values: Array) -> Array:
         mass_of_values = mass(values)

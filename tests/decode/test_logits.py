@@ -73,6 +73,9 @@ def draw_logits(kind, rows, vocab, seed=0):
             logits[:] = -7.25
         case "single":
             logits[:, 1:] = -np.inf
+        case "adjacent":
+            logits[:] = -1 - np.arange(vocab, dtype=np.float32) * 2.0**-23
+            logits[:, 0] = 0
         case "huge":
             logits *= 1e37
         case "signed zeros":
@@ -80,7 +83,7 @@ def draw_logits(kind, rows, vocab, seed=0):
     return logits
 
 
-KINDS = ["normal", "peaked", "flat", "tied", "masked", "equal", "single", "huge", "signed zeros"]
+KINDS = ["normal", "peaked", "flat", "tied", "masked", "equal", "single", "adjacent", "huge", "signed zeros"]
 
 
 @pytest.mark.parametrize("vocab", [1, 7, 300])
@@ -311,13 +314,9 @@ def test_runs_in_a_compiled_loop():
 
 def test_greedy_draws_no_noise_and_the_vocabulary_is_never_sorted():
     logits, sampling, positions = jnp.zeros((4, 4096)), Sampling.of(4), jnp.zeros(4, jnp.int32)
-    outside = {
-        equation.primitive.name for equation in jax.make_jaxpr(sample)(logits, sampling, positions).eqns
-    }
+    outside = {equation.primitive.name for equation in jax.make_jaxpr(sample)(logits, sampling, positions).eqns}
     assert "cond" in outside and not outside & {"random_bits", "exp", "log", "while", "scan", "top_k"}
-    loop = jax.jit(
-        lambda *given: lax.fori_loop(0, 9, lambda i, t: t + sample(*given[:2], given[2] + i), given[2])
-    )
+    loop = jax.jit(lambda *given: lax.fori_loop(0, 9, lambda i, t: t + sample(*given[:2], given[2] + i), given[2]))
     assert " sort(" not in loop.lower(logits, sampling, positions).compile().as_text()
 
 

@@ -143,6 +143,12 @@ def test_stop_strings(byte_level, text, stop, expected, found):
         assert (got, stream.stopped) == (expected, found)
 
 
+def test_the_stop_string_complete_first_wins_within_a_token(byte_level):
+    assert byte_level.encode("path").tokens == ["path"]
+    got, stream = streamed(byte_level, byte_level.encode("path").ids, ["path", "at"])
+    assert (got, stream.stopped) == ("p", "at")
+
+
 def test_stop_strings_in_random_text(byte_level):
     rng = random.Random(4)
     for seed in range(2000):
