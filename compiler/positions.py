@@ -260,6 +260,8 @@ class Static:
         return jnp.take(table, role.positions, axis=axis, mode="clip")
 
     def _dim_as_value(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
+        if "b" in ir.dim_vars(eqn.params["dim"]):
+            self.refuse(eqn, "uses the number of rows as a number, which a row cannot know,")
         if "t" in ir.dim_vars(eqn.params["dim"]) and self.length is None:
             self.refuse(eqn, "uses the total length as a number, which earlier tokens cannot know,")
         return jnp.asarray(ir.substitute(eqn.params["dim"], {"b": 1, "t": self.length or 1}), var.aval.dtype)

@@ -172,7 +172,7 @@ class Program:
         return min(fitting)
 
     def _check_lengths(self, prompts: tuple[tuple[int, ...], ...], max_tokens: int) -> None:
-        if max_tokens < 1:
+        if not isinstance(max_tokens, int) or max_tokens < 1:
             raise RequestError(f"max_tokens must be at least 1, got {max_tokens}")
         longest = max(map(len, prompts))
         needed = longest + max_tokens
