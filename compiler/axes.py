@@ -13,8 +13,7 @@ from xlathe import jaxpr as ir
 Label = tuple[int, ...]
 Labels = tuple[Label, ...]
 
-SAME_SHAPE = frozenset({"convert_element_type", "stop_gradient", "copy", "copy_p", "optimization_barrier",
-                        "reduce_precision", "name"})  # fmt: skip
+SAME_SHAPE = frozenset({"convert_element_type", "stop_gradient", "copy", "copy_p", "optimization_barrier", "name"})
 
 
 class NoLabels(Exception):

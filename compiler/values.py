@@ -10,6 +10,9 @@ _SPREADS = frozenset({"broadcast_in_dim", "reshape", "copy", "stop_gradient", "s
 _ARITHMETIC = frozenset({"convert_element_type", "mul", "div", "add", "sub", "neg", "sqrt", "rsqrt", "integer_pow",
                          "pow", "exp", "exp2", "log", "max", "min", "square"})  # fmt: skip
 
+_NEVER_NEGATIVE = frozenset({"exp", "exp2", "logistic", "abs", "square", "iota"})
+_KEEPS_SIGN = _SPREADS | {"convert_element_type", "mul", "div", "add", "max", "min", "sqrt", "select_n"}
+
 
 def uniform_value(atom: ir.Atom, producer: Mapping[ir.Var, ir.JaxprEqn]) -> np.generic | None:
     """Returns the one number that a value holds in all its elements, if it can be read off the graph."""
@@ -28,3 +31,27 @@ def uniform_value(atom: ir.Atom, producer: Mapping[ir.Var, ir.JaxprEqn]) -> np.g
         return None
     params = {"sharding": None} if "sharding" in eqn.params else {}
     return np.asarray(ir.run(eqn, operands, **params)[0]).reshape(-1)[0]
+
+
+def is_zero(atom: ir.Atom, producer: Mapping[ir.Var, ir.JaxprEqn]) -> bool:
+    """Says whether a value is known to be zero everywhere."""
+    value = uniform_value(atom, producer)
+    return value is not None and float(value) == 0.0
+
+
+def is_non_negative(atom: ir.Atom, producer: Mapping[ir.Var, ir.JaxprEqn]) -> bool:
+    """Says whether no element of a value can be below zero, by the operations that make it."""
+    value = uniform_value(atom, producer)
+    if value is not None:
+        return bool(value >= 0)
+    if atom.aval.dtype == bool:
+        return True
+    eqn = producer.get(atom) if isinstance(atom, ir.Var) else None
+    if eqn is None:
+        return False
+    if eqn.primitive.name == "integer_pow" and eqn.params["y"] % 2 == 0:
+        return True
+    if eqn.primitive.name in _NEVER_NEGATIVE:
+        return True
+    operands = eqn.invars[1:] if eqn.primitive.name == "select_n" else eqn.invars
+    return eqn.primitive.name in _KEEPS_SIGN and all(is_non_negative(a, producer) for a in operands)

@@ -1,0 +1,1 @@
+"""Attention in a graph, recognized by its axis labels."""
