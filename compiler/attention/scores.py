@@ -87,8 +87,7 @@ class ScoresWalk:
                 number, atom = self._scaled(eqn)
                 scale *= number
             elif name in ("add", "sub"):
-                atom, bias, sign = self._biased(eqn)
-                self._add(Term(Value(bias, labels), "bias", factor=sign * scale))
+                atom = self._shifted(eqn, labels) or self._biased(eqn, labels, scale)
             elif name == "select_n":
                 atom, mask, keep_when, fill = self._masked(eqn, scale)
                 self._add(Term(Value(mask, labels), "mask", keep_when=keep_when, fill=fill))
@@ -99,7 +98,8 @@ class ScoresWalk:
 
     def _view(self, eqn: ir.JaxprEqn, labels: Labels) -> tuple[ir.Atom, Labels]:
         if eqn.primitive.name == "convert_element_type" and not widens(eqn):
-            raise Miss(f"scores are rounded to {eqn.outvars[0].aval.dtype}", eqn)
+            before, after = eqn.invars[0].aval.dtype, eqn.outvars[0].aval.dtype
+            raise Miss(f"a cast from {before} to {after} between the product and the softmax", eqn)
         upper = self.axes.backward(eqn, labels)
         if upper is None:
             raise Miss(f"{eqn.primitive.name} between the product and the softmax", eqn)
@@ -113,8 +113,8 @@ class ScoresWalk:
             return
         value = strip(term.value if term.value.var.aval.ndim else Value(term.value.var, ()), self.axes, self.producer)
         eqn = self.producer.get(value.var)
-        if term.kind == "bias" and not self._varies(value):
-            return  # the same on every key: softmax ignores it
+        if term.kind == "bias" and not self._varies(value.var, value.labels):
+            return
         if term.kind == "bias" and eqn is not None and eqn.primitive.name in ("add", "sub"):
             for atom, sign in zip(eqn.invars, (1.0, 1.0 if eqn.primitive.name == "add" else -1.0), strict=True):
                 self._add(dataclasses.replace(term, value=Value(atom, value.labels), factor=term.factor * sign))
@@ -144,9 +144,9 @@ class ScoresWalk:
                 raise Miss(f"a mask of {mask.fill:g} beside a bias, which may outweigh it", self.anchor.total)
         return tuple(self.terms)
 
-    def _varies(self, value: Value) -> bool:
+    def _varies(self, value: ir.Atom, labels: Labels) -> bool:
         """Says whether a value may differ from key to key."""
-        stack: list[tuple[ir.Atom, Labels]] = [(value.var, value.labels)]
+        stack = [(value, labels)]
         while stack:
             atom, labels = stack.pop()
             keys = set(self.axes.resolve(self.keys))
@@ -184,12 +184,23 @@ class ScoresWalk:
         scalars = [m for m in makers if all(not x.aval.ndim for x in m.invars)]
         return any(m.primitive.name == "dim_as_value" or self._uses_length(m) for m in scalars)
 
-    def _biased(self, eqn: ir.JaxprEqn) -> tuple[ir.Atom, ir.Atom, float]:
+    def _shifted(self, eqn: ir.JaxprEqn, labels: Labels) -> ir.Atom | None:
+        """Returns the other side where one is the same on every key, which softmax ignores."""
+        left, right = eqn.invars
+        if not self._varies(right, labels):
+            return left
+        return right if eqn.primitive.name == "add" and not self._varies(left, labels) else None
+
+    def _biased(self, eqn: ir.JaxprEqn, labels: Labels, scale: float) -> ir.Atom:
+        """Returns the side that holds the product, and adds the other one as a bias."""
         left, right = eqn.invars
         if self._holds_product(left):
-            return left, right, 1.0 if eqn.primitive.name == "add" else -1.0
+            sign = 1.0 if eqn.primitive.name == "add" else -1.0
+            self._add(Term(Value(right, labels), "bias", factor=sign * scale))
+            return left
         if self._holds_product(right) and eqn.primitive.name == "add":
-            return right, left, 1.0
+            self._add(Term(Value(left, labels), "bias", factor=scale))
+            return right
         raise Miss("a sum in which no side is a product of queries and keys", eqn)
 
     def _holds_product(self, atom: ir.Atom) -> bool:
@@ -209,9 +220,8 @@ class ScoresWalk:
             return any(self._holds_product(a) for a in eqn.invars)
         if name == "select_n":
             return any(self._holds_product(a) for a in eqn.invars[1:])
-        if name == "tanh" or self.axes.backward(eqn, self.axes.fresh_all(eqn.outvars[0].aval.shape)) is not None:
-            return self._holds_product(eqn.invars[0])
-        return False
+        is_view = self.axes.backward(eqn, self.axes.fresh_all(eqn.outvars[0].aval.shape)) is not None
+        return (is_view or name in ("tanh", "reduce_precision")) and self._holds_product(eqn.invars[0])
 
     def _masked(self, eqn: ir.JaxprEqn, scale: float) -> tuple[ir.Atom, ir.Atom, bool, float]:
         if len(eqn.invars) != 3:
