@@ -1,15 +1,22 @@
 """Quantized weights: which are replaced, by what, and that the graph computes with exactly those values."""
 
+from collections.abc import Callable
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
+from tests.graphs import graph_of
 from tests.passes.decoding import difference, fused, traced
 from tests.variants import DECODERS, Variant
 from xlathe.errors import OptionError
 from xlathe.graph import Graph, Weights
+from xlathe.passes.canonicalize import Canonicalize
 from xlathe.passes.kv_cache import KVCache
 from xlathe.passes.quantize import Quantize
 from xlathe.passes.quantize.rtn import RoundToNearest, quantize_channels
+from xlathe.verify import check_structure
 
 AUTHORINGS = ["llama", "gpt2", "linen_multi_head_attention", "fused_qkv", "tied_head", "nnx_scan"]
 
@@ -96,3 +103,90 @@ def test_unknown_options(options: dict[str, str], message: str) -> None:
 def test_a_rule_that_matches_nothing_is_an_error() -> None:
     with pytest.raises(OptionError, match=r"'layer/\.\*' matches no weight"):
         Quantize(weights="layer/.*")(fused(variant("llama")))
+
+
+def test_the_error_tells_near_misses() -> None:
+    graph = matrices(lambda p, x: x @ (p["a"] @ p["b"]))
+    with pytest.raises(OptionError, match=r"nearly: a: it is multiplied with what is made of weights alone at .*; b: "):
+        Quantize(weights="a|b")(graph)
+
+
+RNG = np.random.default_rng(5)
+IDS = np.array([[1, 2, 3]], np.int32)
+MATRICES = {
+    "embed": RNG.normal(size=(11, 8)).astype(np.float32),
+    "head": RNG.normal(size=(8, 11)).astype(np.float32),
+    "square": RNG.normal(size=(8, 8)).astype(np.float32),
+    "one": RNG.normal(size=(1, 8, 8)).astype(np.float32),
+    "a": RNG.normal(size=(8, 2)).astype(np.float32),
+    "b": RNG.normal(size=(2, 8)).astype(np.float32),
+}
+
+
+def matrices(middle: Callable) -> Graph:
+    """A model whose middle maps x [b, t, 8] to the same shape with some of the matrices."""
+    function = lambda p, ids: middle(p, p["embed"][ids]) @ p["head"]  # noqa: E731
+    return Canonicalize()(graph_of(function, **MATRICES))
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        lambda p, x: x @ p["one"].reshape(8, 8),
+        lambda p, x: x @ p["one"][0],
+        lambda p, x: x @ p["one"].transpose(1, 0, 2).reshape(8, 8),
+        lambda p, x: jnp.einsum("btd,xdf->btxf", x, p["one"])[:, :, 0],
+    ],
+)
+def test_axes_of_size_one(middle: Callable) -> None:
+    graph = matrices(middle)
+    quantized = Quantize()(graph)
+    assert quantized.aval("one.codes").shape == (8, 8)
+    assert difference(quantized(IDS), rounded(graph, quantized)(IDS)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("middle", "misses"),
+    [
+        (lambda p, x: x @ (p["a"] @ p["b"]), ["a: it is multiplied with", "b: it is multiplied with"]),
+        (lambda p, x: x @ (p["square"] @ p["square"].T), ["square: it is multiplied with what is made of weights"]),
+        (lambda p, x: x @ (p["square"] * 0 + p["a"] @ p["b"]), ["a: ", "b: "]),
+        (
+            lambda p, x: x @ p["square"].astype(jnp.int8).astype(jnp.float32),
+            ["square: convert_element_type to int8 changes its values at "],
+        ),
+        (
+            lambda p, x: x @ p["square"].astype(jnp.bfloat16).astype(jnp.float32),
+            ["square: convert_element_type to float32 changes its values at "],
+        ),
+        (
+            lambda p, x: x @ p["square"].astype(jnp.float8_e4m3fn).astype(jnp.float32),
+            ["square: convert_element_type to float8_e4m3fn changes its values at "],
+        ),
+        (
+            lambda p, x: x @ lax.reduce_precision(p["square"], 8, 7),
+            ["square: reduce_precision to float32 changes its values at "],
+        ),
+    ],
+)
+def test_what_a_quantized_weight_would_not_stand_for_is_a_near_miss(middle: Callable, misses: list[str]) -> None:
+    graph = matrices(middle)
+    quantized = Quantize()(graph)
+    check_structure(quantized)
+    found = quantized.history[-1].misses
+    assert len(found) == len(misses) and all(map(str.startswith, found, misses))
+    assert [name for name in quantized.names("weight") if name.endswith(".codes")] == ["head.codes"]
+    assert difference(quantized(IDS), rounded(graph, quantized)(IDS)) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_product_in_a_coarse_dtype_is_quantized(dtype: type) -> None:
+    """Expected: codes of the float32 weight, and activations and results of the product in the coarse dtype."""
+    middle = lambda p, x: (x.astype(dtype) @ p["square"].astype(dtype)).astype(jnp.float32)  # noqa: E731
+    graph = matrices(middle)
+    quantized = Quantize(weights="square")(graph)
+    codes, scale = quantize_channels(MATRICES["square"].T)
+    x = np.asarray(jnp.asarray(MATRICES["embed"][IDS]).astype(dtype).astype(jnp.float32))
+    y = jnp.asarray(x @ (codes * scale[:, None]).T).astype(dtype).astype(jnp.float32)
+    eps = float(jnp.finfo(dtype).eps)
+    assert difference(quantized(IDS), y @ MATRICES["head"]) <= eps
