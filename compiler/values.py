@@ -43,7 +43,7 @@ def is_non_negative(atom: ir.Atom, producer: Mapping[ir.Var, ir.JaxprEqn]) -> bo
     """Says whether no element of a value can be below zero, by the operations that make it."""
     value = uniform_value(atom, producer)
     if value is not None:
-        return bool(value >= 0)
+        return float(value) >= 0
     if atom.aval.dtype == bool:
         return True
     eqn = producer.get(atom) if isinstance(atom, ir.Var) else None
