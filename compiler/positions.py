@@ -14,8 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from xlathe import jaxpr as ir
-from xlathe.audit import ELEMENTWISE
+from xlathe.audit import carry
+from xlathe.axes import Einsum
 from xlathe.errors import DeriveError
+from xlathe.layout_rules import ELEMENTWISE
+from xlathe.layouts import Layout, Mixes, follows_positions
 from xlathe.values import uniform_value
 
 
@@ -36,12 +39,21 @@ Roles = tuple[Role | None, ...]
 class Static:
     """Evaluates token-independent values of one graph under roles.
 
-    values: the graph's weights and constants, by variable. max_len: the longest length, for tables made by running
-    sums. length: what `t` used as a number is; None refuses it (`only_shifts` says where it may be given).
+    layouts: what the axes of the graph's values hold. values: its weights and constants, by variable. max_len: the
+    longest length, for tables made by running sums. length: what `t` used as a number is; None refuses it
+    (`only_shifts` says where it may be given).
     """
 
-    def __init__(self, jaxpr: ir.Jaxpr, values: Mapping[ir.Var, Any], max_len: int, length: int | None = None) -> None:
+    def __init__(
+        self,
+        jaxpr: ir.Jaxpr,
+        layouts: Mapping[ir.Var, Layout],
+        values: Mapping[ir.Var, Any],
+        max_len: int,
+        length: int | None = None,
+    ) -> None:
         self.producer = ir.producers(jaxpr.eqns)
+        self.layouts = layouts
         self.values = values
         self.max_len = max_len
         self.length = length
@@ -64,11 +76,18 @@ class Static:
         eqn = self.producer[var]
         name = eqn.primitive.name
         with ir.at_source_of(eqn):
+            self._check_axes(eqn, var, roles)
             if name in ELEMENTWISE:
                 operands = [self(a, _moving(a, roles)) for a in eqn.invars]
                 return ir.bind(eqn, operands)[0]
             rule = _RULES.get(name, Static._reduce if name.startswith("reduce_") else None)
             return rule(self, eqn, var, roles) if rule else self.refuse(eqn, "of positions has no rule")
+
+    def _check_axes(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> None:
+        """Refuses a value whose axes do not have the same number of places for each position, or no role."""
+        for factors, size, role in zip(self.layouts[var].axes, var.aval.shape, roles, strict=True):
+            if ("t" in ir.dim_vars(size)) != (role is not None) or (role and not follows_positions(factors, size)):
+                self.refuse(eqn, f"has an axis of size {size} that does not follow the positions")
 
     def refuse(self, eqn: ir.JaxprEqn, why: str) -> Any:
         raise DeriveError(f"no incremental step: {eqn.primitive.name} {why} at {ir.source_line(eqn)}")
@@ -84,6 +103,8 @@ class Static:
         axis, shape, dtype = eqn.params["dimension"], self.shape(var.aval, roles), eqn.params["dtype"]
         role = roles[axis]
         if role is None:
+            if ir.is_symbolic(var.aval.shape[axis]):
+                self.refuse(eqn, "counts the rows, which a row cannot know,")
             return lax.broadcasted_iota(dtype, shape, axis)
         return lax.broadcast_in_dim(role.positions.astype(dtype), shape, (axis,))
 
@@ -95,6 +116,10 @@ class Static:
         return lax.broadcast_in_dim(self(eqn.invars[0], kept), self.shape(var.aval, roles), axes)
 
     def _reshape(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
+        try:
+            carry(eqn, [self.layouts[a] for a in eqn.invars[:1] if isinstance(a, ir.Var)])
+        except Mixes as mixes:
+            self.refuse(eqn, str(mixes))
         given = [role for role in roles if role is not None]
         before = eqn.invars[0].aval.shape
         wanted = [i for i, n in enumerate(before) if "t" in ir.dim_vars(n)]
@@ -119,18 +144,29 @@ class Static:
 
     def _slice(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
         strides = eqn.params["strides"] or (1,) * var.aval.ndim
-        return self._cut(eqn, var, roles, eqn.params["start_indices"], strides)
+        return self._window(eqn, var, roles, eqn.params["start_indices"], strides)
 
     def _dynamic_slice(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
-        starts = [uniform_value(a, self.producer) for a in eqn.invars[1:]]
-        if any(start is None for start in starts):
+        known = [uniform_value(a, self.producer) for a in eqn.invars[1:]]
+        if any(start is None for start in known):
             self.refuse(eqn, "at a start that is not known")
-        return self._cut(eqn, var, roles, tuple(int(start) for start in starts), (1,) * var.aval.ndim)  # type: ignore[arg-type]
+        starts = [
+            0 if ir.is_symbolic(size) else self._moved_start(eqn, int(start), size, length)  # type: ignore[arg-type]
+            for start, size, length in zip(known, eqn.invars[0].aval.shape, var.aval.shape, strict=True)
+        ]
+        return self._window(eqn, var, roles, starts, (1,) * var.aval.ndim)
 
-    def _cut(
+    def _moved_start(self, eqn: ir.JaxprEqn, start: int, size: int, length: ir.Dim) -> int:
+        """Returns where a window of a table starts: one that would leave the table is moved into it."""
+        last = size - (self.max_len if ir.is_symbolic(length) else int(length))
+        if ir.is_symbolic(length) and start > max(last, 0):
+            self.refuse(eqn, f"from {start} on leaves a table of {size} in rows of up to {self.max_len} tokens")
+        return min(max(start, 0), max(last, 0))
+
+    def _window(
         self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles, starts: Sequence[ir.Dim], strides: Sequence[int]
     ) -> Any:
-        """A window of a table: where it is t long it becomes a gather at the role's positions."""
+        """A window of a table: where it is t long it becomes a look-up at the role's positions."""
         before = eqn.invars[0].aval.shape
         whole = tuple(role if ir.is_symbolic(n) else None for n, role in zip(before, roles, strict=True))
         value = self(eqn.invars[0], whole)
@@ -142,8 +178,11 @@ class Static:
                 continue
             if role is not None:
                 value = jnp.take(value, role.positions * stride + start, axis=axis, mode="clip")
+            elif ir.is_symbolic(length):
+                self.refuse(eqn, "takes as many entries as there are rows, which a row cannot know,")
             else:
-                value = lax.slice_in_dim(value, start, start + (length - 1) * stride + 1, stride, axis)  # type: ignore[arg-type]
+                limit = start + max((length - 1) * stride + 1, 0)  # type: ignore[operator]
+                value = lax.slice_in_dim(value, start, limit, stride, axis)  # type: ignore[arg-type]
         return value
 
     def _gather(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
@@ -151,6 +190,8 @@ class Static:
         table, index = eqn.invars
         if index.aval.ndim == 1:
             return self._gather_window(eqn, roles)
+        if any(ir.is_symbolic(m) and not ir.same_dim(m, n) for m, n in zip(sizes, table.aval.shape, strict=True)):
+            self.refuse(eqn, "takes a part of a table that depends on the length")
         if any(map(ir.is_symbolic, (*table.aval.shape, *sizes))):
             return self._gather_rows(eqn, var, roles)
         batch = [role for i, role in enumerate(roles) if i not in numbers.offset_dims]
@@ -160,20 +201,37 @@ class Static:
         """One window of a table, as `table[3, :t]` makes it: a look-up at the role's positions where it is t long."""
         numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
         table, index = eqn.invars
+        shape = table.aval.shape
         kept = [i for i in range(table.aval.ndim) if i not in numbers.collapsed_slice_dims]
-        by_axis = dict(zip(kept, (roles[i] for i in numbers.offset_dims), strict=True))
-        symbolic = [i for i, n in enumerate(table.aval.shape) if ir.is_symbolic(n)]
-        starts = self(index, (None,))
-        if any(i in numbers.start_index_map or not ir.same_dim(sizes[i], table.aval.shape[i]) for i in symbolic):
+        by_axis = dict(zip(kept, roles, strict=True))
+        symbolic = [i for i, n in enumerate(shape) if ir.is_symbolic(n)]
+        if any(i in numbers.start_index_map or not ir.same_dim(sizes[i], shape[i]) for i in symbolic):
             self.refuse(eqn, "by an index into the positions")
-        value = self(table, tuple(by_axis.get(i) if i in symbolic else None for i in range(table.aval.ndim)))
+        index_value = self(index, (None,))
+        looked_up = {i: 0 for i in kept if ir.is_symbolic(sizes[i]) and i not in symbolic}
         for j, axis in enumerate(numbers.start_index_map):
-            role = by_axis.get(axis)
-            if role is not None and ir.is_symbolic(sizes[axis]):
-                value = jnp.take(value, role.positions + starts[j], axis=axis, mode="clip")
-            elif not ir.same_dim(sizes[axis], table.aval.shape[axis]):
-                value = lax.dynamic_slice_in_dim(value, starts[j], sizes[axis], axis)
-        return lax.squeeze(value, numbers.collapsed_slice_dims)
+            if axis in looked_up:
+                (start,) = self._entries(eqn, index)[j : j + 1]
+                looked_up[axis] = self._moved_start(eqn, start, shape[axis], sizes[axis])
+                index_value = index_value.at[j].set(0)
+        value = self(table, tuple(by_axis.get(i) if i in symbolic else None for i in range(table.aval.ndim)))
+        whole = tuple(value.shape[i] if i in (*symbolic, *looked_up) else n for i, n in enumerate(sizes))
+        value = ir.bind(eqn, [value, index_value], slice_sizes=whole)[0]
+        for axis, start in looked_up.items():
+            role = by_axis[axis]
+            if role is None:
+                self.refuse(eqn, "takes as many entries as there are rows, which a row cannot know,")
+            value = jnp.take(value, role.positions + start, axis=kept.index(axis), mode="clip")
+        return value
+
+    def _entries(self, eqn: ir.JaxprEqn, atom: ir.Atom) -> list[int]:
+        """Returns the entries of a vector of start indices."""
+        made_by = self.producer.get(atom) if isinstance(atom, ir.Var) else None
+        parts = made_by.invars if made_by is not None and made_by.primitive.name == "concatenate" else [atom]
+        known = [(uniform_value(part, self.producer), part.aval.shape[0]) for part in parts]
+        if any(value is None for value, _ in known):
+            self.refuse(eqn, "at a start that is not known")
+        return [int(value) for value, count in known for _ in range(count)]  # type: ignore[arg-type]
 
     def _gather_rows(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
         """A gather of whole position axes by a known index into other axes."""
@@ -197,13 +255,13 @@ class Static:
         return ir.bind(eqn, [value, found], slice_sizes=new_sizes)[0]
 
     def _concatenate(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
-        if roles[eqn.params["dimension"]] is not None:
-            self.refuse(eqn, "along the positions")
+        if ir.is_symbolic(var.aval.shape[eqn.params["dimension"]]):
+            self.refuse(eqn, "along the positions or rows")
         return lax.concatenate([self(a, roles) for a in eqn.invars], eqn.params["dimension"])
 
     def _split(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
-        if roles[eqn.params["axis"]] is not None:
-            self.refuse(eqn, "along the positions")
+        if ir.is_symbolic(eqn.invars[0].aval.shape[eqn.params["axis"]]):
+            self.refuse(eqn, "along the positions or rows")
         return ir.bind(eqn, [self(eqn.invars[0], roles)])[eqn.outvars.index(var)]
 
     def _stack(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
@@ -216,20 +274,18 @@ class Static:
         return lax.index_in_dim(value, eqn.outvars.index(var), axis, keepdims=False)
 
     def _tile(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
-        reps = eqn.params["reps"]
-        if any(role is not None and not ir.same_dim(n, 1) for role, n in zip(roles, reps, strict=True)):
-            self.refuse(eqn, "repeats the positions")
+        reps, before = eqn.params["reps"], eqn.invars[0].aval.shape
+        if any(ir.is_symbolic(m) and not ir.same_dim(m, n) for m, n in zip(var.aval.shape, before, strict=True)):
+            self.refuse(eqn, "repeats as often as there are positions or rows")
         return jnp.tile(self(eqn.invars[0], _moving(eqn.invars[0], roles)), reps)
 
     def _pad(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
-        for role, padding in zip(roles, eqn.params["padding_config"], strict=True):
-            if role is not None and any(not ir.same_dim(n, 0) for n in padding):
+        for size, padding in zip(var.aval.shape, eqn.params["padding_config"], strict=True):
+            if ir.is_symbolic(size) and any(not ir.same_dim(n, 0) for n in padding):
                 self.refuse(eqn, "shifts the positions")
         return ir.bind(eqn, [self(eqn.invars[0], roles), self(eqn.invars[1], ())])[0]
 
     def _dot_general(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
-        from xlathe.axes import Einsum
-
         einsum = Einsum.of(eqn)
         operands = []
         for atom, axes in zip(eqn.invars, (einsum.lhs, einsum.rhs), strict=True):
@@ -252,6 +308,8 @@ class Static:
         axis = eqn.params["axis"]
         role = roles[axis]
         if role is None:
+            if ir.is_symbolic(var.aval.shape[axis]):
+                self.refuse(eqn, "accumulates over the rows")
             return ir.bind(eqn, [self(eqn.invars[0], roles)])[0]
         if eqn.params["reverse"]:
             self.refuse(eqn, "from the end of the row")
@@ -265,6 +323,10 @@ class Static:
         if "t" in ir.dim_vars(eqn.params["dim"]) and self.length is None:
             self.refuse(eqn, "uses the total length as a number, which earlier tokens cannot know,")
         return jnp.asarray(ir.substitute(eqn.params["dim"], {"b": 1, "t": self.length or 1}), var.aval.dtype)
+
+
+    def _barrier(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
+        return self(eqn.invars[eqn.outvars.index(var)], roles)
 
 
 _RULES = {
@@ -289,6 +351,7 @@ _RULES = {
     "cummax": Static._running,
     "cummin": Static._running,
     "dim_as_value": Static._dim_as_value,
+    "optimization_barrier": Static._barrier,
 }
 
 
@@ -304,97 +367,3 @@ def _placed(roles: Roles, axes: Sequence[int], ndim: int) -> Roles:
     for role, axis in zip(roles, axes, strict=True):
         placed[axis] = role
     return tuple(placed)
-
-
-def only_shifts(producer: Mapping[ir.Var, ir.JaxprEqn], atom: ir.Atom, axis: int) -> bool:
-    """Says whether the length, used as a number in `atom`, only adds the same to all elements along `axis`.
-
-    A sound proof by structure: sums of something free of the length and something that does not vary along the axis.
-    """
-    free, constant = _length_use(producer, atom, axis)
-    return free or constant is not None
-
-
-def _length_use(producer: Mapping[ir.Var, ir.JaxprEqn], atom: ir.Atom, axis: int | None) -> tuple[bool, str | None]:
-    """Returns (free of the length, "same" where it is a shift along `axis`; None where unknown)."""
-    eqn = producer.get(atom) if isinstance(atom, ir.Var) else None
-    if eqn is None:
-        return True, "same"
-    name = eqn.primitive.name
-    if name == "dim_as_value":
-        return "t" not in ir.dim_vars(eqn.params["dim"]), "same"
-    inner: list[tuple[int | None, ir.Atom]]
-    if name == "broadcast_in_dim":
-        places = {d: i for i, d in enumerate(eqn.params["broadcast_dimensions"])}
-        source = places.get(axis) if axis is not None else None
-        if source is not None and not ir.is_symbolic(eqn.invars[0].aval.shape[source]):
-            source = None
-        inner = [(source, eqn.invars[0])]
-    elif name in ELEMENTWISE:
-        inner = [(axis if axis is not None and _is_long(a, axis) else None, a) for a in eqn.invars]
-    elif name == "transpose":
-        inner = [(None if axis is None else eqn.params["permutation"][axis], eqn.invars[0])]
-    elif name == "reshape":
-        inner = [(_reshaped_axis(eqn, axis), eqn.invars[0])]
-    else:
-        free = all(_length_use(producer, a, None)[0] for a in eqn.invars)
-        return free, "same" if free else None
-    uses = [_length_use(producer, a, i) for i, a in inner]
-    if all(free for free, _ in uses):
-        return True, "same"
-    if all(i is None for i, _ in inner) and axis is not None:
-        return False, "same"  # whatever it is, it does not vary along the axis
-    if name in ("add", "sub", "neg", "convert_element_type", "copy", "broadcast_in_dim", "transpose", "reshape"):
-        return False, "same" if all(shift is not None for _, shift in uses) else None
-    if name in ("mul", "div"):
-        return False, _scaled_shift(name, inner, uses, producer)
-    return False, None
-
-
-def _is_long(atom: ir.Atom, axis: int) -> bool:
-    """Says whether an operand has the position axis: scalars and axes of size 1 are spread over it."""
-    return atom.aval.ndim > 0 and ir.is_symbolic(atom.aval.shape[axis])
-
-
-def _reshaped_axis(eqn: ir.JaxprEqn, axis: int | None) -> int | None:
-    """Returns the operand axis that a position axis of a reshape comes from: they keep their order."""
-    before, after = (
-        [i for i, n in enumerate(aval.shape) if "t" in ir.dim_vars(n)]
-        for aval in (eqn.invars[0].aval, eqn.outvars[0].aval)
-    )
-    return before[after.index(axis)] if axis in after and len(before) == len(after) else None
-
-
-def _scaled_shift(
-    name: str,
-    inner: Sequence[tuple[int | None, ir.Atom]],
-    uses: Sequence[tuple[bool, str | None]],
-    producer: Mapping[ir.Var, ir.JaxprEqn],
-) -> str | None:
-    """A shift times a factor stays a shift where the factor is free of the length and the same along the axis."""
-    for shift, factor in ((0, 1), (1, 0)) if name == "mul" else ((0, 1),):
-        axis, atom = inner[factor]
-        if uses[factor][0] and uses[shift][1] is not None and not _varies(producer, atom, axis):
-            return "same"
-    return None
-
-
-def _varies(producer: Mapping[ir.Var, ir.JaxprEqn], atom: ir.Atom, axis: int | None) -> bool:
-    """Says whether a value may vary along an axis."""
-    if axis is None or isinstance(atom, ir.Literal):
-        return False
-    eqn = producer.get(atom)
-    if eqn is None:
-        return True
-    name = eqn.primitive.name
-    if name == "broadcast_in_dim":
-        places = {d: i for i, d in enumerate(eqn.params["broadcast_dimensions"])}
-        source = places.get(axis)
-        if source is None or not ir.is_symbolic(eqn.invars[0].aval.shape[source]):
-            return False
-        return _varies(producer, eqn.invars[0], source)
-    if name in ELEMENTWISE:
-        return any(_varies(producer, a, axis if _is_long(a, axis) else None) for a in eqn.invars)
-    if name == "transpose":
-        return _varies(producer, eqn.invars[0], eqn.params["permutation"][axis])
-    return True

@@ -7,6 +7,7 @@ evaluated at every pair of positions (`masks`), which also proves that no token 
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar, final
 
 import jax
@@ -14,16 +15,19 @@ import jax.numpy as jnp
 from jax import export
 
 from xlathe import jaxpr as ir
-from xlathe.audit import token_labels
+from xlathe.audit import find_layouts
 from xlathe.errors import DeriveError
 from xlathe.graph import Graph, Input, Record
+from xlathe.layouts import Layout
 from xlathe.masks import MaskPlan, NotCausal, plan_mask
 from xlathe.ops.cached_attention import cached_attention, write_slots
 from xlathe.pipeline import REASSOCIATED, Context, Keeps, Pass, is_forward, is_step
-from xlathe.positions import Role, Roles, Static, only_shifts
+from xlathe.positions import Role, Roles, Static
+from xlathe.shifts import only_shifts
 from xlathe.step import ARGUMENTS
 
-VIEWS = frozenset({"reshape", "transpose", "broadcast_in_dim", "convert_element_type", "not", "and"})
+# what happens to a mask between the line that makes it and the operation
+FINISHING = frozenset({"reshape", "transpose", "broadcast_in_dim", "convert_element_type", "not", "and"})
 TERM_QUERIES, TERM_KEYS = 3, 4  # axes of a mask or bias [b, k, g, t, s] of `attention`
 
 
@@ -64,7 +68,7 @@ class _Deriver:
     def __init__(self, graph: Graph) -> None:
         self.graph, self.jaxpr = graph, graph.jaxpr
         (self.tokens,) = (v for v, i in zip(self.jaxpr.invars, graph.inputs, strict=True) if i.kind == "arg")
-        self.labels = token_labels(
+        self.layouts = find_layouts(
             self.jaxpr,
             self.tokens,
             [m for record in graph.history for m in record.misses if record.name == "fuse_attention"],
@@ -73,14 +77,14 @@ class _Deriver:
         self.producer = ir.producers(self.equations)
         self.attentions = [e for e in self.equations if ir.is_op(e, "attention")]
         self.plans = {id(e): self._plan(e) for e in self.attentions}
-        self.remembered = list(dict.fromkeys(self._cut(a) for e in self.attentions for a in e.invars[1:3]))
+        self.remembered = list(dict.fromkeys(self._unwidened(a) for e in self.attentions for a in e.invars[1:3]))
         self.needed = self._needed_everywhere()
 
     @property
     def bytes_per_token(self) -> int:
         return sum(v.aval.dtype.itemsize * _numel(v.aval.shape[2:]) for v in self.remembered)
 
-    def _cut(self, atom: ir.Atom) -> ir.Var:
+    def _unwidened(self, atom: ir.Atom) -> ir.Var:
         """Returns the value to remember for a key or value: before a widening cast, which is cheap to redo."""
         assert isinstance(atom, ir.Var)
         eqn = self.producer.get(atom)
@@ -88,7 +92,7 @@ class _Deriver:
             return atom
         source = eqn.invars[0]
         narrower = isinstance(source, ir.Var) and source.aval.dtype.itemsize < atom.aval.dtype.itemsize
-        return self._cut(source) if narrower else atom
+        return self._unwidened(source) if narrower else atom
 
     def _needed_everywhere(self) -> set[ir.Var]:
         """Values that every new token needs, because something remembered depends on them."""
@@ -96,7 +100,7 @@ class _Deriver:
         stack = list(self.remembered)
         while stack:
             var = stack.pop()
-            if var in needed or var not in self.labels:
+            if var in needed or not self.layouts[var].of_tokens:
                 continue
             needed.add(var)
             if var in self.producer:
@@ -120,7 +124,7 @@ class _Deriver:
     def _line(self, atom: ir.Atom, attention: ir.JaxprEqn) -> str:
         """Returns the line where a mask was made, above the views that arranged it for the operation."""
         eqn = self.producer.get(atom) if isinstance(atom, ir.Var) else None
-        while eqn is not None and eqn.primitive.name in VIEWS and eqn.invars[0] in self.producer:
+        while eqn is not None and eqn.primitive.name in FINISHING and eqn.invars[0] in self.producer:
             eqn = self.producer[eqn.invars[0]]
         return ir.source_line(eqn or attention)
 
@@ -139,7 +143,7 @@ class _Deriver:
 
     def _mask_terms(self, eqn: ir.JaxprEqn, queries: jax.Array, keys: jax.Array) -> Any:
         """Evaluates what may hide a key; a bias that is trained is no mask, whatever its value is today."""
-        static = Static(self.jaxpr, self._known(), self.graph.max_len, length=1)
+        static = Static(self.jaxpr, self.layouts, self._known(), self.graph.max_len, length=1)
         mask, bias = _split_terms(eqn)
         trained = bias is not None and self._is_trained(bias)
         spread = (queries.shape[0], keys.shape[0])
@@ -200,8 +204,8 @@ class _Step:
         states: tuple[jax.Array, ...],  # each [r, s, ...]
     ) -> None:
         self.deriver, self.select = deriver, select
-        self.static = Static(deriver.jaxpr, known, deriver.graph.max_len)
-        self.shifted = Static(deriver.jaxpr, known, deriver.graph.max_len, length=1)
+        self.static = Static(deriver.jaxpr, deriver.layouts, known, deriver.graph.max_len)
+        self.shifted = Static(deriver.jaxpr, deriver.layouts, known, deriver.graph.max_len, length=1)
         chosen = jnp.take(positions, select, mode="clip"), jnp.take(rows, select, mode="clip")
         self.all, self.rows_all = Role(positions), rows
         self.some, self.rows_some = Role(chosen[0]), chosen[1]
@@ -216,7 +220,7 @@ class _Step:
         """Returns logits [m, vocab] and the new states."""
         d = self.deriver
         for eqn in d.equations:
-            if eqn.outvars[0] not in d.labels:
+            if not d.layouts[eqn.outvars[0]].of_tokens:
                 continue
             everywhere = any(out in d.needed for out in eqn.outvars)
             with ir.at_source_of(eqn):
@@ -233,12 +237,11 @@ class _Step:
         d = self.deriver
         if isinstance(atom, ir.Literal):
             return atom.val
-        if atom not in d.labels:
+        if not d.layouts[atom].of_tokens:
             role = self.all if everywhere else self.some
             return self.static(atom, tuple(role if "t" in ir.dim_vars(n) else None for n in atom.aval.shape))
         if (atom, everywhere) not in self.values:
-            axis = next(i for i, label in enumerate(d.labels[atom]) if "t" in label)
-            self.values[atom, False] = jnp.take(self.values[atom, True], self.select, axis=axis, mode="clip")
+            self.values[atom, False] = _take_tokens(self.values[atom, True], self.select, d.layouts[atom])
         return self.values[atom, everywhere]
 
     def _apply(self, eqn: ir.JaxprEqn, everywhere: bool) -> list[Any]:
@@ -255,7 +258,7 @@ class _Step:
     def _attention(self, eqn: ir.JaxprEqn, everywhere: bool) -> list[Any]:
         d, plan = self.deriver, self.deriver.plans[id(eqn)]
         query, rows = (self.all, self.rows_all) if everywhere else (self.some, self.rows_some)
-        keys, values = (self._write(d._cut(a)).astype(a.aval.dtype) for a in eqn.invars[1:3])
+        keys, values = (self._write(d._unwidened(a)).astype(a.aval.dtype) for a in eqn.invars[1:3])
         mask, bias = _split_terms(eqn)
         slots = Role(jnp.arange(keys.shape[1], dtype=jnp.int32))
         terms = [
@@ -280,6 +283,16 @@ class _Step:
         return jnp.broadcast_to(term[0], (*term.shape[1:3], query.size, slots.size))
 
 
+def _take_tokens(value: jax.Array, select: jax.Array, layout: Layout) -> jax.Array:
+    """Takes some tokens of a value for all n; tokens may be merged with static parts of an axis."""
+    axis, factors = next((i, f) for i, f in enumerate(layout.axes) if "t" in f)
+    place = factors.index("t")
+    outer, inner = (_numel([f for f in part if isinstance(f, int)]) for part in (factors[:place], factors[place + 1 :]))
+    apart = value.reshape(*value.shape[:axis], outer, -1, inner, *value.shape[axis + 1 :])
+    taken = jnp.take(apart, select, axis=axis + 1, mode="clip")
+    return taken.reshape(*value.shape[:axis], -1, *value.shape[axis + 1 :])
+
+
 def _split_terms(eqn: ir.JaxprEqn) -> tuple[ir.Atom | None, ir.Atom | None]:
     """Returns mask and bias of an `attention` equation."""
     terms = list(eqn.invars[3:])
@@ -287,7 +300,7 @@ def _split_terms(eqn: ir.JaxprEqn) -> tuple[ir.Atom | None, ir.Atom | None]:
     return mask, terms.pop(0) if eqn.params["biased"] else None
 
 
-def _numel(shape: tuple[ir.Dim, ...]) -> int:
+def _numel(shape: Sequence[ir.Dim]) -> int:
     size = 1
     for n in shape:
         size *= int(n)
