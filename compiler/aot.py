@@ -1,7 +1,7 @@
 """Compile a graph ahead of time: one program a bucket of sizes, all over the same weights."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from xlathe.decode.logits import Sampling
 from xlathe.decode.units import Rows, decode_unit, prefill_unit
 from xlathe.errors import OptionError
 from xlathe.graph import Graph
+from xlathe.integers import as_integer
 from xlathe.passes.canonicalize import Canonicalize
 from xlathe.passes.fuse_attention import FuseAttention
 from xlathe.passes.kv_cache import KVCache
@@ -37,14 +38,14 @@ class Buckets:
 
     @staticmethod
     def of(max_batch: int, max_len: int, unit: int, chunks: Sequence[int]) -> "Buckets":
-        """Returns batches 1 and max_batch, and chunks no longer than a row."""
-        for name, value in (("max_batch", max_batch), ("unit", unit), ("max_len", max_len)):
-            if value < 1:
-                raise OptionError(f"compile: {name} must be at least 1, got {value}")
-        if not chunks or min(chunks) < 1:
-            raise OptionError(f"compile: chunks must be sizes of at least 1, got {tuple(chunks)}")
-        fitting = {min(chunk, max_len * max_batch) for chunk in chunks}
-        return Buckets(tuple(sorted({1, max_batch})), tuple(sorted(fitting)), unit, max_len)
+        """Returns batches 1 and max_batch, and chunks no longer than a row; OptionError for what is no size."""
+        rows, slots, tokens = (
+            _size(name, value) for name, value in (("max_batch", max_batch), ("max_len", max_len), ("unit", unit))
+        )
+        if not isinstance(chunks, Iterable) or not (sizes := [_size("a chunk", chunk) for chunk in chunks]):
+            raise OptionError(f"compile: chunks must be a list of sizes, got {chunks!r}")
+        fitting = {min(size, slots * rows) for size in sizes}
+        return Buckets(tuple(sorted({1, rows})), tuple(sorted(fitting)), tokens, slots)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +117,13 @@ def prefill_signature(
     logits, each, chosen = _floats(rows, vocab), _ints(tokens), _ints(rows)
     avals = (dict(weights), logits, each, each, each, chosen, _bools(rows), state)
     return Signature(f"prefill_r{rows}_n{tokens}", avals, (logits, state))
+
+
+def _size(name: str, value: Any) -> int:
+    size = as_integer(value)
+    if size is None or size < 1:
+        raise OptionError(f"compile: {name} must be an integer of at least 1, got {value!r}")
+    return size
 
 
 def _lowered(step: Graph, target: str | None, kernels: bool, **sizes: int) -> Graph:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import jax
@@ -10,14 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from xlathe.aot import STOP_TOKENS, Buckets, units
-from xlathe.decode.logits import Sampling
 from xlathe.decode.text import TextStream
 from xlathe.decode.units import NO_TOKEN, Rows
-from xlathe.errors import RequestError
+from xlathe.errors import OptionError, RequestError, XlatheError
 from xlathe.graph import Graph
+from xlathe.integers import as_integer
+from xlathe.request import Limits, Prompts, Request, Stops
 from xlathe.target import find_target
-
-Prompts = str | Sequence[str] | Sequence[Sequence[int]] | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,16 +52,6 @@ class Piece:
     text: str | None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Request:
-    prompts: tuple[tuple[int, ...], ...]
-    max_tokens: int
-    sampling: Sampling
-    stop_tokens: tuple[int, ...]
-    stop_strings: tuple[str, ...]
-    rows: int  # of the program that serves it
-
-
 @final
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
@@ -92,95 +81,44 @@ class Program:
         top_p: float | Sequence[float] = 1.0,
         min_p: float | Sequence[float] = 0.0,
         seed: int | Sequence[int] = 0,
-        stop: str | int | Sequence[str | int] = (),
+        stop: Stops = None,
     ) -> list[Completion]:
         """Generates for each row of a prompt; returns one completion a row.
 
-        prompt: a string, a list of strings, or token ids (int32 [b, t] or lists of different lengths).
-        temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off; all of these and seed may be one a row.
-        stop: strings or token ids that end a row; the program's own stop tokens always do.
+        prompt: a string, a list of strings, or token ids (integers [b, t] or lists of different lengths).
+        max_tokens: of every row. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off; all of these and seed
+        may be one a row. stop: a string, a token id, or several of them, that end a row; the program's own stop
+        tokens always do.
 
-        Raises RequestError where the request does not fit: empty prompts, ids outside the vocabulary, too many rows,
-        or more tokens than the compiled length. OptionError for sampling options out of range.
+        Raises RequestError where the request does not fit: prompts that are empty or no text or ids, ids outside the
+        vocabulary, too many rows, or more tokens than the compiled length. OptionError for sampling options out of
+        range.
         """
-        run = _Run(self, self._request(prompt, max_tokens, temperature, top_k, top_p, min_p, seed, stop))
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+        run = _Run(self, self.limits.request(prompt, max_tokens, stop, **options))
         for _ in run.pieces():
             pass
         return run.completions()
 
-    def stream(self, prompt: Prompts, max_tokens: int = 64, **options: Any) -> Iterator[Piece]:
-        """Yields the same tokens and text as `generate` in pieces, after every compiled unit."""
-        yield from _Run(self, self._request(prompt, max_tokens, **options)).pieces()
+    def stream(
+        self, prompt: Prompts, max_tokens: int = 64, *, stop: Stops = None, **sampling: Any
+    ) -> Iterator[Piece]:
+        """Returns the same tokens and text as `generate` in pieces, one a row after every compiled unit.
+
+        The request is checked at once, as by `generate`, and served while the pieces are taken.
+        """
+        return _Run(self, self.limits.request(prompt, max_tokens, stop, **sampling)).pieces()
+
+    @property
+    def limits(self) -> Limits:
+        """What requests must fit."""
+        return Limits(self.buckets, self.vocab, self.tokenizer, self.stop_tokens)
 
     def save(self, directory: Any) -> None:
         """Writes a bundle that `xlathe.load` serves without the model's source; see `xlathe.bundle`."""
         from xlathe.bundle import save_bundle
 
         save_bundle(self, directory)
-
-    def _request(
-        self,
-        prompt: Prompts,
-        max_tokens: int,
-        temperature: Any = 0.0,
-        top_k: Any = 0,
-        top_p: Any = 1.0,
-        min_p: Any = 0.0,
-        seed: Any = 0,
-        stop: str | int | Sequence[str | int] = (),
-    ) -> _Request:
-        prompts = self._token_ids(prompt)
-        rows = self._bucket(len(prompts))
-        self._check_lengths(prompts, max_tokens)
-        stops = [stop] if isinstance(stop, str | int) else list(stop)
-        stop_tokens = (*self.stop_tokens, *(s for s in stops if not isinstance(s, str)))
-        if len(stop_tokens) > STOP_TOKENS:
-            raise RequestError(f"{len(stop_tokens)} stop tokens, but a program takes at most {STOP_TOKENS}")
-        sampling = Sampling.of(len(prompts), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed)
-        strings = tuple(s for s in stops if isinstance(s, str))
-        if strings and self.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer, and this program has none; use stop token ids")
-        return _Request(prompts, max_tokens, _padded(sampling, rows), stop_tokens, strings, rows)
-
-    def _token_ids(self, prompt: Prompts) -> tuple[tuple[int, ...], ...]:
-        if isinstance(prompt, str):
-            prompt = [prompt]
-        rows = list(prompt)
-        if not rows:
-            raise RequestError("no prompt was given")
-        if all(isinstance(row, str) for row in rows):
-            if self.tokenizer is None:
-                raise RequestError("this program has no tokenizer; give token ids instead of text")
-            rows = [self.tokenizer.encode(row, add_special_tokens=False).ids for row in rows]
-        result = []
-        for i, row in enumerate(rows):
-            ids = np.asarray(row)
-            if ids.ndim != 1 or not ids.size:
-                raise RequestError(f"prompt {i} is empty or no list of token ids")
-            if ids.dtype.kind not in "iu":
-                raise RequestError(f"prompt {i} holds {ids.dtype}, expected strings or integer token ids")
-            outside = ids[(ids < 0) | (ids >= self.vocab)]
-            if outside.size:
-                raise RequestError(f"prompt {i} has token id {outside[0]}, outside the vocabulary 0..{self.vocab - 1}")
-            result.append(tuple(int(x) for x in ids))
-        return tuple(result)
-
-    def _bucket(self, count: int) -> int:
-        fitting = [r for r in self.buckets.batches if r >= count]
-        if not fitting:
-            raise RequestError(f"{count} rows, but the program was compiled with max_batch={max(self.buckets.batches)}")
-        return min(fitting)
-
-    def _check_lengths(self, prompts: tuple[tuple[int, ...], ...], max_tokens: int) -> None:
-        if not isinstance(max_tokens, int) or max_tokens < 1:
-            raise RequestError(f"max_tokens must be at least 1, got {max_tokens}")
-        longest = max(map(len, prompts))
-        needed = longest + max_tokens
-        if needed > self.buckets.slots:
-            raise RequestError(
-                f"a prompt of {longest} tokens and max_tokens={max_tokens} need {needed} positions, but the program "
-                f"was compiled with max_len={self.buckets.slots}"
-            )
 
 
 def compile(
@@ -198,15 +136,20 @@ def compile(
     graph: a step graph, or a forward graph from which the step is derived with the default passes. max_batch: the
     most rows at once; max_len: the most tokens a row, prompt and answer (default: the graph's). target: a name from
     `xlathe.target`. unit: tokens generated between two looks of the host. chunks: prompt tokens read at once.
+    stop_tokens: ids that end a row of every request.
+
+    Raises OptionError for sizes that are no positive integers and for an unknown target, RequestError for a max_len
+    beyond the graph's, DeriveError where no step can be derived.
     """
     from xlathe.aot import to_step
     from xlathe.step import state_avals
 
     start = time.perf_counter()
-    if max_len is not None and max_len > graph.max_len:
+    buckets = Buckets.of(max_batch, graph.max_len if max_len is None else max_len, unit, chunks)
+    if buckets.slots > graph.max_len:
         raise RequestError(f"max_len={max_len}, but the graph was traced with max_len={graph.max_len}")
+    stops = _checked_stops(stop_tokens, graph.vocab)
     step = to_step(graph)
-    buckets = Buckets.of(max_batch, max_len or graph.max_len, unit, chunks)
     calls = {u.signature.name: compile_unit(u.function, u.signature.avals) for u in units(step, buckets, target)}
     return Program(
         calls=calls,
@@ -215,11 +158,21 @@ def compile(
         buckets=buckets,
         vocab=step.vocab,
         tokenizer=graph.tokenizer,
-        stop_tokens=tuple(stop_tokens),
+        stop_tokens=stops,
         step=step,
         target=find_target(target).name,
         seconds=time.perf_counter() - start,
     )
+
+
+def _checked_stops(stop_tokens: Sequence[int], vocab: int) -> tuple[int, ...]:
+    ids = [as_integer(x) for x in stop_tokens] if isinstance(stop_tokens, Iterable) else [None]
+    checked = tuple(i for i in ids if i is not None and 0 <= i < vocab)
+    if len(checked) < len(ids) or len(ids) > STOP_TOKENS:
+        raise OptionError(
+            f"compile: stop_tokens must be at most {STOP_TOKENS} token ids 0..{vocab - 1}, got {stop_tokens!r}"
+        )
+    return checked
 
 
 def compile_unit(function: Callable[..., Any], avals: tuple[Any, ...]) -> Callable[..., Any]:
@@ -227,16 +180,10 @@ def compile_unit(function: Callable[..., Any], avals: tuple[Any, ...]) -> Callab
     return jax.jit(function, donate_argnums=(len(avals) - 1,)).lower(*avals).compile()
 
 
-def _padded(sampling: Sampling, rows: int) -> Sampling:
-    """Repeats the first row's options for rows that nobody asked for."""
-    missing = rows - sampling.temperature.shape[0]
-    return jax.tree.map(lambda x: jnp.concatenate([x, jnp.repeat(x[:1], missing, axis=0)]), sampling)
-
-
 class _Run:
     """One request on its way: state on the device, text on the host."""
 
-    def __init__(self, program: Program, request: _Request) -> None:
+    def __init__(self, program: Program, request: Request) -> None:
         self.program, self.request = program, request
         self.state = tuple(jnp.zeros(a.shape, a.dtype) for a in program.state_avals[request.rows])
         count = len(request.prompts)
@@ -310,7 +257,9 @@ class _Run:
             if reason is not None:
                 continue
             new = [int(t) for t in fetched[row] if t != NO_TOKEN]
-            if new and new[-1] in self.request.stop_tokens:
+            if not new:
+                raise XlatheError(f"row {row} got no token from its program, expected 1 to {fetched.shape[1]}")
+            if new[-1] in self.request.stop_tokens:
                 new.pop()
                 self.reasons[row] = "stop"
             elif len(self.tokens[row]) + len(new) >= self.request.max_tokens:

@@ -2,13 +2,14 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.passes.decoding import fused
 from tests.variants import DECODERS
-from xlathe.errors import OptionError, RequestError
+from xlathe.errors import OptionError, RequestError, XlatheError
 from xlathe.graph import Graph
 from xlathe.program import Program, compile
 
@@ -108,7 +109,36 @@ def test_a_row_may_fill_the_cache_to_its_end(graph: Graph, program: Program) -> 
         ([], {}, "no prompt"),
         ([[1.5]], {}, "prompt 0 holds float64"),
         ("text", {}, "no tokenizer"),
-        ([[1]], {"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+        (5, {}, "prompt: expected text, or a list of rows; found 5"),
+        (None, {}, "prompt: expected text, or a list of rows; found None"),
+        (b"text", {}, "prompt: expected text, or a list of rows; found b'text'"),
+        ({"a": 1}, {}, "prompt: expected text, or a list of rows"),
+        ([1, 2, 3], {}, r"prompt is one flat list of token ids, expected a list of rows: \[\[1, 2, 3\]\]"),
+        (np.array([1, 2, 3]), {}, "prompt is one flat list of token ids"),
+        ([[[1], [2, 3]]], {}, "prompt 0 is no list of token ids: expected integers 0..60"),
+        ([[[1, 2], [2, 3]]], {}, "prompt 0 is no list of token ids"),
+        ([[1], None], {}, "prompt 1 is no list of token ids"),
+        ([[True]], {}, "prompt 0 holds bool: expected integers"),
+        ([[2**70]], {}, r"prompt 0 is no list of token ids: .* found \[11805"),
+        (["a", [1]], {}, "prompt has 1 rows of text among 2, expected all or none"),
+        ([[1]], {"max_tokens": None}, "max_tokens must be an integer of at least 1, got None"),
+        ([[1]], {"max_tokens": "5"}, "max_tokens must be an integer of at least 1, got '5'"),
+        ([[1]], {"max_tokens": 3.5}, "max_tokens must be an integer of at least 1, got 3.5"),
+        ([[1]], {"max_tokens": True}, "max_tokens must be an integer of at least 1, got True"),
+        (
+            [[1]],
+            {"stop": 2**40, "max_tokens": 2},
+            "stop: expected strings that are not empty, or token ids 0..60; found 1099511627776",
+        ),
+        ([[1]], {"stop": -1, "max_tokens": 2}, "stop: expected .* found -1"),
+        ([[1]], {"stop": [2.5], "max_tokens": 2}, r"stop: expected .* found \[2.5\]"),
+        ([[1]], {"stop": 2.5, "max_tokens": 2}, "stop: expected .* found 2.5"),
+        ([[1]], {"stop": [True], "max_tokens": 2}, "stop: expected .* found"),
+        ([[1]], {"stop": [None], "max_tokens": 2}, "stop: expected .* found"),
+        ([[1]], {"stop": [[3]], "max_tokens": 2}, "stop: expected .* found"),
+        ([[1]], {"stop": "", "max_tokens": 2}, "stop: expected strings that are not empty"),
+        ([[1]], {"stop": b"x", "max_tokens": 2}, "stop: expected strings"),
+        ([[1]], {"max_tokens": 0}, "max_tokens must be an integer of at least 1, got 0"),
         ([[1]], {"stop": "word", "max_tokens": 2}, "stop strings need a tokenizer"),
         ([[1]], {"stop": list(range(9)), "max_tokens": 2}, "9 stop tokens, but a program takes at most 8"),
     ],
@@ -116,13 +146,68 @@ def test_a_row_may_fill_the_cache_to_its_end(graph: Graph, program: Program) -> 
 def test_requests_that_do_not_fit(program: Program, prompt: object, options: dict, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         program.generate(prompt, **options)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match=message):
+        program.stream(prompt, **options)  # type: ignore[arg-type]  # before any piece is taken
+
+
+def test_text_that_has_no_encoding(talking: Program) -> None:
+    with pytest.raises(RequestError, match="prompt 1 is no valid Unicode text"):
+        talking.generate(["w1", "w1 \ud800"])
+    with pytest.raises(RequestError, match="prompt 0 is empty"):
+        talking.generate("")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [np.array([[1, 2, 3]], np.uint8), (np.array([1, 2, 3], np.int64),), jnp.array([[1, 2, 3]]), iter([(1, 2, 3)])],
+)
+def test_token_ids_of_any_library(graph: Graph, program: Program, prompt: object) -> None:
+    (found,) = program.generate(prompt, max_tokens=np.int64(4))  # type: ignore[arg-type]
+    assert found.tokens == greedy(graph, [1, 2, 3], 4)
+
+
+def test_stops_of_every_form(graph: Graph, talking: Program) -> None:
+    expected = greedy(graph, PROMPTS[0], 12)
+    third = expected[2]
+    cut = expected[: expected.index(third)]
+    for stop in (third, np.int64(third), [np.int32(third)], np.array([third, third]), {third}):
+        assert talking.generate([PROMPTS[0]], max_tokens=12, stop=stop)[0].tokens == cut
+    text = " ".join(f"w{i}" for i in expected)
+    stop = f"w{third}"
+    for stops in (stop, [stop], (stop, third)):
+        assert (
+            talking.generate([PROMPTS[0]], max_tokens=12, stop=stops)[0].text.strip()
+            == text[: text.index(stop)].strip()
+        )
+    for stops in (None, (), []):
+        assert talking.generate([PROMPTS[0]], max_tokens=12, stop=stops)[0].tokens == expected
+
+
+@pytest.mark.timeout(60)
+def test_a_program_that_returns_no_token_is_an_error(program: Program) -> None:
+    def silent(arrays: object, rows: object, sampling: object, stops: object, limit: object, state: object) -> tuple:
+        return np.full((1, 5), -1, np.int32), rows, state
+
+    broken = dataclasses.replace(program, calls={**program.calls, "decode_r1": silent})
+    with pytest.raises(XlatheError, match="row 0 got no token from its program, expected 1 to 5"):
+        broken.generate([[1, 2]], max_tokens=3)
 
 
 def test_options_that_are_out_of_range(program: Program, graph: Graph) -> None:
     with pytest.raises(OptionError, match="temperature"):
         program.generate([[1]], max_tokens=2, temperature=-1.0)
-    with pytest.raises(OptionError, match="max_batch must be at least 1, got 0"):
+    with pytest.raises(OptionError, match="max_batch must be an integer of at least 1, got 0"):
         compile(graph, max_batch=0)
+    for options in ({"unit": 2.5}, {"max_len": 0}, {"max_len": "8"}, {"max_batch": None}, {"unit": True}):
+        (name,) = options
+        with pytest.raises(OptionError, match=f"compile: {name} must be an integer of at least 1, got "):
+            compile(graph, **options)
+    for chunks in (4, (), "16", [0], [2.5], None):
+        with pytest.raises(OptionError, match=r"compile: (chunks must be a list|a chunk must be an integer)"):
+            compile(graph, chunks=chunks)
+    for ids in (3, [61], [-1], ["<end>"], list(range(9))):
+        with pytest.raises(OptionError, match=r"stop_tokens must be at most 8 token ids 0\.\.60"):
+            compile(graph, stop_tokens=ids)
     with pytest.raises(OptionError, match="no target 'tpu'"):
         compile(graph, target="tpu")
     with pytest.raises(RequestError, match="max_len=65, but the graph was traced with max_len=64"):
