@@ -54,9 +54,8 @@ class Limits:
         if not rows:
             raise RequestError("no prompt was given: the list of rows is empty")
         if as_integer(rows[0]) is not None:
-            raise RequestError(
-                f"prompt is one flat list of token ids, expected a list of rows: [{reprlib.repr(list(map(as_integer, rows)))}]"
-            )
+            ids = reprlib.repr([as_integer(x) for x in rows])
+            raise RequestError(f"prompt is one flat list of token ids, expected a list of rows: [{ids}]")
         texts = [row for row in rows if isinstance(row, str)]
         if len(texts) not in (0, len(rows)):
             raise RequestError(f"prompt has {len(texts)} rows of text among {len(rows)}, expected all or none")

@@ -1,15 +1,15 @@
 """The command line: `xlathe <verb> [words] [--flags]`."""
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
 
 from xlathe.errors import XlatheError, did_you_mean
-from xlathe.tools import compile, demo, generate, inspect, opt, passes
 from xlathe.tools.command import UsageError, Verb
 
-# In the order in which a newcomer meets them. A verb imports JAX when it runs: help is quick.
-VERBS: tuple[Verb, ...] = (demo.VERB, compile.VERB, generate.VERB, opt.VERB, inspect.VERB, passes.VERB)
+# In the order in which a newcomer meets them, each a module of its own. A verb imports JAX when it runs: help is quick.
+VERBS = ("demo", "compile", "generate", "opt", "inspect", "passes")
 HELP = ("help", "--help", "-h")
 
 
@@ -41,17 +41,15 @@ def _dispatch(words: list[str]) -> None:
 
 
 def _find(name: str) -> Verb:
-    verbs = {verb.name: verb for verb in VERBS}
-    if name not in verbs:
-        raise UsageError(f"no verb {name!r}{did_you_mean(name, verbs)}")
-    return verbs[name]
+    if name not in VERBS:
+        raise UsageError(f"no verb {name!r}{did_you_mean(name, VERBS)}")
+    verb: Verb = importlib.import_module(f"xlathe.tools.{name}").VERB
+    return verb
 
 
 def _overview() -> str:
-    lines = [f"  {verb.name:<10} {verb.summary}" for verb in VERBS]
-    return "\n".join(
-        ["usage: xlathe VERB [words] [--flags]", "", *lines, "", "xlathe VERB --help lists its flags."]
-    )
+    lines = [f"  {verb.name:<10} {verb.summary}" for verb in map(_find, VERBS)]
+    return "\n".join(["usage: xlathe VERB [words] [--flags]", "", *lines, "", "xlathe VERB --help lists its flags."])
 
 
 def _fail(error: Exception, code: int) -> int:

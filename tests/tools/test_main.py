@@ -1,10 +1,11 @@
 """Words in, text and an exit code out."""
 
+import subprocess
+import sys
+
 import pytest
 
 from xlathe.tools.main import VERBS, main
-
-NAMES = [verb.name for verb in VERBS]
 
 
 def fails(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> str:
@@ -21,10 +22,10 @@ def fails(capsys: pytest.CaptureFixture[str], code: int, *words: str) -> str:
 def test_without_a_verb_all_verbs_are_listed(words, capsys):
     assert main(words) == 0
     out = capsys.readouterr().out
-    assert [line.split()[0] for line in out.splitlines() if line.startswith("  ")] == NAMES
+    assert [line.split()[0] for line in out.splitlines() if line.startswith("  ")] == list(VERBS)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", VERBS)
 @pytest.mark.parametrize("words", [["help", "{}"], ["{}", "--help"]])
 def test_every_verb_explains_itself(name, words, capsys):
     assert main([word.format(name) for word in words]) == 0
@@ -66,3 +67,10 @@ def test_a_wrong_command_line_is_told_in_one_line(words, expected, capsys):
 )
 def test_bad_input_is_told_in_one_line(words, expected, capsys):
     assert expected in fails(capsys, 1, *words)
+
+
+@pytest.mark.parametrize("words", [["help"], ["compile", "--help"], ["generate", "a"]])
+def test_help_and_usage_do_not_wait_for_jax(words):
+    code = f"import sys, xlathe.tools.main as m; m.main({words}); print('jax' in sys.modules, 'numpy' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.endswith("False False\n")
