@@ -177,7 +177,7 @@ def _has_kernels(called: Iterable[str]) -> bool:
                 native.register()
             return True
         reason = f"this version of xlathe has no {', '.join(sorted(called - set(native.TARGETS)))}"
-    except (OSError, XlatheError) as error:
+    except XlatheError as error:
         reason = str(error)
     logging.log_first_n(logging.WARNING, "reference programs run, which are slower: %s", 1, reason)
     return False

@@ -42,11 +42,12 @@ def lower_operations(jaxpr: ir.Jaxpr, target: Target) -> tuple[ir.Jaxpr, Counter
 
 
 def kernels_of(target: Target) -> Mapping[str, Kernel]:
-    """Returns the kernels that can run on a target, by operation; none where they were not built."""
+    """Returns the kernels that can run on a target, by operation; none where this process cannot use them."""
     if target.platform != "cpu":
         return {}
-    if native.library() is None:
-        logging.log_first_n(logging.WARNING, "The CPU kernels were not built: slower reference bodies run.", 1)
+    reason = native.unusable()
+    if reason is not None:
+        logging.log_first_n(logging.WARNING, "reference bodies run, which are slower: %s", 1, reason)
         return {}
     return {"cached_attention": _cached_attention_on_cpu, "quantized_dot": _quantized_dot_on_cpu}
 

@@ -77,8 +77,8 @@ def run_stages(
 
 def machine() -> str:
     """Returns what the figures depend on: processor, instruction set of the kernels, version of JAX."""
-    built = native.library() is not None
-    kernels = f"kernels for {native.available_isas()[0]}" if built else "no kernels: reference bodies run"
+    usable = native.unusable() is None
+    kernels = f"kernels for {native.available_isas()[0]}" if usable else "no kernels: reference bodies run"
     return f"{os.cpu_count()} cores of {platform.machine()}, {kernels}, jax {jax.__version__}"
 
 

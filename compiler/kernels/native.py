@@ -9,11 +9,13 @@ import functools
 from pathlib import Path
 
 import jax
+import jaxlib
 
 from xlathe.errors import XlatheError
 
 # FFI targets that a compiled program may name. The C++ symbol has "_" for ".".
 TARGETS = ("xlathe.quantized_dot.int8", "xlathe.cached_attention.f32")
+_REBUILD = "run `make clean install` in the checkout, or `pip install --force-reinstall --no-deps xlathe`"
 
 
 def library() -> Path | None:
@@ -22,26 +24,38 @@ def library() -> Path | None:
     return path if path.exists() else None
 
 
+def unusable() -> str | None:
+    """Returns why the kernels cannot run in this process, and what helps; None where they can."""
+    try:
+        register()
+    except XlatheError as error:
+        return str(error)
+    return None
+
+
 @functools.cache
 def register() -> None:
     """Makes `TARGETS` known to XLA in this process. Calling it again does nothing.
 
-    Raises:
-      XlatheError: the library is missing or was compiled from other sources.
+    Raises XlatheError where the library is missing, was compiled from other sources, or with FFI headers that this
+    jaxlib is too old for.
     """
     loaded = _load()
+    jax.devices("cpu")  # until this backend exists registering is put off, and what fails then is the backend
     for target in TARGETS:
         symbol = getattr(loaded, target.replace(".", "_"), None)
         if symbol is None:
-            raise XlatheError(f"{library()} has no kernel {target!r}: install xlathe again to rebuild it")
-        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(symbol), platform="cpu")
+            raise XlatheError(f"{library()} has no kernel {target!r}: {_REBUILD}")
+        try:
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(symbol), platform="cpu")
+        except jax.errors.JaxRuntimeError as error:  # such as the version of the FFI headers
+            raise XlatheError(f"{library()} does not fit jaxlib {jaxlib.__version__}, {error}: {_REBUILD}") from None
 
 
 def available_isas() -> tuple[str, ...]:
-    """Instruction sets that the kernels can use on this CPU, best first, such as `("avx2", "portable")`.
+    """Returns the instruction sets that the kernels can use on this CPU, best first, as `("avx2", "portable")`.
 
-    Raises:
-      XlatheError: the library is missing.
+    Raises XlatheError where there is no library that can be loaded.
     """
     names = _load().xlathe_available_isas
     names.restype = ctypes.c_char_p
@@ -51,7 +65,8 @@ def available_isas() -> tuple[str, ...]:
 def _load() -> ctypes.CDLL:
     path = library()
     if path is None:
-        raise XlatheError(
-            "the CPU kernels were not built: install xlathe again where there is a C++ compiler"
-        )
-    return ctypes.CDLL(str(path))
+        raise XlatheError("the CPU kernels were not built: install xlathe again where there is a C++ compiler")
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise XlatheError(f"{path} cannot be loaded, {error}: {_REBUILD}") from None
