@@ -42,14 +42,25 @@ class Recipe:
 
 
 @dataclasses.dataclass(frozen=True)
+class Origin:
+    """A trained array, and the weights that it is (itself alone) or was made into."""
+
+    name: str
+    shape: tuple[int, ...]
+    targets: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Weights(Mapping[str, Any]):
     """Arrays by name, some of them made on demand by recipes.
 
-    stored: the arrays of the original checkpoint; recipes: applied lazily, the last result is not kept.
+    stored: the arrays of the original checkpoint, or as recipes made them before a graph was saved, in which case
+    origins tell from what; recipes: applied lazily, the last result is not kept.
     """
 
     stored: Mapping[str, Any]
     recipes: tuple[Recipe, ...] = ()
+    origins: tuple[Origin, ...] = ()
 
     @functools.cached_property
     def _recipe_of(self) -> dict[str, Recipe]:
@@ -70,7 +81,13 @@ class Weights(Mapping[str, Any]):
 
     def derive(self, *recipes: Recipe) -> "Weights":
         """Returns the mapping after `recipes` replaced their sources."""
-        return Weights(self.stored, (*self.recipes, *recipes))
+        return dataclasses.replace(self, recipes=(*self.recipes, *recipes))
+
+    def source(self, name: str) -> str:
+        """Returns the name of the trained array that `name` is, or was made from."""
+        while name in self._recipe_of:
+            name = self._recipe_of[name].source
+        return next((origin.name for origin in self.origins if name in origin.targets), name)
 
     def prepare(self, names: Iterator[str] | list[str]) -> dict[str, Any]:
         """Runs the recipes, one source at a time, and returns plain arrays for `names`."""
@@ -149,6 +166,19 @@ class Graph:
     def vocab(self) -> int:
         """The number of logits a token."""
         return int(self.jaxpr.outvars[0].aval.shape[-1])
+
+    @functools.cached_property
+    def origins(self) -> tuple[Origin, ...]:
+        """The trained arrays that the weights are, or were made from."""
+        targets: dict[str, list[str]] = {}
+        for name in self.names("weight"):
+            targets.setdefault(self.weights.source(name), []).append(name)
+        shapes = {origin.name: origin.shape for origin in self.weights.origins}
+        shapes |= {name: self.aval(name).shape for name in set(targets) & set(self.names("weight"))}
+        return tuple(
+            Origin(name, tuple(shapes[name] if name in shapes else np.shape(self.weights.stored[name])), tuple(made))
+            for name, made in targets.items()
+        )
 
     def replace(self, **changes: Any) -> "Graph":
         return dataclasses.replace(self, **changes)

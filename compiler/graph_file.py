@@ -6,6 +6,7 @@ Nothing of a saved graph is executed: the program is parsed (`xlathe.parser`), a
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from xlathe.errors import GraphFileError
-from xlathe.graph import Graph, Record, Weights
+from xlathe.graph import Graph, Origin, Record, Weights
 from xlathe.parser import parse
 from xlathe.printer import to_text
 
@@ -48,10 +49,16 @@ def save_graph(graph: Graph, directory: str | os.PathLike[str]) -> None:
             raise GraphFileError(f"{name} is {array.dtype.name}, which a weight file cannot hold")
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(arrays, folder / WEIGHTS)
     (folder / PROGRAM).write_text(text, encoding="utf-8")
-    history = [dataclasses.asdict(record) for record in graph.history]
-    meta = {"format": FORMAT, "version": VERSION, "max_len": graph.max_len, "history": history}
+    save_file(arrays, folder / WEIGHTS)
+    shutil.copymode(folder / PROGRAM, folder / WEIGHTS)  # which safetensors writes for its owner alone
+    meta = {
+        "format": FORMAT,
+        "version": VERSION,
+        "max_len": graph.max_len,
+        "origins": [dataclasses.asdict(each) for each in graph.origins if each.targets != (each.name,)],
+        "history": [dataclasses.asdict(record) for record in graph.history],
+    }
     (folder / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
     if graph.tokenizer is not None:
         graph.tokenizer.save(str(folder / TOKENIZER))
@@ -70,7 +77,8 @@ def load_graph(directory: str | os.PathLike[str]) -> Graph:
         raise GraphFileError(f"{folder / PROGRAM}: {error}") from None
     stored = WeightFile.open(folder / WEIGHTS)
     tokenizer = _tokenizer(folder / TOKENIZER)
-    graph = Graph(jaxpr, inputs, Weights(stored), meta["max_len"], tokenizer, _history(meta))
+    weights = Weights(stored, origins=_origins(folder / META, meta))
+    graph = Graph(jaxpr, inputs, weights, meta["max_len"], tokenizer, _history(meta))
     _check_arrays(graph, stored)
     return graph
 
@@ -131,6 +139,19 @@ def _meta(path: Path) -> dict[str, Any]:
     if type(meta.get("max_len")) is not int or meta["max_len"] < 1:
         raise GraphFileError(f"{path}: max_len must be a positive number, found {meta.get('max_len')!r}")
     return meta
+
+
+def _origins(path: Path, meta: Mapping[str, Any]) -> tuple[Origin, ...]:
+    try:
+        return tuple(_origin(**item) for item in meta["origins"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise GraphFileError(f"{path}: malformed origins: {error}") from None
+
+
+def _origin(name: str, shape: list[int], targets: list[str]) -> Origin:
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"{name!r} has the shape {shape!r}")
+    return Origin(str(name), tuple(shape), tuple(map(str, targets)))
 
 
 def _history(meta: Mapping[str, Any]) -> tuple[Record, ...]:

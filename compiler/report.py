@@ -2,10 +2,9 @@
 
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import jax.numpy as jnp
-import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -34,17 +33,7 @@ def describe(graph: Graph) -> str:
 
 def count_parameters(graph: Graph) -> int:
     """Returns the number of trained numbers in the weights as they were before any recipe replaced them."""
-    made = {target: recipe.source for recipe in graph.weights.recipes for target in recipe.targets}
-    original = {_source(name, made) for name in graph.names("weight")}
-    current = set(graph.names("weight"))
-    shapes = (graph.aval(n).shape if n in current else np.shape(graph.weights.stored[n]) for n in original)
-    return sum(math.prod(shape) for shape in shapes)
-
-
-def _source(name: str, made: Mapping[str, str]) -> str:
-    while name in made:
-        name = made[name]
-    return name
+    return sum(math.prod(origin.shape) for origin in graph.origins)
 
 
 def weight_bytes(graph: Graph) -> int:

@@ -12,6 +12,7 @@ import xlathe as xl
 from tests.graphs import graph_of, traced
 from xlathe.passes import Canonicalize, FuseAttention, KVCache, Quantize
 from xlathe.printer import to_text
+from xlathe.report import count_parameters
 
 E = np.random.default_rng(0).normal(size=(11, 4)).astype(np.float32)
 IDS = np.array([[1, 2, 3, 10]], np.int32)
@@ -62,6 +63,29 @@ def test_quantized_step_reads_back(tmp_path):
     assert to_text(read) == to_text(graph) and read.is_step and not read.weights.recipes
     assert any(np.asarray(read.weights[name]).dtype == np.int8 for name in read.names("weight"))
     assert np.array_equal(read(IDS), graph(IDS))
+
+
+def test_sizes_are_reported_the_same_when_read_back(tmp_path):
+    """Expected: scales are no parameters, whether a graph was saved once, twice or never, also quantized in between."""
+    whole = FuseAttention()(Canonicalize()(traced("multi_query")))
+    first = Quantize(weights="layers/0/.*")(whole)
+    read = saved_and_read(first, tmp_path / "first")
+    both = saved_and_read(Quantize()(read), tmp_path / "both")
+    trained = sum(whole.aval(name).size for name in whole.names("weight"))
+    for graph in (first, read, both):
+        assert count_parameters(graph) == trained < sum(graph.aval(name).size for name in graph.names("weight"))
+    assert len(both.weights.origins) > len(read.weights.origins) > 0
+    assert read.report() == first.report()
+
+
+def saved_and_read(graph, folder):
+    graph.save(folder)
+    return xl.load_graph(folder)
+
+
+def test_files_are_readable_as_others_are(saved):
+    (saved / "other").touch()
+    assert {path.stat().st_mode for path in saved.iterdir()} == {(saved / "other").stat().st_mode}
 
 
 def test_arrays_are_read_on_demand(saved):
@@ -133,6 +157,10 @@ def test_truncated_files(saved, name, share):
         ({"max_len": "64"}, "max_len"),
         ({"history": [{"name": 3}]}, "history"),
         ({"history": 7}, "history"),
+        ({"origins": 7}, "origins"),
+        ({"origins": [{"name": "e"}]}, "origins"),
+        ({"origins": [{"name": "e", "shape": [1.5], "targets": []}]}, r"origins: 'e' has the shape \[1.5\]"),
+        ({"origins": [{"name": "e", "shape": 3, "targets": []}]}, "origins"),
     ],
 )
 def test_wrong_description(saved, change, reason):
