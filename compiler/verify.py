@@ -7,7 +7,7 @@ log-softmax in float64. Standard errors treat tokens as independent.
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +35,15 @@ class Estimate:
         return f"{self.mean:.4g} ± {self.error:.2g}"
 
 
+class Model(Protocol):
+    """What maps int32 tokens [b, t] to logits [b, t, vocab]; a graph does."""
+
+    @property
+    def vocab(self) -> int: ...
+
+    def __call__(self, tokens: Any) -> Any: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """How the graph b differs from the graph a on the same tokens.
@@ -52,7 +61,7 @@ class Comparison:
     perplexity_b: Estimate
 
 
-def compare(a: Graph, b: Graph, tokens: Any) -> Comparison:
+def compare(a: Model, b: Model, tokens: Any) -> Comparison:
     """Compares two graphs on int32 tokens [rows, length], length >= 2, row by row.
 
     Raises OptionError where the vocabularies differ or a row has no second token.
@@ -83,7 +92,7 @@ def compare(a: Graph, b: Graph, tokens: Any) -> Comparison:
     )
 
 
-def perplexity(graph: Graph, tokens: Any) -> Estimate:
+def perplexity(model: Model, tokens: Any) -> Estimate:
     """Returns exp(mean negative log-likelihood) of each token after the first, given those before it.
 
     tokens: int32 [rows, length], length >= 2. The error is that of the mean, carried through exp to first
@@ -91,7 +100,7 @@ def perplexity(graph: Graph, tokens: Any) -> Estimate:
     """
     losses = []
     for row in _rows(tokens):
-        for start, block in _blocks(graph(row)[0]):
+        for start, block in _blocks(model(row)[0]):
             losses.append(_losses(_log_softmax(block), row[0, start + 1 : start + 1 + len(block)]))
     return _perplexity(np.concatenate(losses))
 

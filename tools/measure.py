@@ -1,4 +1,4 @@
-"""What `xlathe demo` measures of a pipeline: quality on held-out windows, speed, size."""
+"""What `xlathe demo` and `xlathe eval` measure: quality on windows of tokens, and speed."""
 
 import dataclasses
 import math
@@ -6,16 +6,19 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from xlathe.graph import Graph
 from xlathe.program import Program, Stats
 from xlathe.tools.bench_kernels import memory_read
-from xlathe.verify import Comparison, Estimate, compare
+from xlathe.verify import Comparison, Estimate, Model, compare, perplexity
+
+Progress = Callable[[str, float], None]
+"""Called with a description and the fraction done."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """How a graph predicts, beside the graph that it came from; KL divergence in nats a token."""
+    """How a model predicts, beside the one that it came from; loss and KL divergence in nats a token."""
 
+    loss: Estimate
     perplexity: Estimate
     kl: Estimate
     same_top1: Estimate
@@ -34,24 +37,43 @@ class Speed:
     read_limit: float
 
 
-def quality(
-    reference: Graph, graph: Graph, windows: np.ndarray, progress: Callable[[str, float], None]
-) -> Quality:
-    """Compares two graphs on windows int32 [n, length], n >= 2.
+def quality(reference: Model, model: Model, windows: np.ndarray, progress: Progress) -> Quality:
+    """Compares two models on windows int32 [n, length], n >= 2.
 
     Tokens of one window resemble each other, so that the standard errors are those of the mean over windows
-    (clustered standard errors, https://arxiv.org/abs/2411.00640); the perplexity's is carried through exp.
+    (clustered standard errors, https://arxiv.org/abs/2411.00640).
     """
     comparisons: list[Comparison] = []
     for i, window in enumerate(windows):
         progress("evaluate", i / len(windows))
-        comparisons.append(compare(reference, graph, window[None]))
+        comparisons.append(compare(reference, model, window[None]))
     loss = over_windows([math.log(c.perplexity_b.mean) for c in comparisons])
     return Quality(
-        Estimate(math.exp(loss.mean), math.exp(loss.mean) * loss.error),
+        loss,
+        perplexity_of(loss),
         over_windows([c.kl.mean for c in comparisons]),
         over_windows([c.same_top1.mean for c in comparisons]),
     )
+
+
+def held_out_loss(model: Model, windows: np.ndarray, progress: Progress) -> Estimate:
+    """Returns the negative log-likelihood in nats a token, as `quality` does, of one model alone."""
+    losses = []
+    for i, window in enumerate(windows):
+        progress("evaluate", i / len(windows))
+        losses.append(math.log(perplexity(model, window[None]).mean))
+    return over_windows(losses)
+
+
+def perplexity_of(loss: Estimate) -> Estimate:
+    """Returns exp(loss), the error carried to first order."""
+    return Estimate(math.exp(loss.mean), math.exp(loss.mean) * loss.error)
+
+
+def bits_per_byte(loss: Estimate, tokens: int, text: str) -> Estimate:
+    """Returns a loss in nats a token as bits a byte of the text, which has so many tokens."""
+    factor = tokens / len(text.encode()) / math.log(2)
+    return Estimate(factor * loss.mean, factor * loss.error)
 
 
 def over_windows(means: Sequence[float]) -> Estimate:

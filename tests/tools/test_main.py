@@ -48,6 +48,7 @@ def test_help_tells_flags_with_their_defaults(capsys):
         (["compile", "a", "b", "--max_bach=3"], "Did you mean: max_batch"),
         (["compile", "a", "b", "--max_batch=many"], "--max_batch=many"),
         (["opt", "a", "b"], "which passes?"),
+        (["eval", "a"], "which text? --text=FILE"),
         (["opt", "a", "b", "--passes=canonicalize", "--config=int8"], "--passes and --config both name"),
     ],
 )
