@@ -1,5 +1,6 @@
-"""Choose a kernel for each operation; what has none keeps its reference body."""
+"""Choose a kernel for each operation; what has none keeps its reference body, and the reason is told."""
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -12,52 +13,102 @@ from xlathe import jaxpr as ir
 from xlathe.kernels import native
 from xlathe.kernels.cached_attention import cpu as cached_attention_cpu
 from xlathe.kernels.quantized_dot import cpu as quantized_dot_cpu
+from xlathe.op import Op
 from xlathe.ops import OPS
 from xlathe.target import Target
 
-Kernel = Callable[[ir.JaxprEqn, list[Any]], jax.Array | None]
-"""Computes an operation another way, or returns None where it does not fit."""
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A faster way to compute an operation; both are called as the operation, `f(*operands, **attributes)`.
+
+    compute: returns the result; uncovered: returns why the kernel cannot, or None where it can.
+    """
+
+    compute: Callable[..., jax.Array]
+    uncovered: Callable[..., str | None]
 
 
-def lower_operations(jaxpr: ir.Jaxpr, target: Target) -> tuple[ir.Jaxpr, Counter[str]]:
-    """Replaces operations by kernels of the target; counts `operation: kernel` and `operation: reference`."""
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """What lowering chose.
+
+    counts: by `operation: kernel` and `operation: reference`; reasons: how often no kernel was chosen, by
+    `operation: reason`.
+    """
+
+    counts: Counter[str] = dataclasses.field(default_factory=Counter)
+    reasons: Counter[str] = dataclasses.field(default_factory=Counter)
+
+
+def lower_operations(jaxpr: ir.Jaxpr, target: Target) -> tuple[ir.Jaxpr, Choices]:
+    """Replaces operations by kernels of the target, and by their reference bodies where none fits."""
     kernels = kernels_of(target)
     by_name = {ir.OP_PREFIX + o.name: o for o in OPS}
-    chosen: Counter[str] = Counter()
+    chosen = Choices()
 
     def rule(eqn: ir.JaxprEqn, operands: list[Any]) -> list[Any] | None:
         operation = by_name.get(eqn.primitive.name)
         if operation is None:
             return None
         kernel = kernels.get(operation.name)
-        result = kernel(eqn, operands) if kernel is not None and operation.recognizes(eqn) else None
-        chosen[f"{operation.name}: {'kernel' if result is not None else 'reference'}"] += 1
-        if result is None:
-            body = ir.call_body(eqn)
-            assert body is not None
-            return ir.evaluate(body, operands)
-        return [result]
+        reason = _reason_against(kernel, operation, eqn, operands)
+        chosen.counts[f"{operation.name}: {'reference' if reason else 'kernel'}"] += 1
+        if kernel is not None and reason is None:
+            return [kernel.compute(*operands, **ir.attributes(eqn))]
+        chosen.reasons[f"{operation.name}: {reason}"] += 1
+        body = ir.call_body(eqn)
+        assert body is not None
+        return ir.evaluate(body, operands)
 
     return ir.retrace(jaxpr, rule), chosen
 
 
+def _reason_against(kernel: Kernel | None, operation: Op, eqn: ir.JaxprEqn, operands: list[Any]) -> str | None:
+    if kernel is None:
+        return "no kernel of this target"
+    if not operation.recognizes(eqn):
+        return "its body is no longer what its attributes say"
+    return kernel.uncovered(*operands, **ir.attributes(eqn))
+
+
 def kernels_of(target: Target) -> Mapping[str, Kernel]:
     """Returns the kernels that can run on a target, by operation; none where this process cannot use them."""
-    if target.platform != "cpu":
-        return {}
+    return {"cpu": _cpu_kernels, "gpu_sm90": _gpu_sm90_kernels, "tpu": _tpu_kernels}[target.kernels]()
+
+
+def _cpu_kernels() -> Mapping[str, Kernel]:
     reason = native.unusable()
     if reason is not None:
         logging.log_first_n(logging.WARNING, "reference bodies run, which are slower: %s", 1, reason)
         return {}
-    return {"cached_attention": _cached_attention_on_cpu, "quantized_dot": _quantized_dot_on_cpu}
+    return {
+        "cached_attention": Kernel(_cached_attention_on_cpu, _cached_attention_uncovered_on_cpu),
+        "quantized_dot": Kernel(_quantized_dot_on_cpu, _quantized_dot_uncovered_on_cpu),
+    }
 
 
-def _cached_attention_on_cpu(eqn: ir.JaxprEqn, operands: list[Any]) -> jax.Array | None:
-    q, keys, values, rows, positions, *terms = operands
-    options = ir.attributes(eqn)
+# Pallas takes a second to import: only who compiles for a GPU or a TPU waits for it.
+
+
+def _gpu_sm90_kernels() -> Mapping[str, Kernel]:
+    return {}
+
+
+def _tpu_kernels() -> Mapping[str, Kernel]:
+    from xlathe.kernels.quantized_dot import tpu as quantized_dot
+
+    return {"quantized_dot": Kernel(quantized_dot.quantized_dot, quantized_dot.uncovered)}
+
+
+def _cached_attention_uncovered_on_cpu(*operands: Any, **options: Any) -> str | None:
     dtypes = {options[f"{stage}_dtype"] for stage in ("scores", "softmax", "probs", "out")}
-    if dtypes != {"float32"} or any(array.dtype != "float32" for array in (q, keys, values)):
-        return None
+    dtypes |= {str(array.dtype) for array in operands[:3]}
+    return None if dtypes == {"float32"} else f"expected all in float32; found {', '.join(sorted(dtypes))}"
+
+
+def _cached_attention_on_cpu(*operands: Any, **options: Any) -> jax.Array:
+    q, keys, values, rows, positions, *terms = operands
     return cached_attention_cpu.cached_attention(
         q,
         keys,
@@ -72,10 +123,12 @@ def _cached_attention_on_cpu(eqn: ir.JaxprEqn, operands: list[Any]) -> jax.Array
     )
 
 
-def _quantized_dot_on_cpu(eqn: ir.JaxprEqn, operands: list[Any]) -> jax.Array | None:
-    x, codes, scale = operands
-    if x.dtype != "float32" or codes.dtype != "int8":
-        return None
+def _quantized_dot_uncovered_on_cpu(x: jax.Array, codes: jax.Array, scale: jax.Array, *, out_dtype: str) -> str | None:
+    fits = x.dtype == "float32" and codes.dtype == "int8"
+    return None if fits else f"expected x float32 and codes int8; found {x.dtype} and {codes.dtype}"
+
+
+def _quantized_dot_on_cpu(x: jax.Array, codes: jax.Array, scale: jax.Array, *, out_dtype: str) -> jax.Array:
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     y = quantized_dot_cpu.quantized_dot(flat, codes, scale)
-    return y.reshape(*x.shape[:-1], codes.shape[0]).astype(eqn.params["out_dtype"])
+    return y.reshape(*x.shape[:-1], codes.shape[0]).astype(out_dtype)

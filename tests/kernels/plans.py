@@ -1,0 +1,44 @@
+"""What the real compilers say of a kernel: they run here, and their devices are not needed."""
+
+import re
+from typing import Any
+
+import jax
+import pytest
+
+from xlathe.offline import compile_for, compiler_is_installed
+from xlathe.target import Target, find_target
+
+TPUS = ("tpu-v5e", "tpu-v5p", "tpu-v6e")
+GPUS = ("h100",)
+
+
+def target_here(name: str) -> Target:
+    """The target, or a skipped test where its compiler is not installed; `make test-kernels` installs them."""
+    target = find_target(name)
+    if not compiler_is_installed(target):
+        pytest.skip(f"the compiler for {name} is not installed")
+    return target
+
+
+def avals(*arrays: str) -> list[jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of `bfloat16 2 3`-like texts."""
+    return [jax.ShapeDtypeStruct([int(n) for n in sizes], dtype) for dtype, *sizes in map(str.split, arrays)]
+
+
+def vmem_of(compiled: jax.stages.Compiled) -> int:
+    """Bytes of VMEM that the program's Pallas kernel takes; fails where there is not one kernel."""
+    calls = [line for line in compiled.as_text().splitlines() if "tpu_custom_call" in line]
+    (call,) = calls
+    (config,) = re.findall(r'"used_scoped_memory_configs":\[(.*?)\]', call)
+    (size,) = re.findall(r'"memory_space":"1".*?"size":"(\d+)"', config)
+    return int(size)
+
+
+def tpu_plan(name: str, function: Any, *arrays: Any) -> tuple[int, int]:
+    """Compiles for a TPU; returns bytes of VMEM of the kernel, and of the program's temporaries."""
+    target = target_here(name)
+    compiled = compile_for(target, function, *arrays)
+    vmem, temporary = vmem_of(compiled), compiled.memory_analysis().temp_size_in_bytes
+    assert target.chip is not None and vmem <= target.chip.on_chip
+    return vmem, temporary
