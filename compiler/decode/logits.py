@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.extend.random import threefry_2x32
 
-from xlathe.decode.threshold import cut, mass_from
+from xlathe.decode.threshold import cut, head_size, mass_from
 from xlathe.errors import OptionError
 
 
@@ -30,13 +31,11 @@ from xlathe.errors import OptionError
 class Sampling:
     """How each of R rows is sampled: a pytree of arrays, to be passed through `jit` and loops.
 
-    Attributes:
-      temperature: float32 [R]; divides the logits; 0 is greedy, whatever the filters.
-      top_k: int32 [R]; keeps the tokens not below the k-th largest logit, and all that tie; 0 is off.
-      top_p: float32 [R]; keeps the smallest set of likeliest tokens whose mass reaches p, and what ties
-        with the least likely of them; 1 is off.
-      min_p: float32 [R]; keeps the tokens at least this likely, relative to the likeliest; 0 is off.
-      keys: uint32 [R, 2]; raw threefry keys of the rows' noise.
+    temperature: float32 [R]; divides the logits; 0 is greedy, whatever the filters. top_k: int32 [R]; keeps the tokens
+    not below the k-th largest logit, and all that tie; 0 is off. top_p: float32 [R]; keeps the smallest set of
+    likeliest tokens whose mass reaches p, and what ties with the least likely of them; 1 is off. min_p: float32 [R];
+    keeps the tokens at least this likely, relative to the likeliest; 0 is off. keys: uint32 [R, 2]; raw threefry keys
+    of the rows' noise.
     """
 
     temperature: Array
@@ -61,8 +60,7 @@ class Sampling:
         With one seed, row i is keyed by `fold_in(key(seed), i)`. A row with a seed of its own is keyed by
         `fold_in(key(seed), 0)`: it draws what it would draw as the only row.
 
-        Raises:
-          OptionError: an option is out of range, or has neither one value nor one per row.
+        Raises OptionError where an option is out of range, or has neither one value nor one per row.
         """
         floats = np.finfo(np.float32)
         warmth = _per_row("temperature", temperature, rows, np.float32, 0, float(floats.max))
@@ -76,9 +74,7 @@ class Sampling:
         )
 
 
-def _per_row(
-    name: str, value: Any, rows: int, dtype: type[np.generic], low: float, high: float
-) -> np.ndarray:
+def _per_row(name: str, value: Any, rows: int, dtype: type[np.generic], low: float, high: float) -> np.ndarray:
     kinds = "iu" if np.issubdtype(dtype, np.integer) else "iuf"
     try:
         array = np.asarray(value)
@@ -87,9 +83,7 @@ def _per_row(
     fits = array.shape in ((), (rows,)) and array.dtype.kind in kinds
     if not (fits and np.all((array >= low) & (array <= high))):
         kind = "an integer" if kinds == "iu" else "a number"
-        raise OptionError(
-            f"{name}: expected {kind} in [{low:g}, {high:g}], or {rows} (one per row); found {value!r}"
-        )
+        raise OptionError(f"{name}: expected {kind} in [{low:g}, {high:g}], or {rows} (one per row); found {value!r}")
     return np.broadcast_to(array.astype(dtype), (rows,))
 
 
@@ -112,36 +106,43 @@ def _key(raw: Array) -> Array:
 
 
 def sample(logits: Array, sampling: Sampling, positions: Array) -> Array:
-    """Draws one token per row; a greedy row gets its likeliest token, the lowest id where several tie.
+    """Draws one token per row, int32 [R]; a greedy row gets its likeliest token, the lowest id where several tie.
 
-    No noise is drawn when every row is greedy, nothing is searched when no row filters.
+    logits: float32 [R, V], finite or -inf; V >= 1. sampling: of R rows. positions: int32 [R], the position in its row
+    of the token to be drawn.
 
-    Args:
-      logits: float32 [R, V], finite or -inf; V >= 1.
-      sampling: of R rows.
-      positions: int32 [R], the position in its row of the token to be drawn.
-
-    Returns:
-      int32 [R].
+    No noise is drawn when every row is greedy, and only that of the head where filters leave no other token; nothing
+    is searched when no row filters.
     """
     chex.assert_shape(sampling.keys, (logits.shape[0], 2))
     random = sampling.temperature > 0
 
     def draw() -> Array:
-        noisy = _scores(logits, sampling) + gumbel(sampling.keys, positions, logits.shape[1])
-        return _argmax(jnp.where(random[:, None], noisy, logits))
+        scores = _scores(logits, sampling)
+        few = ((scores > -jnp.inf).sum(-1) <= head_size(scores.shape[1])) | ~random
+        drawn = lax.cond(few.all(), _draw_among_head, _draw_among_all, scores, sampling.keys, positions)
+        return jnp.where(random, drawn, _argmax(logits))
 
     return lax.cond(random.any(), draw, lambda: _argmax(logits))
+
+
+def _draw_among_all(scores: Array, keys: Array, positions: Array) -> Array:
+    return _argmax(scores + gumbel(keys, positions, scores.shape[1]))
+
+
+def _draw_among_head(scores: Array, keys: Array, positions: Array) -> Array:
+    """Draws the same tokens where all that can be drawn are in the head: noise for these is enough."""
+    head, ids = lax.top_k(scores, head_size(scores.shape[1]))
+    noisy = head + gumbel_at(keys, positions, ids)
+    return jnp.where(noisy == noisy.max(-1, keepdims=True), ids, scores.shape[1] - 1).min(-1)
 
 
 def filter_logits(logits: Array, sampling: Sampling) -> Array:
     """Returns the log probabilities that `sample` draws from; float32 [R, V], -inf where filtered out.
 
-    A greedy row is a point mass on its likeliest token. A row without a finite logit has no law: all -inf.
+    logits: float32 [R, V], finite or -inf; V >= 1. sampling: of R rows.
 
-    Args:
-      logits: float32 [R, V], finite or -inf; V >= 1.
-      sampling: of R rows.
+    A greedy row is a point mass on its likeliest token. A row without a finite logit has no law: all -inf.
     """
     rows, vocab = logits.shape
     chex.assert_shape(sampling.keys, (rows, 2))
@@ -154,20 +155,32 @@ def filter_logits(logits: Array, sampling: Sampling) -> Array:
 
 
 def gumbel(keys: Array, positions: Array, vocab: int) -> Array:
-    """Returns standard Gumbel noise, float32 [R, vocab], a function of (key, position, token) alone.
+    """Returns standard Gumbel noise for every token, float32 [R, vocab]; see `gumbel_at`."""
+    return gumbel_at(keys, positions, jnp.broadcast_to(jnp.arange(vocab), (keys.shape[0], vocab)))
 
-    The law is inverted from its upper end, where the winners are: there the uniform variate has steps of
-    2^-31. `jax.random.gumbel` has steps of 2^-23, so that of a flat law over 128,000 tokens one draw in a
-    hundred is a tie.
 
-    Args:
-      keys: uint32 [R, 2], raw threefry keys.
-      positions: int32 [R].
+def gumbel_at(keys: Array, positions: Array, tokens: Array) -> Array:
+    """Returns standard Gumbel noise, float32 [R, n], a function of (key, position, token) alone.
+
+    keys: uint32 [R, 2], raw threefry keys. positions: int32 [R]. tokens: int32 [R, n].
+
+    The law is inverted from its upper end, where the winners are: there the uniform variate has steps of 2^-31.
+    `jax.random.gumbel` has steps of 2^-23, so that of a flat law over 128,000 tokens one draw in a hundred is a tie.
     """
-    bits = jax.vmap(lambda key: jax.random.bits(_key(key), (vocab,), jnp.uint32))(_fold_in(keys, positions))
+    bits = jax.vmap(_bits_at)(_fold_in(keys, positions), tokens.astype(jnp.uint32))
     uniform = ((bits >> 1).astype(jnp.int32).astype(jnp.float32) + 0.5) * 2.0**-31
     below_one = 1 - 2.0**-24
     return -jnp.log(-jnp.log1p(-jnp.minimum(uniform, below_one)))
+
+
+def _bits_at(key: Array, places: Array) -> Array:
+    """Returns uint32 [n]: elements of `jax.random.bits` by their places, uint32 [n].
+
+    Each is its place as a 64-bit number, encrypted, and the halves of that combined (Salmon et al., SC 2011, whose
+    counter-based generators draw any element without those before it).
+    """
+    high, low = jnp.split(threefry_2x32(key, jnp.concatenate([jnp.zeros_like(places), places])), 2)
+    return high ^ low
 
 
 def _argmax(values: Array) -> Array:

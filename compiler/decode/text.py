@@ -19,17 +19,12 @@ class TextStream:
     the one that is complete first, whichever way the ids were divided into pushes; of those that end
     together it is the longest. Text that may yet become a stop string is held back.
 
-    Attributes:
-      stopped: the stop string that was found, or None; from then on pushes return nothing.
-      taken: how many ids have been read; those after the one that completed a stop string do not count.
+    stopped: the stop string that was found, or None; from then on pushes return nothing. taken: how many ids have been
+    read; those after the one that completed a stop string do not count.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] = ()) -> None:
-        """Special tokens have no text.
-
-        Raises:
-          OptionError: `stop` is neither a string nor several, or one of them is empty.
-        """
+        """Special tokens have no text. Raises OptionError where `stop` is no string or several, or one is empty."""
         self._decoder = _Decoder(tokenizer)
         self._stops = _checked(stop)
         self._held = ""

@@ -19,10 +19,8 @@ def cut(scores: Array, top_k: Array, top_p: Array) -> Array:
     that has the share p of the mass which top-k left; the token that crosses p belongs to it. Both keep
     what ties with their last.
 
-    Args:
-      scores: float32 [R, V], at most 0.
-      top_k: int32 [R]; off at 0, and from V up.
-      top_p: float32 [R], positive; off from 1 up.
+    scores: float32 [R, V], at most 0. top_k: int32 [R]; off at 0, and from V up. top_p: float32 [R], positive; off from
+    1 up.
     """
     vocab = scores.shape[1]
     k = jnp.where(top_k < vocab, top_k, 0)[:, None]
@@ -102,10 +100,7 @@ def mass_from(values: Array, weights: Array, vocab: int) -> Callable[[Array], Ar
     exact, so it is the same in every order and never falls when a weight joins. What a weight has beyond
     its last integer is dropped: less than 2^-18 for a whole row.
 
-    Args:
-      values: float32 [R, n].
-      weights: float32 [R, n] in [0, 1].
-      vocab: at least n.
+    values: float32 [R, n]. weights: float32 [R, n] in [0, 1]. vocab: at least n.
     """
     bits = 32 - vocab.bit_length()
     limbs = []

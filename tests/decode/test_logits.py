@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 from scipy import stats
 
-from xlathe.decode.logits import Sampling, filter_logits, gumbel, sample
+from xlathe.decode.logits import Sampling, filter_logits, gumbel, gumbel_at, sample
 from xlathe.decode.threshold import head_size
 from xlathe.errors import OptionError, XlatheError
 
@@ -229,6 +229,27 @@ def test_noise_comes_from_the_bits_of_jax_random():
     expected = -np.log(-np.log1p(-(np.floor(bits / 2) + 0.5) * 2.0**-31))
     noise = run_gumbel(Sampling.of(2, seed=42).keys, np.int32([0, 9]), 1000)[1]
     np.testing.assert_allclose(noise, expected, rtol=2e-5, atol=2e-6)
+
+
+def test_noise_of_some_tokens_is_that_among_all():
+    keys, positions = Sampling.of(3, seed=[1, 2, 3]).keys, np.int32([0, 5, 7])
+    tokens = np.random.default_rng(0).integers(0, 32_000, (3, 250), dtype=np.int32)
+    some = jax.jit(gumbel_at)(keys, positions, tokens)
+    np.testing.assert_array_equal(some, np.take_along_axis(np.asarray(run_gumbel(keys, positions, 32_000)), tokens, 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [({"top_k": 40}, 1), ({"top_p": 0.3}, 1), ({"min_p": 0.2}, 1), ({"top_k": [40, 0] * 8}, 0.5), ({}, 0)],
+)
+def test_a_token_is_the_likeliest_after_noise(options, share):
+    """However few survive, in the whole batch or in some rows, the noise is that of the whole vocabulary."""
+    logits = np.random.default_rng(4).normal(size=(16, 1000)).astype(np.float32) * 2
+    sampling, positions = Sampling.of(16, seed=6, temperature=1.0, **options), np.arange(16, dtype=np.int32)
+    survivors = np.asarray(run_filter(logits, sampling))
+    assert ((survivors > -np.inf).sum(-1) <= head_size(1000)).mean() == share
+    noisy = survivors + np.asarray(run_gumbel(sampling.keys, positions, 1000))
+    np.testing.assert_array_equal(run_sample(logits, sampling, positions), noisy.argmax(-1))
 
 
 def test_noise_follows_the_gumbel_law_to_its_upper_end():
