@@ -96,9 +96,13 @@ def _gpu_sm90_kernels() -> Mapping[str, Kernel]:
 
 
 def _tpu_kernels() -> Mapping[str, Kernel]:
+    from xlathe.kernels.attention import tpu as attention
     from xlathe.kernels.quantized_dot import tpu as quantized_dot
 
-    return {"quantized_dot": Kernel(quantized_dot.quantized_dot, quantized_dot.uncovered)}
+    return {
+        "attention": Kernel(attention.attention, attention.uncovered),
+        "quantized_dot": Kernel(quantized_dot.quantized_dot, quantized_dot.uncovered),
+    }
 
 
 def _cached_attention_uncovered_on_cpu(*operands: Any, **options: Any) -> str | None:
