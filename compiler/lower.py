@@ -97,10 +97,12 @@ def _gpu_sm90_kernels() -> Mapping[str, Kernel]:
 
 def _tpu_kernels() -> Mapping[str, Kernel]:
     from xlathe.kernels.attention import tpu as attention
+    from xlathe.kernels.cached_attention import tpu as cached_attention
     from xlathe.kernels.quantized_dot import tpu as quantized_dot
 
     return {
         "attention": Kernel(attention.attention, attention.uncovered),
+        "cached_attention": Kernel(cached_attention.cached_attention, cached_attention.uncovered),
         "quantized_dot": Kernel(quantized_dot.quantized_dot, quantized_dot.uncovered),
     }
 
