@@ -7,7 +7,7 @@ length, a window say, is seen as the longest rows see it; the third is short, an
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -70,7 +70,7 @@ def trace_aligned(
     if max_len < 4:
         raise _error(f"max_len={max_len} is too short to align two lengths", inconclusive)
     sizes = ((3, max_len), (5, max_len - 1), (7, min(13, max_len - 2)))
-    traces = [ir.inline_calls(at(*size), _is_call) for size in sizes]
+    traces = [ir.inline_calls(trace_at(at, *size), _is_call) for size in sizes]
     fit = Fit(sizes, rows, length)
     patches = _align(traces, fit, inconclusive)
     try:
@@ -87,7 +87,49 @@ def trace_aligned(
         cut = [lax.slice(c, [0] * c.ndim, shape) for c, shape in zip(held, shapes, strict=True)]
         return ir.evaluate(first, [*operands[: len(leaves)], operands[-1]], _patched(patches), cut)
 
-    return ir.trace(symbolic, *leaves, *(jax.typeof(c) for c in constants), tokens), constants
+    try:
+        return ir.trace(symbolic, *leaves, *(jax.typeof(c) for c in constants), tokens), constants
+    except Exception as error:  # whatever JAX cannot decide for every size: a table of 16 rows cannot serve b of them
+        raise _error(f"the programs at sizes {sizes} agree, but not for every size: {error}", inconclusive) from error
+
+
+def same_program(traces: Sequence[ir.Jaxpr], fit: Fit) -> bool:
+    """Says whether traces at `fit.sizes` run the same operations, on numbers that follow from the sizes."""
+    try:
+        _align([ir.retrace(t, _flattened) for t in traces], fit, TraceError("no branch"))
+        for group in zip(*(t.consts for t in traces), strict=True):
+            _longest(group)
+    except (TraceError, ValueError):
+        return False
+    return True
+
+
+def _flattened(eqn: ir.JaxprEqn, operands: list[Any]) -> list[Any] | None:
+    """Shows what calls and loops run: the body once stands for a scan of that length."""
+    if (body := ir.call_body(eqn)) is None:
+        return None
+    if _is_call(eqn):
+        return ir.evaluate(body, operands, _flattened)
+    if eqn.primitive.name != "scan":
+        return None
+    constants, carried = ir.scan_parts(eqn)
+    first = [xs[0] for xs in operands[constants + carried :]]
+    results = ir.evaluate(body, [*operands[: constants + carried], *first], _flattened)
+    rows = [jnp.broadcast_to(y, (eqn.params["length"], *y.shape)) for y in results[carried:]]
+    return [*results[:carried], *rows]
+
+
+def trace_at(at: Callable[[int, int], ir.Jaxpr], rows: int, length: int) -> ir.Jaxpr:
+    """Traces at concrete sizes. Raises TraceError with whatever the model's author raises, or JAX for them."""
+    try:
+        return at(rows, length)
+    except TraceError:
+        raise
+    except Exception as error:
+        raise TraceError(
+            f"the model must run on rows of every length up to max_len; it fails on {rows} row(s) of {length} "
+            f"token(s): {type(error).__name__}: {error}"
+        ) from error
 
 
 def _error(reason: str, inconclusive: Exception) -> TraceError:
@@ -102,7 +144,7 @@ def _is_call(eqn: ir.JaxprEqn) -> bool:
 Patch = tuple[dict[str, Any], dict[int, Any]]  # parameters and literal operands of an equation, as expressions
 
 
-def _align(traces: list[ir.Jaxpr], fit: Fit, inconclusive: Exception) -> dict[int, Patch]:
+def _align(traces: Sequence[ir.Jaxpr], fit: Fit, inconclusive: Exception) -> dict[int, Patch]:
     """Returns for each equation of the first trace (by id) what changes with the sizes."""
     ordinals: list[dict[ir.Var, int]] = [_number_values(t) for t in traces]
     patches = {}
@@ -159,7 +201,7 @@ def _patched(patches: dict[int, Patch]) -> ir.Rule:
 
 
 def _longest(group: tuple[Any, ...]) -> np.ndarray:
-    """Returns the constant of the longest trace, of which the others must be leading slices."""
+    """Returns the constant of the longest trace, the first, of which the others must be leading slices."""
     longest, *others = (np.asarray(c) for c in group)
     for other in others:
         if not np.array_equal(longest[tuple(slice(n) for n in other.shape)], other, equal_nan=other.dtype.kind == "f"):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -14,6 +14,7 @@ from xlathe import jaxpr as ir
 from xlathe.align import trace_aligned
 from xlathe.errors import TraceError
 from xlathe.graph import Graph, Input, Weights
+from xlathe.lengths import check_lengths
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -50,19 +51,19 @@ def trace(model: Any, params: Any = None, *, max_len: int, tokenizer: Any = None
     max_len: the longest row that the graph must serve; bounds the symbolic length.
 
     Raises TraceError: where the model cannot be traced with symbolic sizes nor aligned from two lengths, does not
-        return [b, t, vocab], or draws random numbers.
+        return [b, t, vocab], computes something else at short lengths, or draws random numbers.
     """
     if max_len < 1:
         raise TraceError(f"max_len must be at least 1, got {max_len}")
     source = _source(model, params)
     jaxpr, constants = _trace_sizes(source, max_len)
-    _check_logits(jaxpr)
-    _check_deterministic(jaxpr)
     names = [*source.names, *(f"const/{i}" for i in range(len(constants)))]
     kinds = ["weight" if trained else "const" for trained in source.trained] + ["const"] * len(constants)
-    arrays = dict(zip(names, [*source.arrays, *constants], strict=True))
     inputs = [Input(name, kind) for name, kind in zip(names, kinds, strict=True)]  # type: ignore[arg-type]
-    jaxpr, inputs, arrays = _unroll(jaxpr, [*inputs, Input("tokens", "arg")], arrays)
+    inputs.append(Input("tokens", "arg"))
+    _check_names(inputs)
+    arrays = dict(zip(names, [*source.arrays, *constants], strict=True))
+    jaxpr, inputs, arrays = _unroll(jaxpr, inputs, arrays)
     jaxpr, kept = ir.drop_dead(jaxpr, keep=lambda i: inputs[i].kind == "arg")
     inputs = [inputs[i] for i in kept]
     stored = {i.name: np.asarray(arrays[i.name]) for i in inputs if i.kind != "arg"}
@@ -137,11 +138,15 @@ def _trace_sizes(source: Source, max_len: int) -> tuple[ir.Jaxpr, list[np.ndarra
 
     rows, length = symbolic_sizes(max_len)
     try:
-        return hoist_constants(at(rows, length))
+        jaxpr, constants = hoist_constants(at(rows, length))
     except TraceError:
         raise
     except Exception as inconclusive:  # symbolic sizes fail in as many ways as there are Python idioms
-        return trace_aligned(at, rows, length, max_len, inconclusive)
+        jaxpr, constants = trace_aligned(at, rows, length, max_len, inconclusive)
+    _check_logits(jaxpr)
+    _check_deterministic(jaxpr)
+    check_lengths(at, jaxpr, source.arrays, constants, max_len)
+    return jaxpr, constants
 
 
 def symbolic_sizes(max_len: int) -> tuple[ir.Dim, ir.Dim]:
@@ -169,6 +174,17 @@ def _check_logits(jaxpr: ir.Jaxpr) -> None:
     shapes = [v.aval.shape for v in jaxpr.outvars]
     if len(shapes) != 1 or len(shapes[0]) != 3 or tuple(shapes[0][:2]) != tuple(tokens):
         raise TraceError(f"the model must return logits [b, t, vocab] for tokens [b, t]; it returns {shapes}")
+
+
+def _check_names(inputs: Sequence[Input]) -> None:
+    names = [item.name for item in inputs]
+    twice = sorted({repr(name) for name in names if names.count(name) > 1})
+    if twice:
+        raise TraceError(
+            f"two inputs of the graph would be called {', '.join(twice)}; expected a name for each. Folders and names "
+            "are joined by /, slices of stacked weights are numbered, captured arrays are const/0, const/1, ..., and "
+            "tokens is the argument: rename a weight"
+        )
 
 
 def _check_deterministic(jaxpr: ir.Jaxpr) -> None:
@@ -209,6 +225,7 @@ def _unroll(
         ]
         return ir.evaluate(jaxpr, grouped, _unroll_scan)
 
+    _check_names(new_inputs)
     return ir.trace(unrolled, *avals), new_inputs, new_arrays
 
 

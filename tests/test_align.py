@@ -95,3 +95,11 @@ def test_a_branch_between_the_lengths_is_refused():
 def test_too_short_to_align():
     with pytest.raises(TraceError, match="max_len=3 is too short"):
         xl.trace(lambda p, i: attention(p, i, MASKS["numpy tril"]), {"e": E}, max_len=3)
+
+
+def test_a_table_of_rows_cannot_serve_any_number_of_rows():
+    def model(params, ids):
+        return (params["e"][ids] + params["e"][: ids.shape[0], None]) @ params["e"].T
+
+    with pytest.raises(TraceError, match="not for every size"):
+        xl.trace(model, {"e": E}, max_len=16)

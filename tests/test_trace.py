@@ -199,6 +199,29 @@ def test_wrong_kind_of_model(arguments, reason):
         xl.trace(*arguments, max_len=8)
 
 
+def test_names_that_slices_of_stacked_weights_would_take():
+    """Before: `w` of two layers and a weight in a folder called 0. Expected: an error, as slice 0 is `0/w`."""
+
+    def model(params, ids):
+        x, _ = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), params["embed"][ids], params["w"])
+        return x @ params["0"]["w"] @ params["embed"].T
+
+    weights = {"embed": EMBED, "0": {"w": np.eye(4, dtype=np.float32)}, "w": np.ones((2, 4, 4), np.float32)}
+    with pytest.raises(xl.TraceError, match="would be called '0/w'"):
+        xl.trace(model, weights, max_len=8)
+
+
+def test_names_that_are_taken():
+    table = np.ones(11, np.float32)
+    cases = {
+        "tokens": lambda p, ids: p["embed"][ids] @ p["tokens"],
+        "const/0": lambda p, ids: p["embed"][ids] @ p["const/0"] + table,
+    }
+    for name, model in cases.items():
+        with pytest.raises(xl.TraceError, match=f"would be called '{name}'"):
+            xl.trace(model, {"embed": EMBED, name: EMBED.T}, max_len=8)
+
+
 def test_max_len_must_be_positive():
     with pytest.raises(xl.TraceError, match="max_len"):
         xl.trace(logits_of, {"e": EMBED}, max_len=0)
