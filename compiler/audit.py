@@ -21,9 +21,7 @@ def find_layouts(jaxpr: ir.Jaxpr, tokens: ir.Var, near_misses: Sequence[str] = (
     """
     layouts = {var: Layout(by_shape(var.aval.shape), var is tokens) for var in jaxpr.invars}
     for eqn in ir.live_equations(jaxpr):
-        operands = [
-            layouts[a] if isinstance(a, ir.Var) else Layout(by_shape(a.aval.shape), False) for a in eqn.invars
-        ]
+        operands = [layouts[a] if isinstance(a, ir.Var) else Layout(by_shape(a.aval.shape), False) for a in eqn.invars]
         of_tokens = any(operand.of_tokens for operand in operands)
         try:
             results = carry(eqn, operands)

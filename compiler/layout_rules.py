@@ -56,7 +56,7 @@ def _broadcast(eqn: ir.JaxprEqn, operands: Sequence[Layout]) -> list[Axes]:
 
 def _repeated(size: ir.Dim) -> Factors:
     """What an axis holds along which a value is repeated."""
-    return (Spread(size),) if ir.is_symbolic(size) else (int(size),)  # type: ignore[arg-type]
+    return (Spread(size),) if ir.is_symbolic(size) else (int(size),)
 
 
 def _squeeze(eqn: ir.JaxprEqn, operands: Sequence[Layout]) -> list[Axes]:
@@ -152,7 +152,7 @@ def _resized(before: Axes, shape: Sequence[ir.Dim], axes: Sequence[int]) -> Axes
     """Puts new static sizes on some axes."""
     if any(ir.is_symbolic(shape[i]) for i in axes):
         raise Mixes("changes the number of tokens or positions")
-    return tuple((int(shape[i]),) if i in axes else factors for i, factors in enumerate(before))  # type: ignore[arg-type]
+    return tuple((int(shape[i]),) if i in axes else factors for i, factors in enumerate(before))
 
 
 def _concatenate(eqn: ir.JaxprEqn, operands: Sequence[Layout]) -> list[Axes]:

@@ -53,7 +53,7 @@ def by_shape(shape: Sequence[ir.Dim]) -> Axes:
 
 def _by_size(size: ir.Dim) -> Factor:
     if not ir.is_symbolic(size):
-        return int(size)  # type: ignore[arg-type]
+        return int(size)
     for name in ("b", "t"):
         if (symbol := ir.dim_symbol(size, name)) is not None and ir.same_dim(size, symbol):
             return name

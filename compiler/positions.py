@@ -7,19 +7,19 @@ of the value that is wanted, and pushed backwards through the graph.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from xlathe import jaxpr as ir
+from xlathe import position_tables
 from xlathe.audit import carry
 from xlathe.axes import Einsum
 from xlathe.errors import DeriveError
 from xlathe.layout_rules import ELEMENTWISE
 from xlathe.layouts import Layout, Mixes, follows_positions
-from xlathe.values import uniform_value
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,7 +89,7 @@ class Static:
             if ("t" in ir.dim_vars(size)) != (role is not None) or (role and not follows_positions(factors, size)):
                 self.refuse(eqn, f"has an axis of size {size} that does not follow the positions")
 
-    def refuse(self, eqn: ir.JaxprEqn, why: str) -> Any:
+    def refuse(self, eqn: ir.JaxprEqn, why: str) -> NoReturn:
         raise DeriveError(f"no incremental step: {eqn.primitive.name} {why} at {ir.source_line(eqn)}")
 
     def shape(self, aval: Any, roles: Roles) -> tuple[ir.Dim, ...]:
@@ -142,118 +142,6 @@ class Static:
         axes = eqn.params["dimensions"]
         return lax.expand_dims(self(eqn.invars[0], tuple(r for i, r in enumerate(roles) if i not in axes)), axes)
 
-    def _slice(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
-        strides = eqn.params["strides"] or (1,) * var.aval.ndim
-        return self._window(eqn, var, roles, eqn.params["start_indices"], strides)
-
-    def _dynamic_slice(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
-        known = [uniform_value(a, self.producer) for a in eqn.invars[1:]]
-        if any(start is None for start in known):
-            self.refuse(eqn, "at a start that is not known")
-        starts = [
-            0 if ir.is_symbolic(size) else self._moved_start(eqn, int(start), size, length)  # type: ignore[arg-type]
-            for start, size, length in zip(known, eqn.invars[0].aval.shape, var.aval.shape, strict=True)
-        ]
-        return self._window(eqn, var, roles, starts, (1,) * var.aval.ndim)
-
-    def _moved_start(self, eqn: ir.JaxprEqn, start: int, size: int, length: ir.Dim) -> int:
-        """Returns where a window of a table starts: one that would leave the table is moved into it."""
-        last = size - (self.max_len if ir.is_symbolic(length) else int(length))
-        if ir.is_symbolic(length) and start > max(last, 0):
-            self.refuse(eqn, f"from {start} on leaves a table of {size} in rows of up to {self.max_len} tokens")
-        return min(max(start, 0), max(last, 0))
-
-    def _window(
-        self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles, starts: Sequence[ir.Dim], strides: Sequence[int]
-    ) -> Any:
-        """A window of a table: where it is t long it becomes a look-up at the role's positions."""
-        before = eqn.invars[0].aval.shape
-        whole = tuple(role if ir.is_symbolic(n) else None for n, role in zip(before, roles, strict=True))
-        value = self(eqn.invars[0], whole)
-        for axis, (size, role, start, stride) in enumerate(zip(before, roles, starts, strides, strict=True)):
-            length = var.aval.shape[axis]
-            if ir.is_symbolic(start) or (ir.is_symbolic(size) and not ir.same_dim(size, length)):
-                self.refuse(eqn, "takes a part of the positions that depends on the length")
-            if ir.is_symbolic(size):
-                continue
-            if role is not None:
-                value = jnp.take(value, role.positions * stride + start, axis=axis, mode="clip")
-            elif ir.is_symbolic(length):
-                self.refuse(eqn, "takes as many entries as there are rows, which a row cannot know,")
-            else:
-                limit = start + max((length - 1) * stride + 1, 0)  # type: ignore[operator]
-                value = lax.slice_in_dim(value, start, limit, stride, axis)  # type: ignore[arg-type]
-        return value
-
-    def _gather(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
-        numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-        table, index = eqn.invars
-        if index.aval.ndim == 1:
-            return self._gather_window(eqn, roles)
-        if any(ir.is_symbolic(m) and not ir.same_dim(m, n) for m, n in zip(sizes, table.aval.shape, strict=True)):
-            self.refuse(eqn, "takes a part of a table that depends on the length")
-        if any(map(ir.is_symbolic, (*table.aval.shape, *sizes))):
-            return self._gather_rows(eqn, var, roles)
-        batch = [role for i, role in enumerate(roles) if i not in numbers.offset_dims]
-        return ir.bind(eqn, [self(table, (None,) * table.aval.ndim), self(index, (*batch, None))])[0]
-
-    def _gather_window(self, eqn: ir.JaxprEqn, roles: Roles) -> Any:
-        """One window of a table, as `table[3, :t]` makes it: a look-up at the role's positions where it is t long."""
-        numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-        table, index = eqn.invars
-        shape = table.aval.shape
-        kept = [i for i in range(table.aval.ndim) if i not in numbers.collapsed_slice_dims]
-        by_axis = dict(zip(kept, roles, strict=True))
-        symbolic = [i for i, n in enumerate(shape) if ir.is_symbolic(n)]
-        if any(i in numbers.start_index_map or not ir.same_dim(sizes[i], shape[i]) for i in symbolic):
-            self.refuse(eqn, "by an index into the positions")
-        index_value = self(index, (None,))
-        looked_up = {i: 0 for i in kept if ir.is_symbolic(sizes[i]) and i not in symbolic}
-        for j, axis in enumerate(numbers.start_index_map):
-            if axis in looked_up:
-                (start,) = self._entries(eqn, index)[j : j + 1]
-                looked_up[axis] = self._moved_start(eqn, start, shape[axis], sizes[axis])
-                index_value = index_value.at[j].set(0)
-        value = self(table, tuple(by_axis.get(i) if i in symbolic else None for i in range(table.aval.ndim)))
-        whole = tuple(value.shape[i] if i in (*symbolic, *looked_up) else n for i, n in enumerate(sizes))
-        value = ir.bind(eqn, [value, index_value], slice_sizes=whole)[0]
-        for axis, start in looked_up.items():
-            role = by_axis[axis]
-            if role is None:
-                self.refuse(eqn, "takes as many entries as there are rows, which a row cannot know,")
-            value = jnp.take(value, role.positions + start, axis=kept.index(axis), mode="clip")
-        return value
-
-    def _entries(self, eqn: ir.JaxprEqn, atom: ir.Atom) -> list[int]:
-        """Returns the entries of a vector of start indices."""
-        made_by = self.producer.get(atom) if isinstance(atom, ir.Var) else None
-        parts = made_by.invars if made_by is not None and made_by.primitive.name == "concatenate" else [atom]
-        known = [(uniform_value(part, self.producer), part.aval.shape[0]) for part in parts]
-        if any(value is None for value, _ in known):
-            self.refuse(eqn, "at a start that is not known")
-        return [int(value) for value, count in known for _ in range(count)]  # type: ignore[arg-type]
-
-    def _gather_rows(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
-        """A gather of whole position axes by a known index into other axes."""
-        numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-        table, index = eqn.invars
-        dropped = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
-        kept = [i for i in range(table.aval.ndim) if i not in dropped]
-        inner: list[Role | None] = [None] * table.aval.ndim
-        for axis, source in zip(numbers.offset_dims, kept, strict=True):
-            inner[source] = roles[axis]
-        moved = [i for i, n in enumerate(table.aval.shape) if ir.is_symbolic(n)]
-        batch = [role for i, role in enumerate(roles) if i not in numbers.offset_dims]
-        found = self(index, (*batch, None))  # first, as it may be refused for a reason of its own
-        if any(
-            i in dropped or i in numbers.start_index_map or not ir.same_dim(sizes[i], table.aval.shape[i])
-            for i in moved
-        ):
-            self.refuse(eqn, "by an index into the positions")
-        value = self(table, tuple(inner))
-        new_sizes = tuple(value.shape[i] if i in moved else n for i, n in enumerate(sizes))
-        return ir.bind(eqn, [value, found], slice_sizes=new_sizes)[0]
-
     def _concatenate(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
         if ir.is_symbolic(var.aval.shape[eqn.params["dimension"]]):
             self.refuse(eqn, "along the positions or rows")
@@ -274,10 +162,14 @@ class Static:
         return lax.index_in_dim(value, eqn.outvars.index(var), axis, keepdims=False)
 
     def _tile(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
-        reps, before = eqn.params["reps"], eqn.invars[0].aval.shape
-        if any(ir.is_symbolic(m) and not ir.same_dim(m, n) for m, n in zip(var.aval.shape, before, strict=True)):
-            self.refuse(eqn, "repeats as often as there are positions or rows")
-        return jnp.tile(self(eqn.invars[0], _moving(eqn.invars[0], roles)), reps)
+        before, after = eqn.invars[0].aval.shape, self.shape(var.aval, roles)
+        value = self(eqn.invars[0], _moving(eqn.invars[0], roles))
+        reps = []
+        for old, new, size, rep in zip(before, var.aval.shape, after, eqn.params["reps"], strict=True):
+            if old != 1 and ir.is_symbolic(new) and not ir.same_dim(new, old):
+                self.refuse(eqn, "repeats as often as there are positions or rows")
+            reps.append(size if old == 1 else rep)
+        return jnp.tile(value, reps)
 
     def _pad(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
         for size, padding in zip(var.aval.shape, eqn.params["padding_config"], strict=True):
@@ -324,7 +216,6 @@ class Static:
             self.refuse(eqn, "uses the total length as a number, which earlier tokens cannot know,")
         return jnp.asarray(ir.substitute(eqn.params["dim"], {"b": 1, "t": self.length or 1}), var.aval.dtype)
 
-
     def _barrier(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
         return self(eqn.invars[eqn.outvars.index(var)], roles)
 
@@ -336,9 +227,9 @@ _RULES = {
     "transpose": Static._transpose,
     "squeeze": Static._squeeze,
     "expand_dims": Static._expand_dims,
-    "slice": Static._slice,
-    "dynamic_slice": Static._dynamic_slice,
-    "gather": Static._gather,
+    "slice": position_tables.slice_,
+    "dynamic_slice": position_tables.dynamic_slice,
+    "gather": position_tables.gather,
     "concatenate": Static._concatenate,
     "stack": Static._stack,
     "unstack": Static._unstack,

@@ -69,9 +69,7 @@ def _operands(eqn: ir.JaxprEqn, axis: int | None) -> list[Operand] | None:
     return None if source is None else [(eqn.invars[0], source)]
 
 
-def _keeps_shift(
-    producer: Producers, eqn: ir.JaxprEqn, operands: Sequence[Operand], uses: Sequence[LengthUse]
-) -> bool:
+def _keeps_shift(producer: Producers, eqn: ir.JaxprEqn, operands: Sequence[Operand], uses: Sequence[LengthUse]) -> bool:
     """Says whether the result of shifted operands is shifted."""
     if LengthUse.OTHER in uses or not all(map(_holds_differences, (*(a for a, _ in operands), eqn.outvars[0]))):
         return False
