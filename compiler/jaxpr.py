@@ -39,6 +39,8 @@ _UNEXPORTED = {
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "eval_jaxpr"})
 _OWN = os.path.dirname(os.path.abspath(__file__))
 _OWN_FOLDERS = (_OWN + os.sep, os.path.join(os.path.dirname(_OWN), "passes") + os.sep)
+# an installed package holds these as well: models are their authors' code, ours too
+_AUTHORS_FOLDERS = tuple(os.path.join(_OWN, name) + os.sep for name in ("models", "configs"))
 
 
 def trace(function: Callable[..., Any], *avals: Any) -> Jaxpr:
@@ -167,7 +169,7 @@ def _user_frames(eqn: JaxprEqn) -> list[tuple[str, int, str]]:
     return [
         (frame.file_name, frame.start_line, frame.function_name)
         for frame in source_info_util.user_frames(eqn.source_info.traceback)
-        if not frame.file_name.startswith(libraries)
+        if not frame.file_name.startswith(libraries) or frame.file_name.startswith(_AUTHORS_FOLDERS)
     ]
 
 

@@ -22,6 +22,18 @@ for module in sys.argv[2:]:
     importlib.import_module(module)
 """
 
+# models are their authors' code wherever they lie: errors name their lines
+SOURCE_LINE = """
+import os, sys, jax
+from xlathe import jaxpr, models
+assert models.__file__.startswith(sys.argv[1]), models.__file__
+path = os.path.join(os.path.dirname(models.__file__), "anyones.py")
+scope = {}
+exec(compile("def model(x):\\n    return x + 1\\n", path, "exec"), scope)
+(eqn,) = jax.make_jaxpr(scope["model"])(1.0).eqns
+assert f"{path}:2 (model)" in jaxpr.source_line(eqn), jaxpr.source_line(eqn)
+"""
+
 
 def modules() -> list[str]:
     """The name of every module in the checkout."""
@@ -72,6 +84,8 @@ def test_every_module_is_imported_from_the_wheel(wheel: Path, tmp_path: Path) ->
     script = tmp_path / "import_all.py"
     script.write_text(IMPORT_ALL)
     run(script, str(tmp_path), *modules(), cwd=tmp_path)
+    script.write_text(SOURCE_LINE)
+    run(script, str(tmp_path), cwd=tmp_path)
 
 
 def test_wheel_holds_every_file(wheel: Path) -> None:
