@@ -31,7 +31,7 @@ class Input:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How the inputs `targets` are made from the input `source` that they replace.
+    """How the inputs `targets` are made from the input `source` that they replace; a target may keep its name.
 
     make: a frozen, picklable-free callable from one array to a tuple with one array a target.
     """
@@ -63,43 +63,54 @@ class Weights(Mapping[str, Any]):
     origins: tuple[Origin, ...] = ()
 
     @functools.cached_property
-    def _recipe_of(self) -> dict[str, Recipe]:
-        return {target: recipe for recipe in self.recipes for target in recipe.targets}
+    def _makers(self) -> dict[str, list[int]]:
+        """The recipes that make a name, in order: one may replace an array by a smaller one of the same name."""
+        makers: dict[str, list[int]] = {}
+        for index, recipe in enumerate(self.recipes):
+            for target in recipe.targets:
+                makers.setdefault(target, []).append(index)
+        return makers
 
     def __getitem__(self, name: str) -> Any:
-        recipe = self._recipe_of.get(name)
-        if recipe is None:
+        return self._value(name, len(self.recipes))
+
+    def _value(self, name: str, before: int) -> Any:
+        """Returns the array that a name stands for before a recipe is applied."""
+        index = self._maker(name, before)
+        if index is None:
             return self.stored[name]
-        return recipe.make(self[recipe.source])[recipe.targets.index(name)]
+        recipe = self.recipes[index]
+        return recipe.make(self._value(recipe.source, index))[recipe.targets.index(name)]
+
+    def _maker(self, name: str, before: int) -> int | None:
+        return next((i for i in reversed(self._makers.get(name, [])) if i < before), None)
 
     def __iter__(self) -> Iterator[str]:
-        replaced = {recipe.source for recipe in self.recipes}
-        yield from (name for name in [*self.stored, *self._recipe_of] if name not in replaced)
+        names = dict.fromkeys(self.stored)
+        for recipe in self.recipes:
+            names.pop(recipe.source, None)
+            names |= dict.fromkeys(recipe.targets)
+        yield from names
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def derive(self, *recipes: Recipe) -> "Weights":
         """Returns the mapping after `recipes` replaced their sources."""
-        return dataclasses.replace(self, recipes=(*self.recipes, *recipes))
-
-    def source(self, name: str) -> str:
-        """Returns the name of the trained array that `name` is, or was made from."""
-        while name in self._recipe_of:
-            name = self._recipe_of[name].source
-        return next((origin.name for origin in self.origins if name in origin.targets), name)
+        return Weights(self.stored, (*self.recipes, *recipes))
 
     def prepare(self, names: Iterator[str] | list[str]) -> dict[str, Any]:
         """Runs the recipes, one source at a time, and returns plain arrays for `names`."""
         wanted, made = list(dict.fromkeys(names)), {}
         for name in wanted:
-            recipe = self._recipe_of.get(name)
+            index = self._maker(name, len(self.recipes))
             if name in made:
                 continue
-            if recipe is None:
+            if index is None:
                 made[name] = self.stored[name]
             else:
-                made.update(zip(recipe.targets, recipe.make(self[recipe.source]), strict=True))
+                recipe = self.recipes[index]
+                made.update(zip(recipe.targets, recipe.make(self._value(recipe.source, index)), strict=True))
         return {name: made[name] for name in wanted}
 
 

@@ -1,0 +1,287 @@
+"""Find in a graph which axes must shrink together, and which cannot shrink.
+
+The meaning of shrinking an atom: the weights are zero wherever an index of it that goes is concerned, so that the
+smaller graph equals the whole graph with those weights set to zero. A sum over an atom is therefore allowed where
+its terms are zero at such indices, which is followed through the graph beside the labels. What has no rule, or would
+count the zeros, blocks the atoms that it touches and is named.
+"""
+
+import dataclasses
+import operator
+from collections.abc import Callable, Sequence
+from functools import reduce
+
+from xlathe import jaxpr as ir
+from xlathe.audit import ELEMENTWISE
+from xlathe.axes import Einsum
+from xlathe.dimensions import Conflict, Dimensions, Label, Labels
+from xlathe.graph import Graph
+from xlathe.values import is_zero
+
+_ZERO_IF_ANY = frozenset({"mul", "and"})
+_ZERO_IF_ALL = frozenset({"add", "sub", "max", "min", "or", "add_any", "select_n"})
+_ZERO_IF_FIRST = frozenset({"div", "rem", "integer_pow"})
+_ZERO_AT_ZERO = frozenset({"neg", "abs", "sign", "tanh", "sin", "sinh", "asin", "asinh", "atan", "atanh", "erf", "sqrt",
+                           "cbrt", "floor", "ceil", "round", "expm1", "log1p", "square", "convert_element_type", "copy",
+                           "copy_p", "stop_gradient", "name", "reduce_precision"})  # fmt: skip
+_ALONG_AN_AXIS = {"cumsum": "axis", "cumprod": "axis", "cummax": "axis", "cummin": "axis", "cumlogsumexp": "axis",
+                  "sort": "dimension", "unstack": "axis"}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Coupled:
+    """A value's axes, and the atoms at whose removed indices it is zero."""
+
+    labels: Labels
+    zero: Label = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Coupling:
+    """What `couple` found: labels of every value; `heads`: the key-value heads of each attention, in order."""
+
+    dimensions: Dimensions
+    values: dict[ir.Var, Coupled]
+    heads: tuple[Label, ...]
+
+
+def couple(graph: Graph) -> Coupling:
+    """Labels every value of a graph whose calls are inlined."""
+    flow = _Flow(graph)
+    flow.run()
+    return Coupling(flow.dims, flow.values, tuple(flow.heads))
+
+
+class _Flow:
+    """One walk over the equations, from inputs to results."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.jaxpr = graph.jaxpr
+        self.producer = ir.producers(self.jaxpr.eqns)
+        self.dims = Dimensions()
+        self.values: dict[ir.Var, Coupled] = {}
+        self.heads: list[Label] = []
+
+    def run(self) -> None:
+        for item, var in zip(self.graph.inputs, self.jaxpr.invars, strict=True):
+            labels = self.dims.fresh_all(var.aval.shape)
+            self.values[var] = Coupled(labels, tuple(a for ls in labels for a in ls) if item.kind == "weight" else ())
+        for eqn in self.jaxpr.eqns:
+            operands = [self._read(a) for a in eqn.invars]
+            try:
+                results = self._rule(eqn)(eqn, operands)
+            except Conflict:
+                results = self._unknown(eqn, operands)
+            self.values.update(zip(eqn.outvars, results, strict=True))
+        for out in self.jaxpr.outvars:
+            for label in self._read(out).labels:
+                self.dims.block(label, "it is an axis of the model's result")
+
+    def _read(self, atom: ir.Atom) -> Coupled:
+        if isinstance(atom, ir.Literal):
+            return Coupled(self.dims.fresh_all(atom.aval.shape))
+        return self.values[atom]
+
+    def _rule(self, eqn: ir.JaxprEqn) -> Callable[..., Sequence[Coupled]]:
+        name = eqn.primitive.name
+        if name in ELEMENTWISE:
+            return self._elementwise
+        if name in _ALONG_AN_AXIS:
+            return self._along_an_axis
+        if name.startswith("reduce_") and "axes" in eqn.params:
+            return self._reduce
+        if ir.is_op(eqn, "attention"):
+            return self._attention
+        return getattr(self, f"_{name}", self._unknown)
+
+    def _block(self, labels: Sequence[Label], eqn: ir.JaxprEqn, what: str) -> None:
+        for label in labels:
+            self.dims.block(label, f"{eqn.primitive.name} {what} at {ir.source_line(eqn)}")
+
+    def _unknown(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
+        results = [Coupled(self.dims.fresh_all(v.aval.shape)) for v in eqn.outvars]
+        for value in (*operands, *results):
+            self._block(value.labels, eqn, "has no rule for shrinking it")
+        return results
+
+    def _zero(self, value: Coupled, labels: Labels | None = None) -> set[int]:
+        """The atoms at whose removed indices a value is zero; of these only the ones on `labels`."""
+        zero = self.dims.atoms(value.zero)
+        return zero if labels is None else zero & {a for label in labels for a in self.dims.atoms(label)}
+
+    def _elementwise(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
+        if eqn.primitive.name == "optimization_barrier":
+            return operands
+        whole = [o.labels for o in operands if len(o.labels) == eqn.outvars[0].aval.ndim]
+        labels = tuple(self._united(eqn, [ls for ls in axis if ls]) for axis in zip(*whole, strict=True))
+        return [Coupled(labels, tuple(sorted(self._zero_elementwise(eqn, operands))))]
+
+    def _united(self, eqn: ir.JaxprEqn, labels: Sequence[Label]) -> Label:
+        """Makes one axis of those that an elementwise operation puts side by side; axes of size 1 are spread."""
+        for other in labels[1:]:
+            try:
+                self.dims.unify(labels[0], other)
+            except Conflict:
+                self._block([labels[0], other], eqn, "reads it in two ways")
+        return labels[0] if labels else ()
+
+    def _zero_elementwise(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> set[int]:
+        name = eqn.primitive.name
+        everywhere = set(range(len(self.dims.sizes)))
+        constant = [is_zero(atom, self.producer) for atom in eqn.invars]
+        zero = [everywhere if is_0 else self._zero(o) for is_0, o in zip(constant, operands, strict=True)]
+        if name in _ZERO_IF_ANY:
+            return reduce(operator.or_, zero)
+        if name in _ZERO_IF_ALL:
+            return reduce(operator.and_, zero[1:] if name == "select_n" else zero)
+        if name == "integer_pow" and eqn.params["y"] <= 0:
+            return set()
+        return zero[0] if name in _ZERO_IF_FIRST | _ZERO_AT_ZERO else set()
+
+    def _along_an_axis(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
+        axis = eqn.params[_ALONG_AN_AXIS[eqn.primitive.name]]
+        for operand in operands:
+            self._block([operand.labels[axis]], eqn, "runs along it")
+        if eqn.primitive.name == "unstack":
+            kept = tuple(label for i, label in enumerate(operands[0].labels) if i != axis)
+            return [Coupled(kept, operands[0].zero)] * len(eqn.outvars)
+        return [Coupled(o.labels) for o in operands]
+
+    def _broadcast_in_dim(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
+        before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+        source = {axis: i for i, axis in enumerate(eqn.params["broadcast_dimensions"])}
+        labels = tuple(
+            operands[0].labels[source[i]] if i in source and ir.same_dim(before[source[i]], n) else self.dims.fresh(n)
+            for i, n in enumerate(after)
+        )
+        return [Coupled(labels, operands[0].zero)]
+
+    def _reshape(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
+        if eqn.params.get("dimensions") is not None:
+            return self._unknown(eqn, operands)
+        return [Coupled(self.dims.regroup(operands[0].labels, eqn.outvars[0].aval.shape), operands[0].zero)]
+
+    def _transpose(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
+        (x,) = operands
+        return [Coupled(tuple(x.labels[i] for i in eqn.params["permutation"]), x.zero)]
+
+    def _squeeze(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
+        (x,) = operands
+        return [Coupled(tuple(ls for i, ls in enumerate(x.labels) if i not in eqn.params["dimensions"]), x.zero)]
+
+    def _expand_dims(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
+        kept = iter(operands[0].labels)
+        ndim = eqn.outvars[0].aval.ndim
+        labels = tuple(() if i in eqn.params["dimensions"] else next(kept) for i in range(ndim))
+        return [Coupled(labels, operands[0].zero)]
+
+    def _iota(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
+        labels = self.dims.fresh_all(eqn.outvars[0].aval.shape)
+        self._block([labels[eqn.params["dimension"]]], eqn, "numbers it")
+        return [Coupled(labels)]
+
+    def _reduce(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
+        (x, *_), axes = operands, eqn.params["axes"]
+        summed = [x.labels[i] for i in axes]
+        for label in summed:
+            if eqn.primitive.name != "reduce_sum" or not self.dims.atoms(label) <= self._zero(x):
+                self._block([label], eqn, "would count what is removed from it")
+        kept = tuple(label for i, label in enumerate(x.labels) if i not in axes)
+        return [Coupled(kept, x.zero if eqn.primitive.name == "reduce_sum" else ())] * len(eqn.outvars)
+
+    def _dot_general(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
+        left, right = operands
+        einsum = Einsum.of(eqn)
+        for i, j in einsum.contracted:
+            self.dims.unify(left.labels[i], right.labels[j])
+            if not self.dims.atoms(left.labels[i]) <= self._zero(left) | self._zero(right):
+                self._block([left.labels[i]], eqn, "sums over it and neither side is a weight")
+        labels: list[Label] = [()] * eqn.outvars[0].aval.ndim
+        for side, axes in ((left, einsum.lhs), (right, einsum.rhs)):
+            for i, out in enumerate(axes):
+                if out is not None and labels[out]:
+                    self.dims.unify(labels[out], side.labels[i])
+                elif out is not None:
+                    labels[out] = side.labels[i]
+        zero = set()
+        for side, axes in ((left, einsum.lhs), (right, einsum.rhs)):
+            zero |= self._zero(side, tuple(side.labels[i] for i, out in enumerate(axes) if out is not None))
+        return [Coupled(tuple(labels), tuple(sorted(zero)))]
+
+    def _slice(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
+        (x,), p = operands, eqn.params
+        labels = []
+        for axis, (start, limit, size) in enumerate(
+            zip(p["start_indices"], p["limit_indices"], eqn.invars[0].aval.shape, strict=True)
+        ):
+            if ir.same_dim(limit - start, size):
+                labels.append(x.labels[axis])
+                continue
+            if (p["strides"] and p["strides"][axis] != 1) or ir.is_symbolic(limit) or ir.is_symbolic(start):
+                raise Conflict
+            labels.append(self.dims.cut(x.labels[axis], start, limit))
+        return [Coupled(tuple(labels), x.zero)]
+
+    def _split(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
+        (x,), axis, start, results = operands, eqn.params["axis"], 0, []
+        for size in eqn.params["sizes"]:
+            piece = self.dims.cut(x.labels[axis], start, start + size)
+            results.append(Coupled((*x.labels[:axis], piece, *x.labels[axis + 1 :]), x.zero))
+            start += size
+        return results
+
+    def _concatenate(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
+        axis, first = eqn.params["dimension"], operands[0]
+        for other in operands[1:]:
+            for i, (left, right) in enumerate(zip(first.labels, other.labels, strict=True)):
+                if i != axis:
+                    self.dims.unify(left, right)
+        if ir.is_symbolic(eqn.outvars[0].aval.shape[axis]):
+            raise Conflict
+        joined = self.dims.join([o.labels[axis] for o in operands])
+        labels = (*first.labels[:axis], joined, *first.labels[axis + 1 :])
+        own = [self.dims.atoms(o.labels[axis]) & self._zero(o) for o in operands]
+        zero = reduce(operator.and_, (self._zero(o) for o in operands)) | reduce(operator.or_, own)
+        return [Coupled(labels, tuple(sorted(zero)))]
+
+    def _gather(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
+        """Rows of a table: the axes that are looked up by index are blocked, the others go on."""
+        (table, index), numbers = operands, eqn.params["dimension_numbers"]
+        if numbers.operand_batching_dims or numbers.start_indices_batching_dims:
+            raise Conflict
+        shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
+        taken = [i for i in range(len(shape)) if i in numbers.start_index_map or not ir.same_dim(sizes[i], shape[i])]
+        self._block([table.labels[i] for i in taken], eqn, "looks it up by index")
+        self._block([index.labels[-1]], eqn, "looks it up by index")
+        offsets = iter(i for i in range(len(shape)) if i not in numbers.collapsed_slice_dims)
+        batch = iter(index.labels[:-1])
+        labels = []
+        for i, n in enumerate(eqn.outvars[0].aval.shape):
+            if i not in numbers.offset_dims:
+                labels.append(next(batch))
+                continue
+            axis = next(offsets)
+            labels.append(table.labels[axis] if axis not in taken else self.dims.fresh(n))
+            if axis in taken:
+                self._block(labels[-1:], eqn, "looks it up by index")
+        return [Coupled(tuple(labels), tuple(sorted(self._zero(table, tuple(labels)))))]
+
+    def _attention(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
+        """Axes of q are [b, t, k, g, d], of k [b, s, k, d], of v [b, s, k, e], of terms [b, k, g, t, s]."""
+        q, k, v, *terms = operands
+        batch, queries, heads, groups, depth = q.labels
+        keys, features = v.labels[1], v.labels[3]
+        for left, right in ((k.labels, (batch, keys, heads, depth)), (v.labels, (batch, keys, heads, features))):
+            for a, b in zip(left, right, strict=True):
+                self.dims.unify(a, b)
+        for term in terms:
+            for own, label in zip(term.labels, (batch, heads, groups, queries, keys), strict=True):
+                if own:
+                    self.dims.unify(own, label)
+        self._block([keys], eqn, "normalizes over it")
+        if not self.dims.atoms(depth) <= self._zero(q) | self._zero(k):
+            self._block([depth], eqn, "sums over it and neither side is zero there")
+        self.heads.append(heads)
+        zero = self._zero(v, (heads, features))
+        return [Coupled((batch, queries, heads, groups, features), tuple(sorted(zero)))]

@@ -1,0 +1,100 @@
+"""Trace a graph again with some dimensions smaller.
+
+Sizes are written into a program's parameters (`reshape`, `broadcast_in_dim`, slices); each is computed anew from the
+labels of the value that it describes. Weights and constants become smaller by recipes that take what stays.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xlathe import jaxpr as ir
+from xlathe.coupling import Coupling
+from xlathe.dimensions import Kept
+from xlathe.graph import Graph, Recipe
+from xlathe.ops import OPS
+
+
+@dataclasses.dataclass(frozen=True)
+class Take:
+    """Keeps some indices of some axes: array -> smaller array. axes: (axis, indices that stay)."""
+
+    axes: tuple[tuple[int, tuple[int, ...]], ...]
+
+    def __call__(self, array: Any) -> tuple[Any, ...]:
+        for axis, indices in self.axes:
+            array = jnp.take(array, np.asarray(indices), axis=axis)
+        return (array,)
+
+
+def shrink(graph: Graph, coupling: Coupling, kept: Kept) -> Graph:
+    """Returns the graph with only `kept` of each atom; `coupling` is that of this graph."""
+    return _Shrinker(graph, coupling, kept).run()
+
+
+class _Shrinker:
+    def __init__(self, graph: Graph, coupling: Coupling, kept: Kept) -> None:
+        self.graph, self.kept = graph, kept
+        self.dims, self.values = coupling.dimensions, coupling.values
+
+    def run(self) -> Graph:
+        jaxpr = self.graph.jaxpr
+        avals = [jax.ShapeDtypeStruct(self._shape(v), v.aval.dtype) for v in jaxpr.invars]
+        recipes = []
+        for item, var in zip(self.graph.inputs, jaxpr.invars, strict=True):
+            axes = tuple(
+                (i, tuple(self.dims.kept(label, self.kept).tolist()))
+                for i, label in enumerate(self.values[var].labels)
+                if not ir.same_dim(self.dims.size_of(label, self.kept), var.aval.shape[i])
+            )
+            if axes:
+                recipes.append(Recipe(item.name, (item.name,), Take(axes)))
+        smaller = ir.trace(lambda *xs: ir.evaluate(jaxpr, xs, self._rule), *avals)
+        return self.graph.replace(jaxpr=smaller, weights=self.graph.weights.derive(*recipes))
+
+    def _shape(self, var: ir.Var) -> tuple[ir.Dim, ...]:
+        return tuple(self.dims.size_of(label, self.kept) for label in self.values[var].labels)
+
+    def _rule(self, eqn: ir.JaxprEqn, operands: list[Any]) -> list[Any] | None:
+        name, result = eqn.primitive.name, eqn.outvars[0]
+        if ir.is_op(eqn):
+            op = next(op for op in OPS if op.primitive is eqn.primitive)
+            return [op(*operands, **ir.attributes(eqn))]
+        if name == "reshape":
+            return ir.bind(eqn, operands, new_sizes=self._shape(result))
+        if name in ("broadcast_in_dim", "iota"):
+            return ir.bind(eqn, operands, shape=self._shape(result))
+        if name == "split":
+            sizes = tuple(self._shape(out)[eqn.params["axis"]] for out in eqn.outvars)
+            return ir.bind(eqn, operands, sizes=sizes)
+        if name == "slice":
+            return self._slice(eqn, operands)
+        if name == "gather":
+            shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
+            new = operands[0].shape
+            whole = tuple(n if ir.same_dim(s, m) else s for s, m, n in zip(sizes, shape, new, strict=True))
+            return ir.bind(eqn, operands, slice_sizes=whole)
+        return None
+
+    def _slice(self, eqn: ir.JaxprEqn, operands: list[Any]) -> list[Any]:
+        starts, limits = [], []
+        old, new = eqn.invars[0].aval.shape, operands[0].shape
+        labels = self._labels(eqn.invars[0])
+        for axis, (start, limit) in enumerate(
+            zip(eqn.params["start_indices"], eqn.params["limit_indices"], strict=True)
+        ):
+            if ir.same_dim(old[axis], new[axis]):
+                starts.append(start)
+                limits.append(limit)
+                continue
+            left = self.dims.kept(labels[axis], self.kept)
+            starts.append(int(np.searchsorted(left, start)))
+            limits.append(int(np.searchsorted(left, limit)))
+        return ir.bind(eqn, operands, start_indices=tuple(starts), limit_indices=tuple(limits))
+
+    def _labels(self, atom: ir.Atom) -> tuple[tuple[int, ...], ...]:
+        assert isinstance(atom, ir.Var)
+        return self.values[atom].labels
