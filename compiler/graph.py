@@ -97,7 +97,14 @@ class Weights(Mapping[str, Any]):
 
     def derive(self, *recipes: Recipe) -> "Weights":
         """Returns the mapping after `recipes` replaced their sources."""
-        return Weights(self.stored, (*self.recipes, *recipes))
+        return dataclasses.replace(self, recipes=(*self.recipes, *recipes))
+
+    def source(self, name: str) -> str:
+        """Returns the name of the trained array that `name` is, or was made from."""
+        index: int | None = len(self.recipes)
+        while (index := self._maker(name, index)) is not None:
+            name = self.recipes[index].source
+        return next((origin.name for origin in self.origins if name in origin.targets), name)
 
     def prepare(self, names: Iterator[str] | list[str]) -> dict[str, Any]:
         """Runs the recipes, one source at a time, and returns plain arrays for `names`."""

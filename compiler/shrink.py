@@ -14,7 +14,7 @@ import numpy as np
 from xlathe import jaxpr as ir
 from xlathe.coupling import Coupling
 from xlathe.dimensions import Kept
-from xlathe.graph import Graph, Recipe
+from xlathe.graph import Graph, Origin, Recipe
 from xlathe.ops import OPS
 
 
@@ -43,7 +43,7 @@ class _Shrinker:
     def run(self) -> Graph:
         jaxpr = self.graph.jaxpr
         avals = [jax.ShapeDtypeStruct(self._shape(v), v.aval.dtype) for v in jaxpr.invars]
-        recipes = []
+        recipes, origins = [], []
         for item, var in zip(self.graph.inputs, jaxpr.invars, strict=True):
             axes = tuple(
                 (i, tuple(self.dims.kept(label, self.kept).tolist()))
@@ -52,8 +52,11 @@ class _Shrinker:
             )
             if axes:
                 recipes.append(Recipe(item.name, (item.name,), Take(axes)))
+                origins.append(Origin(item.name, self._shape(var), (item.name,)))  # type: ignore[arg-type]
+        weights = self.graph.weights.derive(*recipes)
+        weights = dataclasses.replace(weights, origins=(*weights.origins, *origins))
         smaller = ir.trace(lambda *xs: ir.evaluate(jaxpr, xs, self._rule), *avals)
-        return self.graph.replace(jaxpr=smaller, weights=self.graph.weights.derive(*recipes))
+        return self.graph.replace(jaxpr=smaller, weights=weights)
 
     def _shape(self, var: ir.Var) -> tuple[ir.Dim, ...]:
         return tuple(self.dims.size_of(label, self.kept) for label in self.values[var].labels)
