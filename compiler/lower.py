@@ -92,7 +92,13 @@ def _cpu_kernels() -> Mapping[str, Kernel]:
 
 
 def _gpu_sm90_kernels() -> Mapping[str, Kernel]:
-    return {}
+    from xlathe.kernels.attention import gpu_sm90 as attention
+    from xlathe.kernels.quantized_dot import gpu_sm90 as quantized_dot
+
+    return {
+        "attention": Kernel(attention.attention, attention.uncovered),
+        "quantized_dot": Kernel(quantized_dot.quantized_dot, quantized_dot.uncovered),
+    }
 
 
 def _tpu_kernels() -> Mapping[str, Kernel]:

@@ -1,10 +1,15 @@
 """What the real compilers say of a kernel: they run here, and their devices are not needed."""
 
+import dataclasses
+import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from xlathe.offline import compile_for, compiler_is_installed
 from xlathe.target import Target, find_target
@@ -42,3 +47,35 @@ def tpu_plan(name: str, function: Any, *arrays: Any) -> tuple[int, int]:
     vmem, temporary = vmem_of(compiled), compiled.memory_analysis().temp_size_in_bytes
     assert target.chip is not None and vmem <= target.chip.on_chip
     return vmem, temporary
+
+
+def simulated_gpu(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The kernel in the simulator of Mosaic GPU, which looks for races, on a GPU of two multiprocessors."""
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=2)
+
+    @functools.wraps(kernel)
+    def run(*operands: Any, **options: Any) -> jax.Array:
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+            return kernel(*operands, interpret=plgpu.InterpretGPUParams(detect_races=True), **options)
+
+    return run
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuPlan:
+    """registers: of a thread; spilled, temporary: bytes, of a thread and of the program."""
+
+    registers: int
+    spilled: int
+    temporary: int
+
+
+def gpu_plan(name: str, capfd: pytest.CaptureFixture[str], function: Any, *arrays: Any) -> GpuPlan:
+    """Compiles for a GPU, with ptxas, in a test that sets MOSAIC_GPU_DUMP_PTXAS."""
+    target = target_here(name)
+    capfd.readouterr()
+    compiled = compile_for(target, function, *arrays)
+    captured = "".join(capfd.readouterr())
+    (registers,) = re.findall(r"Used (\d+) registers", captured)
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", captured)))
+    return GpuPlan(int(registers), spilled, compiled.memory_analysis().temp_size_in_bytes)

@@ -54,10 +54,7 @@ def attention(
     per_head = jnp.pad(q, [(0, 0), (0, nt * queries - t), *[(0, 0)] * 3]).transpose(0, 2, 3, 1, 4)
     whole = [jnp.pad(x, [(0, 0), (0, ns * keys - s), *[(0, 0)] * 2]).transpose(0, 2, 1, 3) for x in (k, v)]
     masks = [coverage.padded_mask(mask, nt * queries, ns * keys, t, s) for mask in terms]
-    if masks:
-        blocks = coverage.visible_blocks(masks[0], queries, keys)
-    else:
-        blocks = (jnp.zeros((1, nt), jnp.int32), jnp.full((1, nt), ns, jnp.int32))
+    blocks = coverage.visible_blocks(masks[0], queries, keys) if masks else coverage.all_blocks(nt, ns)
 
     def key_block(i: Any, h: Any, j: Any, step: Any, first: Any, stop: Any) -> tuple[Any, ...]:
         return (

@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from xlathe.errors import OptionError
+from xlathe.kernels.quantized_dot.coverage import uncovered
 from xlathe.kernels.tiles import round_up
 
 ROWS, COLUMNS, DEPTH = 256, 512, 2048  # of a tile of x codes^T: at most these
@@ -60,19 +61,6 @@ def quantized_dot(
         name="quantized_dot",
     )(jnp.pad(x.reshape(rows, depth), [(0, more) for more in padding]), codes, scale[None])
     return y[:rows].reshape(*x.shape[:-1], n)
-
-
-def uncovered(x: jax.Array, codes: jax.Array, scale: jax.Array, *, out_dtype: str) -> str | None:
-    """Says why the kernel does not compute this product; None where it does."""
-    if x.dtype != "bfloat16" or codes.dtype != "int8" or scale.dtype != "float32":
-        return f"expected x bfloat16, codes int8, scale float32; found {x.dtype}, {codes.dtype}, {scale.dtype}"
-    if out_dtype not in ("bfloat16", "float32"):
-        return f"expected a result in bfloat16 or float32; found {out_dtype}"
-    if codes.ndim != 2 or x.ndim < 1 or x.shape[-1] != codes.shape[1] or scale.shape != codes.shape[:1]:
-        return f"expected x [..., k], codes [n, k], scale [n]; found {x.shape}, {codes.shape}, {scale.shape}"
-    if not (x.size and codes.size):
-        return f"expected no axis to be empty; found {x.shape}, {codes.shape}"
-    return None
 
 
 def _accumulate(

@@ -1,0 +1,26 @@
+"""What the Mosaic GPU kernels for Hopper (sm_90a) share."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+SWIZZLE = 128  # bytes: tiles of 8 lines by 128 bytes are what wgmma reads without bank conflicts
+
+
+def tiled(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory whose lines are a multiple of 128 bytes, laid out for wgmma and for bulk copies."""
+    line = SWIZZLE // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, line)), plgpu.SwizzleTransform(SWIZZLE)))
+
+
+def product(x: Any, y: Any, columns: int) -> jax.Array:
+    """x y for x [rows, depth] and y [depth, columns] in shared memory: float32 [rows, columns], in registers."""
+
+    def multiply(total: Any) -> jax.Array:
+        plgpu.wgmma(total, x, y)
+        return total[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((x.shape[0], columns), jnp.float32))

@@ -1,0 +1,126 @@
+"""quantized_dot on Hopper GPUs: Pallas on Mosaic GPU."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from xlathe.errors import OptionError
+from xlathe.kernels.hopper import tiled
+from xlathe.kernels.quantized_dot import coverage
+from xlathe.kernels.tiles import round_up
+
+DEPTH = 128  # of a tile: one line of 128 bytes of codes
+FEW = 32  # rows up to which reading the weight is what takes time, and more and smaller tiles read it faster
+
+
+def quantized_dot(
+    x: jax.Array,
+    codes: jax.Array,
+    scale: jax.Array,
+    *,
+    out_dtype: str,
+    interpret: plgpu.InterpretGPUParams | None = None,
+) -> jax.Array:
+    """`xlathe.ops.quantized_dot`, whose codes become bfloat16 tile by tile, in shared memory.
+
+    It computes codes x^T: wgmma wants 64 rows or more, and a weight always has them.
+
+    Args:
+      x: bfloat16 [..., k]; k is a multiple of 128.
+      codes: int8 [n, k]; n is a multiple of 64.
+      scale: float32 [n], one a row of codes.
+      out_dtype: bfloat16 or float32.
+      interpret: simulate the kernel, for tests.
+
+    Returns:
+      out_dtype [..., n]. The products are exact, their sum is float32.
+
+    Raises:
+      OptionError: `uncovered` has a reason.
+    """
+    if reason := uncovered(x, codes, scale, out_dtype=out_dtype):
+        raise OptionError(f"quantized_dot on Hopper: {reason}")
+    (n, depth), rows = codes.shape, math.prod(x.shape[:-1])
+    tile = min(128, round_up(rows, 8))
+    columns = 128 if rows > FEW and n % 128 == 0 else 64
+    stages = min(depth // DEPTH, 6 if rows <= FEW else 3)
+    y = plgpu.kernel(
+        functools.partial(_multiply, steps=depth // DEPTH, stages=stages),
+        out_type=jax.ShapeDtypeStruct((n, round_up(rows, tile)), out_dtype),
+        grid=(n // columns, pl.cdiv(rows, tile)),
+        grid_names=("columns", "rows"),
+        scratch_types=[
+            tiled((stages, tile, DEPTH), jnp.bfloat16),
+            tiled((stages, columns, DEPTH), jnp.int8),
+            tiled((columns, DEPTH), jnp.bfloat16),
+            plgpu.SMEM((columns, tile), out_dtype),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        ],
+        interpret=interpret,
+        kernel_name="quantized_dot",
+    )(jnp.pad(x.reshape(rows, depth), [(0, -rows % tile), (0, 0)]), codes, scale)
+    return y[:, :rows].T.reshape(*x.shape[:-1], n)
+
+
+def uncovered(x: jax.Array, codes: jax.Array, scale: jax.Array, *, out_dtype: str) -> str | None:
+    """Says why the kernel does not compute this product; None where it does."""
+    if reason := coverage.uncovered(x, codes, scale, out_dtype=out_dtype):
+        return reason
+    if codes.shape[0] % 64 or codes.shape[1] % DEPTH:
+        return f"expected codes [n, k] with n a multiple of 64 and k of {DEPTH}; found {codes.shape}"
+    return None
+
+
+def _multiply(
+    x: Any,  # bfloat16 [rows, k]
+    codes: Any,  # int8 [n, k]
+    scale: Any,  # float32 [n]
+    out: Any,  # [n, rows]
+    x_tiles: Any,  # bfloat16 [stages, tile, DEPTH]
+    code_tiles: Any,  # int8 [stages, columns, DEPTH]
+    weights: Any,  # bfloat16 [columns, DEPTH]
+    result: Any,  # [columns, tile]
+    arrived: Any,  # barrier [stages]
+    *,
+    steps: int,
+    stages: int,
+) -> None:
+    tile, columns = x_tiles.shape[1], code_tiles.shape[1]
+    mine = pl.ds(jax.lax.axis_index("columns") * columns, columns)
+    lines = pl.ds(jax.lax.axis_index("rows") * tile, tile)
+
+    def fetch(step: Any, stage: Any) -> None:
+        part = pl.ds(step * DEPTH, DEPTH)
+        plgpu.copy_gmem_to_smem(x.at[lines, part], x_tiles.at[stage], arrived.at[stage])
+        plgpu.copy_gmem_to_smem(codes.at[mine, part], code_tiles.at[stage], arrived.at[stage])
+
+    def accumulate(total: Any) -> jax.Array:
+        @pl.loop(0, steps)
+        def _step(step: Any) -> None:
+            stage = jax.lax.rem(step, stages)
+            plgpu.barrier_wait(arrived.at[stage])
+            weights[...] = code_tiles[stage].astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            plgpu.wgmma(total, weights, x_tiles.at[stage].T)
+            plgpu.wgmma_wait(0)
+            plgpu.commit_smem()  # all warps are done with this stage
+
+            @pl.when(step + stages < steps)
+            def _refill() -> None:
+                fetch(step + stages, stage)
+
+        return total[...]
+
+    for stage in range(stages):
+        fetch(stage, stage)
+    total = pl.run_scoped(accumulate, plgpu.ACC((columns, tile), jnp.float32))
+    scaled = total * jax.lax.broadcast_in_dim(scale[mine], total.shape, (0,))
+    result[...] = scaled.astype(out.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(result, out.at[mine, lines])
+    plgpu.wait_smem_to_gmem(0)
