@@ -93,10 +93,12 @@ def _cpu_kernels() -> Mapping[str, Kernel]:
 
 def _gpu_sm90_kernels() -> Mapping[str, Kernel]:
     from xlathe.kernels.attention import gpu_sm90 as attention
+    from xlathe.kernels.cached_attention import gpu_sm90 as cached_attention
     from xlathe.kernels.quantized_dot import gpu_sm90 as quantized_dot
 
     return {
         "attention": Kernel(attention.attention, attention.uncovered),
+        "cached_attention": Kernel(cached_attention.cached_attention, cached_attention.uncovered),
         "quantized_dot": Kernel(quantized_dot.quantized_dot, quantized_dot.uncovered),
     }
 

@@ -41,7 +41,7 @@ def absorb(
 
 
 def finish(rows: Rows) -> jax.Array:
-    """Returns the means of the values, float32 [rows, e]; zeros for a row that kept no key."""
+    """Returns the means of the values, float32 [..., rows, e]; zeros for a row that kept no key."""
     return rows.weighted / _spread(jnp.where(rows.total == 0, 1.0, rows.total), rows.weighted)
 
 

@@ -55,12 +55,15 @@ class Reach(NamedTuple):
     """The blocks of slots that each tile of tokens has to look at; each int32 [tiles, r].
 
     Entry i of a tile is its i-th row of the cache: blocks `first` up to `stop` of row `row`. A tile of tokens of fewer
-    rows than r repeats its last entry, empty, so that a pipeline which follows the entries fetches nothing new.
+    rows than r repeats its last entry, empty, so that a pipeline which follows the entries fetches nothing new. The
+    tile's last token of the row sees all slots from `since` to `until`.
     """
 
     row: jax.Array
     first: jax.Array
     stop: jax.Array
+    since: jax.Array
+    until: jax.Array
 
 
 def reach(
@@ -82,6 +85,8 @@ def reach(
     order = jnp.argsort(~seen, axis=1, stable=True)
     count = jnp.sum(seen, axis=1, keepdims=True)
     entry = jnp.take_along_axis(order, jnp.clip(count - 1, 0, jnp.arange(r)[None]), axis=1)
-    first, stop = (jnp.take_along_axis(x, entry, axis=1) for x in (first, stop))
+    until = jnp.max(jnp.where(mine, positions[:, :, None], -1), axis=1)
+    begin = jnp.zeros_like(until) if window is None else jnp.maximum(until - (window - 1), 0)
+    first, stop, begin, until = (jnp.take_along_axis(x, entry, axis=1) for x in (first, stop, begin, until))
     empty = jnp.arange(r) >= count
-    return Reach(*(x.astype(jnp.int32) for x in (entry, jnp.where(empty, stop, first), stop)))
+    return Reach(*(x.astype(jnp.int32) for x in (entry, jnp.where(empty, stop, first), stop, begin, until)))

@@ -63,6 +63,7 @@ def cached_attention(
     lines = lines.transpose(0, 2, 1, 3, 4).reshape(tiles, heads, tokens * g, d)
     places = [jnp.repeat(x, g, axis=1) for x in (rows, positions)]
     table = coverage.reach(rows, positions, options["window"], (r, s), slots)
+    entries = (table.row, table.first, table.stop)
 
     def of_tile(i: Any, *_: Any) -> tuple[Any, ...]:
         return i, 0, 0
@@ -89,7 +90,7 @@ def cached_attention(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
         interpret=interpret,
         name="cached_attention",
-    )(*table, *(x[:, :, None] for x in places), *(x[:, None] for x in places), lines, keys, values)
+    )(*entries, *(x[:, :, None] for x in places), *(x[:, None] for x in places), lines, keys, values)
     by_token = out.reshape(tiles, heads, tokens, g, e).transpose(0, 2, 1, 3, 4)
     return by_token.reshape(tiles * tokens, heads, g, e)[:n]
 
