@@ -71,6 +71,8 @@ def cached_attention(
         grid=(heads, splits, tiles),
         grid_names=("head", "split", "tile"),
         scratch_types=[
+            plgpu.SMEM((LINES,), jnp.int32),
+            plgpu.SMEM((LINES,), jnp.int32),
             tiled((LINES, d), jnp.bfloat16),
             tiled((STAGES, SLOTS, d), jnp.bfloat16),
             tiled((STAGES, SLOTS, e), jnp.bfloat16),
@@ -78,7 +80,7 @@ def cached_attention(
             plgpu.SMEM((LINES,), jnp.float32),
             plgpu.SMEM((LINES,), jnp.float32),
             tiled((LINES, e), jnp.float32),
-            plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=3),
             plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
         ],
         interpret=interpret,
@@ -120,17 +122,19 @@ def _attend(
     highest: Any,  # float32 [splits, tiles, k, LINES]
     total: Any,  # float32 [splits, tiles, k, LINES]
     weighted: Any,  # float32 [splits, tiles, k, LINES, e]
+    rows_here: Any,  # int32 [LINES]
+    positions_here: Any,  # int32 [LINES]
     q_tile: Any,  # bfloat16 [LINES, d]
     key_tiles: Any,  # bfloat16 [STAGES, SLOTS, d]
     value_tiles: Any,  # bfloat16 [STAGES, SLOTS, e]
     probs: Any,  # bfloat16 [LINES, SLOTS]
-    *others: Any,  # highest, total [LINES] and weighted [LINES, e], float32; barriers of q and [STAGES]
+    *others: Any,  # highest, total [LINES] and weighted [LINES, e], float32; barriers of the lines and [STAGES]
     scale: float,
     softcap: float | None,
     window: int | None,
     splits: int,
 ) -> None:
-    *results, q_arrived, arrived = others
+    *results, lines_arrived, arrived = others
     head, split, tile = (jax.lax.axis_index(name) for name in ("head", "split", "tile"))
 
     def fetch(entry: Any, block: Any, stage: Any) -> None:
@@ -141,7 +145,8 @@ def _attend(
     def seen(entry: Any, block: Any, slot_axis: int) -> jax.Array:
         """bool [LINES, SLOTS], or its transpose for slot_axis 0."""
         shape = (LINES, SLOTS) if slot_axis else (SLOTS, LINES)
-        row_of, position = (jax.lax.broadcast_in_dim(x[tile], shape, (1 - slot_axis,)) for x in (rows, positions))
+        here = (rows_here[...], positions_here[...])
+        row_of, position = (jax.lax.broadcast_in_dim(x, shape, (1 - slot_axis,)) for x in here)
         slot = block * SLOTS + jax.lax.broadcasted_iota(jnp.int32, shape, slot_axis)
         keep = (row_of == row[tile, entry]) & (slot <= position)
         return keep if window is None else keep & (slot > position - window)
@@ -178,8 +183,10 @@ def _attend(
             pl.when(begin + stage < end)(functools.partial(fetch, entry, begin + stage, stage))
         return jax.lax.fori_loop(begin, end, functools.partial(look, entry, begin, end), state)
 
-    plgpu.copy_gmem_to_smem(q.at[tile, head], q_tile, q_arrived)
-    plgpu.barrier_wait(q_arrived)
+    plgpu.copy_gmem_to_smem(rows.at[tile], rows_here, lines_arrived)
+    plgpu.copy_gmem_to_smem(positions.at[tile], positions_here, lines_arrived)
+    plgpu.copy_gmem_to_smem(q.at[tile, head], q_tile, lines_arrived)
+    plgpu.barrier_wait(lines_arrived)
     numbers = (jnp.full(LINES, LOWEST, jnp.float32), jnp.zeros(LINES, jnp.float32))
     state = Rows(*numbers, jnp.zeros(results[2].shape, jnp.float32))
     state = jax.lax.fori_loop(0, row.shape[1], of_row, state)

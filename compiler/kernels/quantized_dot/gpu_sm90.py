@@ -58,7 +58,9 @@ def quantized_dot(
             tiled((stages, tile, DEPTH), jnp.bfloat16),
             tiled((stages, columns, DEPTH), jnp.int8),
             tiled((columns, DEPTH), jnp.bfloat16),
+            plgpu.SMEM((columns,), jnp.float32),
             plgpu.SMEM((columns, tile), out_dtype),
+            plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         ],
         interpret=interpret,
@@ -84,7 +86,9 @@ def _multiply(
     x_tiles: Any,  # bfloat16 [stages, tile, DEPTH]
     code_tiles: Any,  # int8 [stages, columns, DEPTH]
     weights: Any,  # bfloat16 [columns, DEPTH]
+    scales: Any,  # float32 [columns]
     result: Any,  # [columns, tile]
+    scales_arrived: Any,  # barrier
     arrived: Any,  # barrier [stages]
     *,
     steps: int,
@@ -116,11 +120,12 @@ def _multiply(
 
         return total[...]
 
+    plgpu.copy_gmem_to_smem(scale.at[mine], scales, scales_arrived)
     for stage in range(stages):
         fetch(stage, stage)
     total = pl.run_scoped(accumulate, plgpu.ACC((columns, tile), jnp.float32))
-    scaled = total * jax.lax.broadcast_in_dim(scale[mine], total.shape, (0,))
-    result[...] = scaled.astype(out.dtype)
+    plgpu.barrier_wait(scales_arrived)
+    result[...] = (total * jax.lax.broadcast_in_dim(scales[...], total.shape, (0,))).astype(out.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(result, out.at[mine, lines])
     plgpu.wait_smem_to_gmem(0)
