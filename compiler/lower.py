@@ -99,7 +99,7 @@ def _gpu_sm90_kernels() -> Mapping[str, Kernel]:
     return {
         "attention": Kernel(attention.attention, attention.uncovered),
         "cached_attention": Kernel(cached_attention.cached_attention, cached_attention.uncovered),
-        "quantized_dot": Kernel(quantized_dot.quantized_dot, quantized_dot.uncovered),
+        "quantized_dot": _of_8_bits(Kernel(quantized_dot.quantized_dot, quantized_dot.uncovered)),
     }
 
 
@@ -111,8 +111,17 @@ def _tpu_kernels() -> Mapping[str, Kernel]:
     return {
         "attention": Kernel(attention.attention, attention.uncovered),
         "cached_attention": Kernel(cached_attention.cached_attention, cached_attention.uncovered),
-        "quantized_dot": Kernel(quantized_dot.quantized_dot, quantized_dot.uncovered),
+        "quantized_dot": _of_8_bits(Kernel(quantized_dot.quantized_dot, quantized_dot.uncovered)),
     }
+
+
+def _of_8_bits(kernel: Kernel) -> Kernel:
+    """Restricts a kernel of quantized_dot to codes of 8 bits."""
+
+    def uncovered(*operands: Any, bits: int = 8, **options: Any) -> str | None:
+        return kernel.uncovered(*operands, **options) if bits == 8 else f"expected codes of 8 bits; found {bits}"
+
+    return Kernel(kernel.compute, uncovered)
 
 
 def _cached_attention_uncovered_on_cpu(*operands: Any, **options: Any) -> str | None:
@@ -137,12 +146,16 @@ def _cached_attention_on_cpu(*operands: Any, **options: Any) -> jax.Array:
     )
 
 
-def _quantized_dot_uncovered_on_cpu(x: jax.Array, codes: jax.Array, scale: jax.Array, *, out_dtype: str) -> str | None:
+def _quantized_dot_uncovered_on_cpu(
+    x: jax.Array, codes: jax.Array, scale: jax.Array, *, out_dtype: str, bits: int = 8, **_: Any
+) -> str | None:
     fits = x.dtype == "float32" and codes.dtype == "int8"
     return None if fits else f"expected x float32 and codes int8; found {x.dtype} and {codes.dtype}"
 
 
-def _quantized_dot_on_cpu(x: jax.Array, codes: jax.Array, scale: jax.Array, *, out_dtype: str) -> jax.Array:
+def _quantized_dot_on_cpu(
+    x: jax.Array, codes: jax.Array, scale: jax.Array, *, out_dtype: str, **options: Any
+) -> jax.Array:
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     y = quantized_dot_cpu.quantized_dot(flat, codes, scale)
     return y.reshape(*x.shape[:-1], codes.shape[0]).astype(out_dtype)

@@ -1,8 +1,9 @@
 """Replace weights by quantized ones wherever they are multiplied with activations."""
 
 import dataclasses
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, final
 
 import jax
@@ -12,42 +13,52 @@ from xlathe import jaxpr as ir
 from xlathe.axes import Einsum
 from xlathe.errors import OptionError, did_you_mean
 from xlathe.graph import Graph, Input, Recipe, Record
-from xlathe.ops.quantized_dot import quantized_dot
-from xlathe.passes.quantize.rtn import RoundToNearest
+from xlathe.ops.quantized_dot import BLOCK, quantized_dot
+from xlathe.passes.quantize.schemes import Int4Groups, Int8Channels, Scheme
 from xlathe.passes.quantize.uses import Layout, Uses, plan_weights
 from xlathe.pipeline import APPROXIMATE, Context, Keeps, Pass
 from xlathe.rewrite import Replacement, rewrite
 
-SCHEMES = ("int8",)
-GRANULARITIES = ("channel",)
+GRANULARITIES = {"int8": "channel", "int4": "group"}
+"""What shares a scale, by scheme."""
+ACTIVATIONS = ("int8",)
+GROUP = 32
 SHOWN = 5  # near misses, or names, in a message
 
 
 @final
 @dataclasses.dataclass(frozen=True)
 class Quantize(Pass):
-    """Weight-only quantization: input `w` becomes `w.codes` and `w.scale`, made by a recipe from `w`.
+    """Replaces input `w` by `w.codes`, `w.scale` and maybe `w.zero`, made by a recipe from `w`.
 
-    scheme: `int8`, symmetric. granularity: `channel`, one scale an output channel. weights: a regular expression
-    that the names of the weights must match in full.
+    scheme: `int8` or `int4`. granularity: what shares a scale; an output channel (`channel`) in int8, and in int4 a
+    group (`group`) of successive weights of a channel. weights: a regular expression that the names of the weights
+    must match in full. The rest is for int4 alone. group: the weights in a group, 32 if it is not given. symmetric:
+    false adds a zero point a group. activations: none, they stay as they are, or `int8`, they are rounded to 8 bits, a
+    block of 32 at a time; another scheme, with results of its own.
 
     A weight is quantized where every use of it is a product with activations over the same axes, or a look-up of
     whole rows (a tied embedding). A product that rounds its weight to bfloat16 or float16 first takes the quantized
     one instead; any other loss of precision on the way is kept, and the weight with it.
 
-    Raises OptionError for an unknown scheme or granularity, and where no weight can be quantized.
+    Raises OptionError for options that are unknown or do not go together, where no weight can be quantized, and for a
+    group that does not divide one.
     """
 
     keeps: ClassVar[Keeps] = APPROXIMATE
 
     scheme: str = "int8"
-    granularity: str = "channel"
+    granularity: str | None = None
     weights: str = ".*"
+    group: int | None = None
+    symmetric: bool = True
+    activations: str | None = None
 
     def __post_init__(self) -> None:
-        for value, known in ((self.scheme, SCHEMES), (self.granularity, GRANULARITIES)):
-            if value not in known:
-                raise OptionError(f"quantize: {value!r} is not known{did_you_mean(value, known)}")
+        _known(self.scheme, GRANULARITIES)
+        _known(self.granularity, (None, *GRANULARITIES.values()))
+        _known(self.activations, (None, *ACTIVATIONS))
+        _together(self)
         try:
             re.compile(self.weights)
         except re.error as error:
@@ -61,8 +72,37 @@ class Quantize(Pass):
             raise OptionError(
                 f"quantize: weights={self.weights!r} matches no weight that is multiplied with activations; {nearly}"
             )
-        result = _replace(graph, plans)
+        scheme = self._scheme()
+        for name, layout in plans.items():
+            scheme.check(name, graph.aval(name).shape, layout.shape(graph.aval(name))[1])
+        result = _replace(graph, plans, scheme)
         return result, Record("quantize", hits={"weight": len(plans)}, misses=misses)
+
+    def _scheme(self) -> Scheme:
+        if self.scheme == "int8":
+            return Int8Channels()
+        return Int4Groups(self.group or GROUP, self.symmetric, self.activations)
+
+
+def _known(value: str | None, known: Iterable[str | None]) -> None:
+    if value not in known:
+        raise OptionError(f"quantize: {value!r} is not known{did_you_mean(str(value), [k for k in known if k])}")
+
+
+def _together(options: Quantize) -> None:
+    """Raises OptionError where options do not fit the scheme, or the group not the activations."""
+    scheme, group = options.scheme, options.group
+    if options.granularity not in (None, GRANULARITIES[scheme]):
+        raise OptionError(
+            f"quantize: granularity={options.granularity} does not go with scheme={scheme}, expected "
+            f"{GRANULARITIES[scheme]}"
+        )
+    if scheme != "int4" and (group is not None or options.activations or not options.symmetric):
+        raise OptionError(f"quantize: group, symmetric and activations are options of scheme=int4, not of {scheme}")
+    step = BLOCK if options.activations else 2  # two codes a byte
+    if group is not None and (group < step or group % step):
+        also = " where activations are rounded" if options.activations else ""
+        raise OptionError(f"quantize: group={group}: expected a positive multiple of {step}{also}")
 
 
 def _nearly(misses: Sequence[str]) -> str:
@@ -74,38 +114,31 @@ def _listed(names: Sequence[str]) -> str:
     return "the graph has " + ", ".join([*names[:SHOWN], *["..."] * (len(names) > SHOWN)])
 
 
-def _replace(graph: Graph, plans: Mapping[str, Layout]) -> Graph:
-    """Adds codes and scales as inputs, replaces the products, and drops the weights."""
-    names = list(plans)
-    avals = []
-    for name in names:
-        n, k = plans[name].shape(graph.aval(name))
-        avals += [jax.ShapeDtypeStruct((n, k), jnp.int8), jax.ShapeDtypeStruct((n,), jnp.float32)]
+def _replace(graph: Graph, plans: Mapping[str, Layout], scheme: Scheme) -> Graph:
+    """Adds codes, scales and zero points as inputs, replaces the products, and drops the weights."""
+    parts = {name: scheme.parts(*layout.shape(graph.aval(name))) for name, layout in plans.items()}
+    targets = {name: tuple(f"{name}.{part}" for part in avals) for name, avals in parts.items()}
     count = len(graph.jaxpr.invars)
     extended = ir.trace(
-        lambda *xs: ir.evaluate(graph.jaxpr, xs[:count]), *(v.aval for v in graph.jaxpr.invars), *avals
+        lambda *xs: ir.evaluate(graph.jaxpr, xs[:count]),
+        *(v.aval for v in graph.jaxpr.invars),
+        *(aval for avals in parts.values() for aval in avals.values()),
     )
-    inputs = [*graph.inputs, *(Input(f"{name}.{part}", "weight") for name in names for part in ("codes", "scale"))]
+    inputs = [*graph.inputs, *(Input(target, "weight") for made in targets.values() for target in made)]
     finder = Uses(graph.replace(jaxpr=extended, inputs=tuple(inputs)))
     replacements = {}
-    for name in names:
-        codes, scale = finder.vars[f"{name}.codes"], finder.vars[f"{name}.scale"]
+    for name, made in targets.items():
         for use in finder.of(name)[1]:
-            emit = _product(use.eqn, use.side) if use.is_product else _lookup(use.eqn)
+            emit = _product(use.eqn, use.side, scheme) if use.is_product else _lookup(use.eqn, scheme)
             other = use.eqn.invars[1 - use.side]
-            replacements[use.eqn.outvars[0]] = Replacement((other, codes, scale), emit)
+            replacements[use.eqn.outvars[0]] = Replacement((other, *(finder.vars[target] for target in made)), emit)
     jaxpr, kept = ir.drop_dead(rewrite(extended, replacements), keep=lambda i: inputs[i].kind in ("arg", "state"))
-    recipes = [
-        Recipe(name, (f"{name}.codes", f"{name}.scale"), RoundToNearest(plans[name].free, plans[name].contracted))
-        for name in names
-    ]
-    return graph.replace(
-        jaxpr=jaxpr, inputs=tuple(inputs[i] for i in kept), weights=graph.weights.derive(*recipes)
-    )
+    recipes = [Recipe(name, targets[name], scheme.recipe(layout)) for name, layout in plans.items()]
+    return graph.replace(jaxpr=jaxpr, inputs=tuple(inputs[i] for i in kept), weights=graph.weights.derive(*recipes))
 
 
-def _product(eqn: ir.JaxprEqn, side: int) -> Any:
-    """Emits the product of the other operand with codes [n, k], in the result's own layout."""
+def _product(eqn: ir.JaxprEqn, side: int, scheme: Scheme) -> Any:
+    """Emits the product of the other operand with a quantized weight, in the result's own layout."""
     einsum = Einsum.of(eqn)
     other, weight = eqn.invars[1 - side].aval, eqn.invars[side].aval
     summed = sorted(pair[1 - side] for pair in einsum.contracted)
@@ -114,21 +147,21 @@ def _product(eqn: ir.JaxprEqn, side: int) -> Any:
     channels = [n for i, n in enumerate(weight.shape) if i not in weight_summed]
     out_dtype = str(eqn.outvars[0].aval.dtype)
 
-    def emit(x: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
-        rows = jnp.transpose(x, (*kept, *summed)).reshape(*(x.shape[i] for i in kept), codes.shape[1])
-        y = quantized_dot(rows, codes, scale, out_dtype=out_dtype)
+    def emit(x: jax.Array, *parts: jax.Array) -> jax.Array:
+        width = math.prod(x.shape[i] for i in summed)
+        rows = jnp.transpose(x, (*kept, *summed)).reshape(*(x.shape[i] for i in kept), width)
+        y = quantized_dot(rows, *parts, out_dtype=out_dtype, **scheme.attributes())
         y = y.reshape(*y.shape[:-1], *channels)
         return y if side == 1 else jnp.moveaxis(y, range(len(kept)), range(-len(kept), 0))
 
     return emit
 
 
-def _lookup(eqn: ir.JaxprEqn) -> Any:
-    """Emits the look-up of quantized rows, times their scales."""
+def _lookup(eqn: ir.JaxprEqn, scheme: Scheme) -> Any:
+    """Emits the look-up of quantized rows; only these are dequantized."""
 
-    def emit(index: jax.Array, codes: jax.Array, scale: jax.Array) -> jax.Array:
-        ids = index[..., 0]
-        rows = jnp.take(codes, ids, axis=0, mode="clip").astype(jnp.float32)
-        return (rows * jnp.take(scale, ids, mode="clip")[..., None]).astype(eqn.outvars[0].aval.dtype)
+    def emit(index: jax.Array, *parts: jax.Array) -> jax.Array:
+        rows = (jnp.take(part, index[..., 0], axis=0, mode="clip") for part in parts)
+        return scheme.dequantize(*rows).astype(eqn.outvars[0].aval.dtype)
 
     return emit

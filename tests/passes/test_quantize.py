@@ -1,6 +1,7 @@
 """Quantized weights: which are replaced, by what, and that the graph computes with exactly those values."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +13,13 @@ from tests.passes.decoding import difference, fused, traced
 from tests.variants import DECODERS, Variant
 from xlathe.errors import OptionError
 from xlathe.graph import Graph, Weights
+from xlathe.ops.quantized_dot import integers
+from xlathe.passes import PASSES
 from xlathe.passes.canonicalize import Canonicalize
 from xlathe.passes.kv_cache import KVCache
 from xlathe.passes.quantize import Quantize
-from xlathe.passes.quantize.rtn import RoundToNearest, quantize_channels
+from xlathe.passes.quantize.rtn import RoundToNearest, pack, quantize_channels, quantize_groups
+from xlathe.pipeline import Pipeline
 from xlathe.verify import check_structure
 
 AUTHORINGS = ["llama", "gpt2", "linen_multi_head_attention", "fused_qkv", "tied_head", "nnx_scan"]
@@ -25,14 +29,24 @@ def variant(name: str) -> Variant:
     return next(v for v in DECODERS if v.name == name)
 
 
+def dequantized(codes: np.ndarray, scale: np.ndarray, zero: np.ndarray | int = 8) -> np.ndarray:
+    """Float32 [n, k] of int8 codes and a scale a row, or of 4-bit codes, two a byte, in groups."""
+    if codes.dtype == np.int8:
+        return codes * scale[:, None]
+    whole = np.empty((len(codes), 2 * codes.shape[1]), np.int32)
+    whole[:, 0::2], whole[:, 1::2] = codes % 16, codes // 16
+    grouped = whole.reshape(*scale.shape, -1)
+    offset = grouped - np.broadcast_to(zero, scale.shape)[..., None]
+    return (offset * scale.astype(np.float32)[..., None]).astype(np.float32).reshape(whole.shape)
+
+
 def rounded(original: Graph, quantized: Graph) -> Graph:
-    """The original graph with each quantized weight replaced by codes * scale in its own layout."""
+    """The original graph with each quantized weight replaced by what its codes stand for, in its own layout."""
     arrays = dict(original.weights.stored)
     for recipe in quantized.weights.recipes:
         weight, made = arrays[recipe.source], recipe.make
-        codes, scale = made(weight)
         order = (*made.free, *made.contracted)
-        grouped = (codes * scale[:, None]).reshape([weight.shape[i] for i in order])
+        grouped = dequantized(*made(weight)).reshape([weight.shape[i] for i in order])
         arrays[recipe.source] = grouped.transpose(np.argsort(order)).astype(weight.dtype)
     return original.replace(weights=Weights(arrays))
 
@@ -75,6 +89,87 @@ def test_error_of_a_value_is_at_most_half_a_step() -> None:
     assert np.abs(codes).max() == 127
 
 
+INT4: list[dict[str, Any]] = [{"group": 4}, {"group": 4, "symmetric": False}]
+
+
+@pytest.mark.parametrize("options", INT4)
+@pytest.mark.parametrize("name", ["llama", "tied_head", "fused_qkv"])
+def test_int4_equals_the_forward_with_rounded_weights(name: str, options: dict[str, Any]) -> None:
+    original = traced(variant(name))
+    quantized = Quantize("int4", **options)(fused(variant(name)))
+    tokens = np.random.default_rng(0).integers(0, variant(name).vocab, (2, 9))
+    assert difference(quantized(tokens), rounded(original, quantized)(tokens)) <= 1e-5
+    assert difference(quantized(tokens), original(tokens)) > 1e-3
+
+
+def test_int4_before_and_after() -> None:
+    """Before: float32 weights. Expected: half a byte a code, 2 bytes a group, and no product left in floats."""
+    before = fused(variant("llama"))
+    graph = Quantize("int4", group=8)(before)
+    for name in (n.removesuffix(".codes") for n in graph.names("weight") if n.endswith(".codes")):
+        n, k = before.aval(name).shape[::-1]
+        assert (graph.aval(f"{name}.codes").shape, graph.aval(f"{name}.codes").dtype) == ((n, k // 2), "uint8")
+        assert (graph.aval(f"{name}.scale").shape, graph.aval(f"{name}.scale").dtype) == ((n, k // 8), "bfloat16")
+        parts = dict(graph.weights.prepare([f"{name}.codes", f"{name}.scale"]))
+        assert sum(part.nbytes for part in parts.values()) * 8 == n * k * (4 + 16 / 8)
+    assert sum(e.primitive.name == "xlathe.quantized_dot" for e in graph.jaxpr.eqns) == 15
+
+
+def test_symmetric_groups_by_their_definition() -> None:
+    """Expected: the value of largest magnitude is code 0, 8 steps from zero, in a step of 8 significant bits."""
+    weight = np.random.default_rng(2).normal(size=(6, 64)).astype(np.float32)
+    weight[1], weight[2, :32], weight[3, 5] = 0.0, -np.abs(weight[2, :32]), 1e6
+    codes, scale, zero = quantize_groups(weight, 32, symmetric=True)
+    assert (codes.dtype, scale.dtype, zero.dtype) == ("uint8", "bfloat16", "uint8") and (zero == 8).all()
+    for n, g in np.ndindex(6, 2):
+        values, found = weight[n, 32 * g : 32 * g + 32].astype(np.float64), codes[n, 32 * g : 32 * g + 32]
+        step = values[np.argmax(np.abs(values))] / -8 or 1.0
+        assert abs(float(scale[n, g]) / step - 1) <= 2**-8
+        np.testing.assert_array_equal(found, np.clip(np.rint(values / float(scale[n, g])), -8, 7) + 8)
+    assert (codes[1] == 8).all() and (scale[1] == 1.0).all()
+    assert codes[3, 5] == 0 and (np.delete(codes[3, :32], 5) == 8).all()
+
+
+def test_asymmetric_groups_by_their_definition() -> None:
+    """Expected: 15 steps from the least to the largest value, both moved to zero where it is not between them."""
+    weight = np.random.default_rng(3).normal(size=(6, 64)).astype(np.float32)
+    weight[1], weight[2, :32], weight[3, :32] = 0.0, -np.abs(weight[2, :32]), 5 + np.abs(weight[3, :32])
+    codes, scale, zero = quantize_groups(weight, 32, symmetric=False)
+    for n, g in np.ndindex(6, 2):
+        values, found = weight[n, 32 * g : 32 * g + 32].astype(np.float64), codes[n, 32 * g : 32 * g + 32]
+        low, high, step = min(values.min(), 0), max(values.max(), 0), float(scale[n, g])
+        assert abs(step / ((high - low) / 15 or 1.0) - 1) <= 2**-8
+        assert zero[n, g] == min(np.rint(-low / step), 15)
+        np.testing.assert_array_equal(found, np.clip(np.rint(values / step) + zero[n, g], 0, 15))
+        assert np.abs((found.astype(int) - zero[n, g]) * step - values).max() <= 1.1 * step
+    assert (codes[1] == zero[1, 0]).all() and zero[2, 0] == 15 and zero[3, 0] == 0
+
+
+def test_codes_are_packed_low_half_first() -> None:
+    codes = np.array([[1, 2, 15, 0], [0, 9, 8, 7]], np.uint8)
+    np.testing.assert_array_equal(pack(codes), [[0x21, 0x0F], [0x90, 0x78]])
+    np.testing.assert_array_equal(integers(jnp.asarray(pack(codes)), group=2), codes.astype(np.float32) - 8)
+
+
+def test_a_group_must_divide_the_contracted_axis() -> None:
+    message = r"group=12 does not divide the 32 values that .* \[32, \d+\] is summed over; group=2, 4, 8, 16, 32 would"
+    with pytest.raises(OptionError, match=message):
+        Quantize("int4", group=12)(fused(variant("llama")))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({}, "quantize{scheme=int4}"),
+        ({"group": 64, "symmetric": False}, "quantize{scheme=int4,group=64,symmetric=false}"),
+        ({"granularity": "group", "activations": "int8"}, "quantize{scheme=int4,granularity=group,activations=int8}"),
+    ],
+)
+def test_int4_as_text(options: dict[str, Any], text: str) -> None:
+    assert str(Quantize("int4", **options)) == text
+    assert Pipeline.parse(text, PASSES).passes == (Quantize("int4", **options),)
+
+
 def test_rules_choose_weights_by_name() -> None:
     graph = Quantize(weights=r"layers/0/.*")(fused(variant("llama")))
     assert {n.split("/")[1] for n in graph.names("weight") if n.endswith(".codes")} == {"0"}
@@ -93,9 +188,17 @@ def test_also_after_the_step_was_derived() -> None:
         ({"scheme": "int9"}, "'int9' is not known; did you mean 'int8'"),
         ({"granularity": "chanel"}, "did you mean 'channel'"),
         ({"weights": "("}, "no regular expression"),
+        ({"granularity": "group"}, "granularity=group does not go with scheme=int8, expected channel"),
+        ({"group": 32}, "group, symmetric and activations are options of scheme=int4"),
+        ({"symmetric": False}, "options of scheme=int4"),
+        ({"scheme": "int4", "granularity": "channel"}, "does not go with scheme=int4, expected group"),
+        ({"scheme": "int4", "activations": "int9"}, "'int9' is not known; did you mean 'int8'"),
+        ({"scheme": "int4", "group": 0}, "group=0: expected a positive multiple of 2"),
+        ({"scheme": "int4", "group": 7}, "group=7: expected a positive multiple of 2"),
+        ({"scheme": "int4", "group": 16, "activations": "int8"}, "multiple of 32 where activations are rounded"),
     ],
 )
-def test_unknown_options(options: dict[str, str], message: str) -> None:
+def test_unknown_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         Quantize(**options)
 
