@@ -5,6 +5,9 @@
 #   ARGS="-k kernels"        more arguments for the tool that the target runs
 
 VENV := .venv$(if $(JAX),-jax-$(JAX))
+EXTRAS := test,lint
+# 5 GB of compilers; make clean leaves them where they are
+COMPILERS := .compilers$(if $(JAX),-jax-$(JAX))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 LIBRARY := compiler/kernels/libxlathe_cpu.so
@@ -12,10 +15,10 @@ INSTALL_INPUTS := pyproject.toml setup.py $(shell find compiler/kernels -name '*
 
 PYTHONS := $(or $(PYTHON),python3.13 python3.12 python3 $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.1[2-9]*/bin/python3))
 
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test test-kernels lint bench clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 	@sed -n 's/^#   /  /p' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## build .venv with xlathe (editable), its dependencies and the CPU kernels
@@ -26,6 +29,10 @@ demo: $(STAMP)  ## trace, shape, compile and run the model that ships with xlath
 test: $(STAMP)  ## run the tests
 	$(BIN)/pytest -n auto $(ARGS)
 
+test-kernels:  ## compile the GPU and TPU kernels with the real compilers, and simulate them; installs 5 GB
+	@$(MAKE) --no-print-directory install VENV=$(COMPILERS) EXTRAS=test,gpu,tpu
+	$(COMPILERS)/bin/pytest tests/kernels/test_*_gpu_sm90.py tests/kernels/test_*_tpu.py $(ARGS)
+
 lint: $(STAMP)  ## check style, layering and types
 	$(BIN)/ruff check .
 	rm -rf build/typed
@@ -35,7 +42,7 @@ lint: $(STAMP)  ## check style, layering and types
 bench: $(STAMP)  ## measure the CPU kernels beside this machine's memory and XLA
 	$(BIN)/python -m xlathe.tools.bench_kernels $(ARGS)
 
-clean:  ## remove everything that make has built
+clean:  ## remove everything that make has built, but the compilers of test-kernels
 	rm -rf .venv .venv-jax-* build $(LIBRARY)
 
 $(STAMP): $(INSTALL_INPUTS)
@@ -51,7 +58,7 @@ $(STAMP): $(INSTALL_INPUTS)
 	"$$python" -m venv $(VENV)
 	@rm -f $(LIBRARY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	    $(if $(JAX),"jax==$(JAX)") --editable ".[test,lint]"
+	    $(if $(JAX),"jax==$(JAX)") --editable ".[$(EXTRAS)]"
 	@[ -e $(LIBRARY) ] || echo "The CPU kernels were not compiled (is there a C++ compiler?); xlathe will run" \
 	    "on reference bodies, which are slower. After a repair: rm $@ && make install"
 	@touch $@

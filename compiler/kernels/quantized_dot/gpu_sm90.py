@@ -22,9 +22,10 @@ def quantized_dot(
     x: jax.Array,
     codes: jax.Array,
     scale: jax.Array,
-    *,
+    *zero: jax.Array,
     out_dtype: str,
     interpret: plgpu.InterpretGPUParams | None = None,
+    **options: Any,
 ) -> jax.Array:
     """`xlathe.ops.quantized_dot`, whose codes become bfloat16 tile by tile, in shared memory.
 
@@ -35,7 +36,9 @@ def quantized_dot(
       codes: int8 [n, k]; n is a multiple of 64.
       scale: float32 [n], one a row of codes.
       out_dtype: bfloat16 or float32.
+      zero: none; codes are symmetric.
       interpret: simulate the kernel, for tests.
+      options: the other attributes of the operation, which are those of 8-bit codes.
 
     Returns:
       out_dtype [..., n]. The products are exact, their sum is float32.
@@ -43,7 +46,7 @@ def quantized_dot(
     Raises:
       OptionError: `uncovered` has a reason.
     """
-    if reason := uncovered(x, codes, scale, out_dtype=out_dtype):
+    if reason := uncovered(x, codes, scale, *zero, out_dtype=out_dtype, **options):
         raise OptionError(f"quantized_dot on Hopper: {reason}")
     (n, depth), rows = codes.shape, math.prod(x.shape[:-1])
     tile = min(128, round_up(rows, 8))
@@ -69,9 +72,9 @@ def quantized_dot(
     return y[:, :rows].T.reshape(*x.shape[:-1], n)
 
 
-def uncovered(x: jax.Array, codes: jax.Array, scale: jax.Array, *, out_dtype: str) -> str | None:
+def uncovered(x: jax.Array, codes: jax.Array, *others: jax.Array, **options: Any) -> str | None:
     """Says why the kernel does not compute this product; None where it does."""
-    if reason := coverage.uncovered(x, codes, scale, out_dtype=out_dtype):
+    if reason := coverage.uncovered(x, codes, *others, **options):
         return reason
     if codes.shape[0] % 64 or codes.shape[1] % DEPTH:
         return f"expected codes [n, k] with n a multiple of 64 and k of {DEPTH}; found {codes.shape}"

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,10 @@ def quantized_dot(
     x: jax.Array,
     codes: jax.Array,
     scale: jax.Array,
-    *,
+    *zero: jax.Array,
     out_dtype: str,
     interpret: pltpu.InterpretParams | bool = False,
+    **options: Any,
 ) -> jax.Array:
     """`xlathe.ops.quantized_dot`, whose codes become bfloat16 tile by tile, in VMEM.
 
@@ -30,7 +32,9 @@ def quantized_dot(
       codes: int8 [n, k].
       scale: float32 [n], one a row of codes.
       out_dtype: bfloat16 or float32.
+      zero: none; codes are symmetric.
       interpret: simulate the kernel, for tests.
+      options: the other attributes of the operation, which are those of 8-bit codes.
 
     Returns:
       out_dtype [..., n]. The products are exact, their sum is float32.
@@ -38,7 +42,7 @@ def quantized_dot(
     Raises:
       OptionError: `uncovered` has a reason.
     """
-    if reason := uncovered(x, codes, scale, out_dtype=out_dtype):
+    if reason := uncovered(x, codes, scale, *zero, out_dtype=out_dtype, **options):
         raise OptionError(f"quantized_dot on TPU: {reason}")
     (n, depth), rows = codes.shape, math.prod(x.shape[:-1])
     tile = (min(ROWS, round_up(rows, 16)), min(COLUMNS, round_up(n, 128)), min(DEPTH, round_up(depth, 128)))
