@@ -26,8 +26,7 @@ class LowerKernels(Pass):
     def apply(self, graph: Graph, context: Context) -> tuple[Graph, Record]:
         target = find_target(self.target)
         jaxpr, chosen = lower_operations(graph.jaxpr, target)
+        notes = tuple(f"{count} by the reference body, {reason}" for reason, count in chosen.reasons.items())
         if not kernels_of(target):
             notes = (f"no kernels for {target.name} were built: reference bodies run",)
-        else:
-            notes = tuple(f"{count} by the reference body, {reason}" for reason, count in chosen.reasons.items())
         return graph.replace(jaxpr=jaxpr), Record("lower_kernels", hits=dict(chosen.counts), notes=notes)

@@ -13,7 +13,10 @@ SWIZZLE = 128  # bytes: tiles of 8 lines by 128 bytes are what wgmma reads witho
 def tiled(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory whose lines are a multiple of 128 bytes, laid out for wgmma and for bulk copies."""
     line = SWIZZLE // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, line)), plgpu.SwizzleTransform(SWIZZLE)))
+    lowering: Any = plgpu  # mypy takes the transforms for abstract
+    return plgpu.SMEM(
+        shape, dtype, transforms=(lowering.TilingTransform((8, line)), lowering.SwizzleTransform(SWIZZLE))
+    )
 
 
 def product(x: Any, y: Any, columns: int) -> jax.Array:

@@ -140,10 +140,14 @@ def _attend(
             value = jnp.where(used, values[:, head].astype(jnp.float32), 0.0).astype(values.dtype)
             scores = cap_scores(matmul(q[head], keys[:, head], (1, 1)), scale, softcap)
             rows = Rows(highest[head], total[head], weighted[head])
-            rows = absorb(rows, scores, keep, lambda w, v=value: matmul(w.astype(v.dtype), v, (1, 0)))
+            rows = absorb(rows, scores, keep, functools.partial(_weigh, value))
             highest[head], total[head], weighted[head] = rows
 
     @pl.when((entry == pl.num_programs(1) - 1) & (step == pl.num_programs(2) - 1))
     def _finish() -> None:
         for head in range(q.shape[0]):
             out[head] = finish(Rows(highest[head], total[head], weighted[head])).astype(out.dtype)
+
+
+def _weigh(values: jax.Array, weights: jax.Array) -> jax.Array:
+    return matmul(weights.astype(values.dtype), values, (1, 0))
