@@ -10,12 +10,13 @@ import dataclasses
 import operator
 from collections.abc import Callable, Sequence
 from functools import reduce
+from typing import Any
 
 from xlathe import jaxpr as ir
-from xlathe.audit import ELEMENTWISE
 from xlathe.axes import Einsum
 from xlathe.dimensions import Conflict, Dimensions, Label, Labels
 from xlathe.graph import Graph
+from xlathe.layout_rules import ELEMENTWISE
 from xlathe.values import is_zero
 
 _ZERO_IF_ANY = frozenset({"mul", "and"})
@@ -46,10 +47,42 @@ class Coupling:
 
 
 def couple(graph: Graph) -> Coupling:
-    """Labels every value of a graph whose calls are inlined."""
+    """Labels every value of a graph that `separate` has prepared."""
     flow = _Flow(graph)
     flow.run()
     return Coupling(flow.dims, flow.values, tuple(flow.heads))
+
+
+def separate(graph: Graph) -> Graph:
+    """Inlines all calls, and spreads a value anew for every use, so that sharing it does not couple the users.
+
+    A table of rotations, say, is spread over the heads of every layer alike, and each layer may get its own number.
+    """
+    called = ir.INLINED | ir.CUSTOM_DERIVATIVE
+    inlined = ir.inline_calls(graph.jaxpr, lambda eqn: eqn.primitive.name in called)
+    producer = ir.producers(inlined.eqns)
+
+    def run(*operands: Any) -> list[Any]:
+        seen: dict[ir.Atom, Any] = dict(zip(inlined.invars, operands, strict=True))
+
+        def anew(atom: ir.Atom, value: Any) -> Any:
+            eqn = producer.get(atom) if isinstance(atom, ir.Var) else None
+            if eqn is None or eqn.primitive.name != "broadcast_in_dim":
+                return value
+            source = eqn.invars[0]
+            with ir.at_source_of(eqn):
+                return ir.bind(eqn, [anew(source, source.val if isinstance(source, ir.Literal) else seen[source])])[0]
+
+        def rule(eqn: ir.JaxprEqn, values: list[Any]) -> list[Any]:
+            outputs = ir.bind(eqn, [anew(a, value) for a, value in zip(eqn.invars, values, strict=True)])
+            seen.update(zip(eqn.outvars, outputs, strict=True))
+            return outputs
+
+        return ir.evaluate(inlined, operands, rule)
+
+    jaxpr, kept = ir.drop_dead(ir.trace(run, *(v.aval for v in inlined.invars)), keep=lambda i: True)
+    assert len(kept) == len(graph.inputs)
+    return graph.replace(jaxpr=jaxpr)
 
 
 class _Flow:

@@ -139,6 +139,21 @@ class Dimensions:
             indices = (indices[:, None] * int(self.sizes[atom]) + own).reshape(-1)
         return indices
 
+    def index(self, label: Label, atom: int) -> np.ndarray:
+        """Returns which index of `atom` each index of an axis of known size belongs to; -1 where to none."""
+        found = np.full(1, -1, np.int64)
+        for root in self.resolve(label):
+            own = self._index_in(root, atom)
+            found = np.where(own >= 0, own, found[:, None]).reshape(-1)
+        return found
+
+    def _index_in(self, root: int, atom: int) -> np.ndarray:
+        if root == atom:
+            return np.arange(self.sizes[root])
+        if root in self.parts:
+            return np.concatenate([self.index(part, atom) for part in self.parts[root]])
+        return np.full(self.sizes[root], -1)
+
     def size_of(self, label: Label, kept: Kept) -> ir.Dim:
         """Returns the size of an axis when only `kept` stays."""
         size: ir.Dim = 1

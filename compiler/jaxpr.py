@@ -108,6 +108,22 @@ def evaluate(
     return [read(atom) for atom in jaxpr.outvars]
 
 
+def expose(jaxpr: Jaxpr, wanted: Sequence[Var]) -> Jaxpr:
+    """Returns the program with some of its values as further outputs."""
+
+    def run(*operands: Any) -> list[Any]:
+        seen = dict(zip(jaxpr.invars, operands, strict=True))
+
+        def rule(eqn: JaxprEqn, values: list[Any]) -> list[Any]:
+            outputs = bind(eqn, values)
+            seen.update(zip(eqn.outvars, outputs, strict=True))
+            return outputs
+
+        return [*evaluate(jaxpr, operands, rule), *(seen[var] for var in wanted)]
+
+    return trace(run, *(v.aval for v in jaxpr.invars))
+
+
 def retrace(jaxpr: Jaxpr, rule: Rule | None = None) -> Jaxpr:
     """Traces `jaxpr` again with `rule` overriding equations; the inputs stay the same."""
     return trace(lambda *operands: evaluate(jaxpr, operands, rule), *(v.aval for v in jaxpr.invars))

@@ -197,12 +197,13 @@ def check_structure(graph: Graph, checked: Graph | None = None) -> None:
 
 def _check_arrays(graph: Graph, checked: Graph | None) -> None:
     known, stored = set(graph.weights), graph.weights.stored
+    made = {target for recipe in graph.weights.recipes for target in recipe.targets}
     shared = checked is not None and checked.weights.stored is stored
     seen = set(checked.names("weight", "const")) if checked is not None and shared else set()
     for name in graph.names("weight", "const"):
         if name not in known:
             raise PassError(f"there is no array for the input {name!r}")
-        if name in stored and name not in seen:
+        if name in stored and name not in seen | made:
             _check_array(name, stored[name], graph.aval(name))
 
 

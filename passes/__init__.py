@@ -7,13 +7,24 @@ from xlathe.passes.canonicalize import Canonicalize
 from xlathe.passes.fuse_attention import FuseAttention
 from xlathe.passes.kv_cache import KVCache
 from xlathe.passes.lower_kernels import LowerKernels
+from xlathe.passes.prune import PruneStructured
 from xlathe.passes.quantize import Quantize
 from xlathe.passes.specialize import Specialize
 from xlathe.pipeline import Pass
 
 PASSES: Mapping[str, type[Pass]] = {
-    pass_name(cls): cls for cls in (Canonicalize, FuseAttention, Quantize, KVCache, Specialize, LowerKernels)
+    pass_name(cls): cls
+    for cls in (Canonicalize, FuseAttention, PruneStructured, Quantize, KVCache, Specialize, LowerKernels)
 }
 """Pass classes by the name that they have in the text of a pipeline."""
 
-__all__ = ["PASSES", "Canonicalize", "FuseAttention", "KVCache", "LowerKernels", "Quantize", "Specialize"]
+__all__ = [
+    "PASSES",
+    "Canonicalize",
+    "FuseAttention",
+    "KVCache",
+    "LowerKernels",
+    "PruneStructured",
+    "Quantize",
+    "Specialize",
+]

@@ -5,13 +5,14 @@ from typing import Any, ClassVar, final
 
 from xlathe import jaxpr as ir
 from xlathe.graph import Graph, Record
+from xlathe.narrow import narrow
 from xlathe.pipeline import EXACT, Context, Keeps, Pass
 
 
 @final
 @dataclasses.dataclass(frozen=True)
 class Canonicalize(Pass):
-    """Inlines calls, merges equal equations and removes dead ones.
+    """Inlines calls, computes before spreading, merges equal equations and removes dead ones.
 
     Regions with a custom derivative stay, unless they move or reduce axes: attention must be readable through them.
     """
@@ -20,7 +21,7 @@ class Canonicalize(Pass):
 
     def apply(self, graph: Graph, context: Context) -> tuple[Graph, Record]:
         inlined = ir.inline_calls(graph.jaxpr, _is_inlined)
-        merged, count = merge_equal(inlined)
+        merged, count = merge_equal(narrow(inlined))
         jaxpr, kept = ir.drop_dead(merged, keep=lambda i: graph.inputs[i].kind in ("arg", "state"))
         inputs = tuple(graph.inputs[i] for i in kept)
         return graph.replace(jaxpr=jaxpr, inputs=inputs), Record("canonicalize", hits={"merged": count})

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from xlathe import jaxpr as ir
 from xlathe.attention.softmax import Softmax
-from xlathe.audit import ELEMENTWISE
 from xlathe.axes import Axes, Label, Labels, NoLabels
+from xlathe.layout_rules import ELEMENTWISE
 from xlathe.masks import MASKED_BELOW
 from xlathe.values import is_non_negative, is_zero, uniform_value
 

@@ -1,0 +1,101 @@
+"""Calibrate: run a graph on sample tokens and keep statistics of what each weight is multiplied with."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xlathe import jaxpr as ir
+from xlathe.errors import OptionError
+from xlathe.graph import Graph
+from xlathe.passes.quantize.uses import Layout, Uses, plan_weights
+from xlathe.stats import InputStats, Stats
+
+
+def observe(
+    graph: Graph,
+    batches: Sequence[Any],
+    gram: bool = False,
+    progress: Callable[[str, float], None] = lambda description, fraction: None,
+) -> Stats:
+    """Returns statistics of the input of every product with a weight; `k` is ordered as the weight's summed axes.
+
+    graph: a forward graph. batches: int32 tokens [b, t], every token counts. gram: whether to sum x^T x as well,
+    which takes k * k numbers a weight.
+    Raises OptionError without batches.
+    """
+    if not len(batches):
+        raise OptionError("calibration needs at least one batch of int32 tokens [b, t], got none")
+    layouts, _ = plan_weights(graph, list(graph.names("weight")))
+    sources = {name: _inputs(graph, name, layout) for name, layout in layouts.items()}
+    run = _compiled(graph, sources, gram)
+    total: dict[str, InputStats] = {}
+    for number, batch in enumerate(batches):
+        for name, found in run(graph.check_tokens(batch)).items():
+            total[name] = total[name] + found if name in total else found
+        progress("calibrating", (number + 1) / len(batches))
+    return Stats(total)
+
+
+def _inputs(graph: Graph, name: str, layout: Layout) -> list[tuple[ir.Var, tuple[int, ...]]]:
+    """Returns the activations that a weight is multiplied with, and which of their axes are summed over."""
+    found = []
+    for use in Uses(graph).of(name)[1]:
+        if use.is_product:
+            other = use.eqn.invars[1 - use.side]
+            axes = tuple(sorted(use.eqn.params["dimension_numbers"][0][1 - use.side]))
+            assert isinstance(other, ir.Var) and layout.contracted
+            found.append((other, axes))
+    return found
+
+
+def _compiled(graph: Graph, sources: Any, gram: bool) -> Callable[[np.ndarray], dict[str, InputStats]]:
+    wanted = list(dict.fromkeys(var for inputs in sources.values() for var, _ in inputs))
+    exposed = ir.expose(graph.jaxpr, wanted)
+
+    def run(arrays: dict[str, jax.Array], tokens: jax.Array) -> dict[str, list[Any]]:
+        sizes = {"b": tokens.shape[0], "t": tokens.shape[1]}
+        _, *values = ir.evaluate_at(exposed, graph.bind_names({**arrays, "tokens": tokens}), sizes)
+        seen = dict(zip(wanted, values, strict=True))
+        return {
+            name: [_statistics(_rows(seen[var], axes), gram) for var, axes in inputs]
+            for name, inputs in sources.items()
+        }
+
+    compiled = jax.jit(run)
+
+    def collect(tokens: np.ndarray) -> dict[str, InputStats]:
+        found = jax.device_get(compiled(graph.arrays, tokens))
+        return {name: _sum([_to_stats(each) for each in parts]) for name, parts in found.items()}
+
+    return collect
+
+
+def _rows(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Returns an activation as float32 [tokens, k]."""
+    kept = [i for i in range(x.ndim) if i not in axes]
+    size = int(np.prod([x.shape[i] for i in axes]))
+    return x.transpose(*kept, *axes).reshape(-1, size).astype(jnp.float32)
+
+
+def _statistics(x: jax.Array, gram: bool) -> dict[str, jax.Array]:
+    return {
+        "count": jnp.asarray(x.shape[0]),
+        "absmax": jnp.abs(x).max(axis=0),
+        "sum_squares": jnp.square(x).sum(axis=0),
+        "sum_absolute": jnp.abs(x).sum(axis=0),
+    } | ({"gram": x.T @ x} if gram else {})
+
+
+def _to_stats(found: dict[str, np.ndarray]) -> InputStats:
+    wide = {key: np.asarray(value, np.float64) for key, value in found.items() if key not in ("count", "absmax")}
+    return InputStats(count=np.asarray(found["count"], np.int64), absmax=found["absmax"], **wide)
+
+
+def _sum(stats: list[InputStats]) -> InputStats:
+    total = stats[0]
+    for each in stats[1:]:
+        total = total + each
+    return total

@@ -1,0 +1,56 @@
+"""Whole layers: how much each changes the residual stream, and the graph without some of them."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xlathe import jaxpr as ir
+from xlathe.errors import OptionError, PassError
+from xlathe.graph import Graph
+from xlathe.pipeline import Context
+from xlathe.rewrite import Replacement, rewrite
+from xlathe.sections import layers
+
+
+def block_influence(graph: Graph, context: Context) -> tuple[float, ...]:
+    """Returns 1 - cosine between each layer's input and output, averaged over calibration tokens.
+
+    Men et al. 2024, https://arxiv.org/abs/2403.03853. Raises PassError where no layers are found, OptionError
+    without calibration tokens.
+    """
+    blocks = layers(graph)
+    if not blocks:
+        raise PassError("found no repeated layers between cuts of the residual stream")
+    if not len(context.calibration):
+        raise OptionError("removing layers needs calibration tokens: pipeline(graph, calibration=batches)")
+    exposed = ir.expose(graph.jaxpr, [var for block in blocks for var in block])
+
+    @jax.jit
+    def run(arrays: Mapping[str, jax.Array], tokens: jax.Array) -> list[jax.Array]:
+        sizes = {"b": tokens.shape[0], "t": tokens.shape[1]}
+        _, *values = ir.evaluate_at(exposed, graph.bind_names({**arrays, "tokens": tokens}), sizes)
+        return [_distance(a, b) for a, b in zip(values[::2], values[1::2], strict=True)]
+
+    sums = [np.asarray(run(graph.arrays, graph.check_tokens(batch))) for batch in context.calibration]
+    count = sum(np.asarray(batch).size for batch in context.calibration)
+    return tuple((np.sum(sums, axis=0) / count).tolist())
+
+
+def _distance(before: jax.Array, after: jax.Array) -> jax.Array:
+    a, b = (x.astype(jnp.float32) for x in (before, after))
+    norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
+    return (1 - (a * b).sum(-1) / jnp.maximum(norms, 1e-30)).sum()
+
+
+def without_layers(graph: Graph, removed: tuple[int, ...]) -> Graph:
+    """Returns the graph in which the removed layers, by number, pass on their input."""
+    if not removed:
+        return graph
+    blocks = layers(graph)
+    if max(removed) >= len(blocks):
+        raise OptionError(f"the plan removes layer {max(removed)}, this graph has {len(blocks)} layers")
+    replacements = {blocks[i][1]: Replacement((blocks[i][0],), lambda x: x) for i in removed}
+    jaxpr, kept = ir.drop_dead(rewrite(graph.jaxpr, replacements), keep=lambda i: graph.inputs[i].kind == "arg")
+    return graph.replace(jaxpr=jaxpr, inputs=tuple(graph.inputs[i] for i in kept))
