@@ -7,9 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from xlathe.decode.accept import RULES
+from xlathe.decode.drafters import DraftModel, Fix, NGram
 from xlathe.decode.logits import Sampling
+from xlathe.decode.speculative import Memory, Speculation, SpeculativeUnit, reading_unit
 from xlathe.decode.units import Rows, decode_unit, prefill_unit
-from xlathe.errors import OptionError
+from xlathe.errors import OptionError, did_you_mean
 from xlathe.graph import Graph
 from xlathe.integers import as_integer
 from xlathe.passes.canonicalize import Canonicalize
@@ -28,24 +31,26 @@ class Buckets:
     """The sizes that programs are compiled for.
 
     batches: numbers of rows; chunks: prompt tokens a prefill call reads; unit: tokens a decode call generates at
-    most; slots: tokens a row can hold, prompt and answer.
+    most; slots: tokens a row can hold, prompt and answer; gamma: tokens drafted at once, 0 without a drafter.
     """
 
     batches: tuple[int, ...]
     chunks: tuple[int, ...]
     unit: int
     slots: int
+    gamma: int = 0
 
     @staticmethod
-    def of(max_batch: int, max_len: int, unit: int, chunks: Sequence[int]) -> "Buckets":
+    def of(max_batch: int, max_len: int, unit: int, chunks: Sequence[int], gamma: int | None = None) -> "Buckets":
         """Returns batches 1 and max_batch, and chunks no longer than a row; OptionError for what is no size."""
         rows, slots, tokens = (
             _size(name, value) for name, value in (("max_batch", max_batch), ("max_len", max_len), ("unit", unit))
         )
         if not isinstance(chunks, Iterable) or not (sizes := [_size("a chunk", chunk) for chunk in chunks]):
             raise OptionError(f"compile: chunks must be a list of sizes, got {chunks!r}")
+        drafted = 0 if gamma is None else _size("gamma", gamma)
         fitting = {min(size, slots * rows) for size in sizes}
-        return Buckets(tuple(sorted({1, rows})), tuple(sorted(fitting)), tokens, slots)
+        return Buckets(tuple(sorted({1, rows})), tuple(sorted(fitting)), tokens, slots, drafted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,21 +77,95 @@ def to_step(graph: Graph) -> Graph:
     return graph
 
 
-def units(step: Graph, buckets: Buckets, target: str | None, *, kernels: bool = True) -> Iterator[Unit]:
+def find_speculation(
+    graph: Graph, draft: Graph | NGram | str | None, rule: str, buckets: Buckets
+) -> Speculation | None:
+    """Returns how a program of a graph drafts; see `xlathe.compile`."""
+    if draft is None:
+        return None
+    if rule not in RULES:
+        raise OptionError(f"compile: no rule {rule!r}{did_you_mean(str(rule), RULES)}")
+    if buckets.gamma >= buckets.slots:
+        raise OptionError(
+            f"compile: gamma={buckets.gamma} drafts and the token before them do not fit max_len={buckets.slots}"
+        )
+    if isinstance(draft, Graph):
+        _check_draft(graph, draft, buckets)
+        return Speculation(DraftModel(to_step(draft)), rule)
+    drafter = NGram() if isinstance(draft, str) and draft == "ngram" else draft
+    if not isinstance(drafter, NGram):
+        raise OptionError(f"compile: draft must be a graph, 'ngram' or an NGram, got {draft!r}")
+    return Speculation(drafter, rule)
+
+
+def _check_draft(graph: Graph, draft: Graph, buckets: Buckets) -> None:
+    if draft.vocab != graph.vocab:
+        raise OptionError(f"compile: the draft has a vocabulary of {draft.vocab} tokens, the target of {graph.vocab}")
+    tokenizers = [t for t in (graph.tokenizer, draft.tokenizer) if t is not None]
+    if len(tokenizers) == 2 and tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
+        raise OptionError("compile: the tokenizers of draft and target give tokens other ids")
+    if draft.max_len < buckets.slots:
+        raise OptionError(f"compile: max_len={buckets.slots}, but the draft was traced with max_len={draft.max_len}")
+
+
+def served_arrays(step: Graph, speculation: Speculation | None) -> dict[str, jax.Array]:
+    """Returns the arrays that programs take: those of the target and of its drafter."""
+    return {**step.arrays, **(speculation.drafter.arrays if speculation else {})}
+
+
+def served_state(step: Graph, buckets: Buckets, rows: int, speculation: Speculation | None) -> dict[str, Any]:
+    """Returns the avals of what programs remember between calls, by name, in the order of their state."""
+    caches = dict(zip(step.names("state"), state_avals(step, rows, buckets.slots), strict=True))
+    if speculation is None:
+        return caches
+    own = Memory.types(rows, buckets.slots, buckets.gamma)
+    return own | caches | speculation.drafter.state_types(rows, buckets.slots)
+
+
+def units(
+    step: Graph,
+    buckets: Buckets,
+    target: str | None,
+    *,
+    kernels: bool = True,
+    speculation: Speculation | None = None,
+) -> Iterator[Unit]:
     """Yields every program of a step graph.
 
     kernels: False keeps the reference bodies, for machines that lack the kernels.
     """
     weights = {name: _aval(step.aval(name)) for name in step.names("weight", "const")}
+    if speculation is not None:
+        weights |= {name: _aval(array) for name, array in speculation.drafter.arrays.items()}
     for r in buckets.batches:
-        state = tuple(state_avals(step, r, buckets.slots))
-        cache = {"rows": r, "slots": buckets.slots} if state else {}  # a model without attention keeps nothing
-        fixed = _lowered(step, target, kernels, tokens=r, selected=r, **cache)
+
+        def fix(graph: Graph, *, tokens: int, selected: int, rows: int = r) -> Graph:
+            # a model without attention keeps nothing
+            cache = {"rows": rows, "slots": buckets.slots} if graph.names("state") else {}
+            return _lowered(graph, target, kernels, tokens=tokens, selected=selected, **cache)
+
+        state = tuple(served_state(step, buckets, r, speculation).values())
         decode = decode_signature(r, buckets.unit, step.vocab, weights, state)
-        yield Unit(decode, decode_unit(fixed, buckets.unit))
+        yield Unit(decode, _decoding(step, buckets, fix, r, speculation))
         for n in buckets.chunks:
-            fixed = _lowered(step, target, kernels, tokens=n, selected=r, **cache)
-            yield Unit(prefill_signature(r, n, step.vocab, weights, state), prefill_unit(fixed))
+            prefill = prefill_signature(r, n, step.vocab, weights, state)
+            yield Unit(prefill, _reading(step, fix, r, n, speculation))
+
+
+def _decoding(
+    step: Graph, buckets: Buckets, fix: Fix, rows: int, speculation: Speculation | None
+) -> Callable[..., Any]:
+    if speculation is None:
+        return decode_unit(fix(step, tokens=rows, selected=rows), buckets.unit)
+    count = rows * (buckets.gamma + 1)
+    propose = speculation.drafter.proposer(fix, rows, step.vocab, buckets.gamma)
+    verify = fix(step, tokens=count, selected=count)
+    return SpeculativeUnit(verify, propose, buckets.unit, buckets.gamma, speculation.rule)
+
+
+def _reading(step: Graph, fix: Fix, rows: int, tokens: int, speculation: Speculation | None) -> Callable[..., Any]:
+    fixed = fix(step, tokens=tokens, selected=rows)
+    return reading_unit(fixed, speculation.drafter.reader(fix, rows, tokens)) if speculation else prefill_unit(fixed)
 
 
 def signatures(

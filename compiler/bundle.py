@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from xlathe import bundle_check as check
-from xlathe.aot import Signature, units
+from xlathe.aot import Signature, served_state, units
 from xlathe.errors import BundleError, OptionError, XlatheError, did_you_mean
 from xlathe.exported import custom_calls, export_unit, load_program
 from xlathe.graph import Graph
@@ -121,15 +121,17 @@ def _write(program: Program, step: Graph, folder: Path) -> None:
         buckets=program.buckets,
         stop_tokens=tuple(map(int, program.stop_tokens)),
         inputs=tuple(ArrayType(name, dtype, shape) for name, (shape, dtype) in inputs.items()),
-        states={
-            rows: tuple(map(ArrayType.of, step.names("state"), avals))
-            for rows, avals in program.state_avals.items()
-        },
+        states={rows: _state_types(program, step, rows) for rows in program.buckets.batches},
         custom_calls=tuple(sorted(calls)),
         files={path.relative_to(folder).as_posix(): check.file_entry(path) for path in files},
     )
     (folder / MANIFEST).write_bytes(to_text(manifest).encode())
     shutil.copymode(folder / MANIFEST, folder / WEIGHTS)  # which safetensors writes for its owner alone
+
+
+def _state_types(program: Program, step: Graph, rows: int) -> tuple[ArrayType, ...]:
+    avals = served_state(step, program.buckets, rows, program.speculation)
+    return tuple(ArrayType.of(name, aval) for name, aval in avals.items())
 
 
 def _write_weights(program: Program, path: Path) -> None:
@@ -144,11 +146,12 @@ def _write_programs(program: Program, step: Graph, folder: Path) -> set[str]:
     """Writes every program, and returns the kernels that they call."""
     platform = find_target(program.target).platform
     called: set[str] = set()
-    for unit in units(step, program.buckets, program.target):
+    for unit in units(step, program.buckets, program.target, speculation=program.speculation):
         exported = export_unit(unit, platform)
         called |= custom_calls(exported)
         (folder / program_path(unit.signature.name)).write_bytes(exported.serialize())
-    for unit in units(step, program.buckets, program.target, kernels=False) if called else ():
+    plain = units(step, program.buckets, program.target, kernels=False, speculation=program.speculation)
+    for unit in plain if called else ():
         path = folder / program_path(unit.signature.name, reference=True)
         path.write_bytes(export_unit(unit, platform).serialize())
     return called

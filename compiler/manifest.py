@@ -145,6 +145,7 @@ def _manifest(data: Mapping[str, Any]) -> Manifest:
             chunks=_sizes(buckets, "chunks"),
             unit=_field(buckets, "unit", _is_size, "a positive number"),
             slots=_field(buckets, "slots", _is_size, "a positive number"),
+            gamma=_field(buckets, "gamma", _is_count, "a number"),
         ),
         stop_tokens=tuple(_field(data, "stop_tokens", _list_of(_is_count), "a list of token ids")),
         inputs=_array_types(data, "inputs"),

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xlathe.aot import STOP_TOKENS, Buckets, units
+from xlathe.aot import STOP_TOKENS, Buckets, find_speculation, served_arrays, served_state, to_step, units
+from xlathe.decode.drafters import NGram
+from xlathe.decode.speculative import Memory, Speculation
 from xlathe.decode.text import TextStream
 from xlathe.decode.units import NO_TOKEN, Rows
 from xlathe.errors import OptionError, RequestError, XlatheError
@@ -21,12 +23,18 @@ from xlathe.target import find_target
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """Tokens and wall-clock seconds of one call, all rows together."""
+    """Tokens and wall-clock seconds of one call, all rows together.
+
+    tokens_per_step: tokens that a row got each time its target ran, a stop token included; acceptance: by their place,
+    how many of the drafts offered there stood (a draft after one that fell does not), () without a drafter.
+    """
 
     prompt_tokens: int
     new_tokens: int
     prefill_seconds: float
     decode_seconds: float
+    tokens_per_step: float = 1.0
+    acceptance: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +65,9 @@ class Piece:
 class Program:
     """Programs compiled for some buckets of sizes, and the weights that they share.
 
-    calls: the compiled units by name (`aot.units`); step: the graph they were compiled from, None where the program
-    was loaded from disk; target: what they were compiled for; seconds: how long compiling or loading took.
+    calls: the compiled units by name (`aot.units`); step and speculation: the graph they were compiled from and how
+    they draft, None where the program was loaded from disk; target: what they were compiled for; seconds: how long
+    compiling or loading took.
     """
 
     calls: Mapping[str, Callable[..., Any]]
@@ -69,6 +78,7 @@ class Program:
     tokenizer: Any = None
     stop_tokens: tuple[int, ...] = ()
     step: Graph | None = None
+    speculation: Speculation | None = None
     target: str = "cpu"
     seconds: float = 0.0
 
@@ -130,6 +140,9 @@ def compile(
     unit: int = 32,
     chunks: Sequence[int] = (16, 128),
     stop_tokens: Sequence[int] = (),
+    draft: Graph | NGram | str | None = None,
+    gamma: int = 4,
+    rule: str = "match",
 ) -> Program:
     """Compiles a graph for serving.
 
@@ -138,28 +151,32 @@ def compile(
     `xlathe.target`. unit: tokens generated between two looks of the host. chunks: prompt tokens read at once.
     stop_tokens: ids that end a row of every request.
 
-    Raises OptionError for sizes that are no positive integers and for an unknown target, RequestError for a max_len
-    beyond the graph's, DeriveError where no step can be derived.
-    """
-    from xlathe.aot import to_step
-    from xlathe.step import state_avals
+    draft: proposes tokens that the target verifies, gamma at once: a graph with the same vocabulary, or `ngram` for
+    `xlathe.decode.drafters.NGram()`, which looks them up in the text so far. rule: `match` gives the text that plain
+    decoding gives, `ratio` text of the same law; see `xlathe.decode.accept`.
 
+    Raises OptionError for sizes that are no positive integers, for an unknown target, and for a draft that does not go
+    with the graph; RequestError for a max_len beyond the graph's, DeriveError where no step can be derived.
+    """
     start = time.perf_counter()
-    buckets = Buckets.of(max_batch, graph.max_len if max_len is None else max_len, unit, chunks)
+    slots = graph.max_len if max_len is None else max_len
+    buckets = Buckets.of(max_batch, slots, unit, chunks, None if draft is None else gamma)
     if buckets.slots > graph.max_len:
         raise RequestError(f"max_len={max_len}, but the graph was traced with max_len={graph.max_len}")
     stops = _checked_stops(stop_tokens, graph.vocab)
+    speculation = find_speculation(graph, draft, rule, buckets)
     step = to_step(graph)
-    calls = {u.signature.name: compile_unit(u.function, u.signature.avals) for u in units(step, buckets, target)}
+    compiled = units(step, buckets, target, speculation=speculation)
     return Program(
-        calls=calls,
-        arrays=step.arrays,
-        state_avals={r: tuple(state_avals(step, r, buckets.slots)) for r in buckets.batches},
+        calls={u.signature.name: compile_unit(u.function, u.signature.avals) for u in compiled},
+        arrays=served_arrays(step, speculation),
+        state_avals={r: tuple(served_state(step, buckets, r, speculation).values()) for r in buckets.batches},
         buckets=buckets,
         vocab=step.vocab,
         tokenizer=graph.tokenizer,
         stop_tokens=stops,
         step=step,
+        speculation=speculation,
         target=find_target(target).name,
         seconds=time.perf_counter() - start,
     )
@@ -217,12 +234,23 @@ class _Run:
     def completions(self) -> list[Completion]:
         """Returns what was generated, once `pieces` came to its end."""
         stats = Stats(
-            sum(map(len, self.request.prompts)), sum(map(len, self.tokens)), self.prefill_seconds, self.decode_seconds
+            sum(map(len, self.request.prompts)),
+            sum(map(len, self.tokens)),
+            self.prefill_seconds,
+            self.decode_seconds,
+            *self._drafting(),
         )
         return [
             Completion(tuple(ids), None if stream is None else "".join(parts), reason or "length", stats)
             for ids, parts, stream, reason in zip(self.tokens, self.texts, self.streams, self.reasons, strict=True)
         ]
+
+    def _drafting(self) -> tuple[float, tuple[float, ...]]:
+        """Returns tokens a step, and the acceptance by place."""
+        if not self.program.buckets.gamma:
+            return 1.0, ()
+        offered, kept = np.asarray(Memory.of(self.state, 0).tally).sum(0)
+        return float(kept.sum() / offered[0]), tuple((kept / np.maximum(offered, 1))[1:].tolist())
 
     def _prefill(self) -> Rows:
         """Reads all prompts as one flat list of tokens, a chunk at a time."""

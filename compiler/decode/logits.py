@@ -73,6 +73,10 @@ class Sampling:
             keys=_row_keys(seed, rows),
         )
 
+    def repeat(self, count: int) -> "Sampling":
+        """Returns the sampling of R * count rows, each `count` times in turn."""
+        return jax.tree.map(lambda option: jnp.repeat(option, count, axis=0), self)
+
 
 def _per_row(name: str, value: Any, rows: int, dtype: type[np.generic], low: float, high: float) -> np.ndarray:
     kinds = "iu" if np.issubdtype(dtype, np.integer) else "iuf"
@@ -92,13 +96,13 @@ def _row_keys(seed: int | Sequence[int], rows: int) -> Array:
     seeds = _per_row("seed", seed, rows, np.int64, 0, np.iinfo(np.int64).max)
     halves = np.stack([seeds >> 32, seeds & 0xFFFFFFFF], axis=-1).astype(np.uint32)
     lanes = np.arange(rows) if np.ndim(seed) == 0 else np.zeros(rows)
-    return _fold_in(jnp.asarray(halves), jnp.asarray(lanes, jnp.int32))
+    return fold_in(jnp.asarray(halves), jnp.asarray(lanes, jnp.int32))
 
 
-def _fold_in(keys: Array, data: Array) -> Array:
-    """Returns uint32 [R, 2]: `jax.random.fold_in`, row by row, on raw keys."""
+def fold_in(keys: Array, data: Array | int) -> Array:
+    """Returns uint32 [R, 2]: `jax.random.fold_in`, row by row, on raw keys; data: int32 [R], or one for all."""
     fold = jax.vmap(lambda key, number: jax.random.fold_in(_key(key), number))
-    return jax.random.key_data(fold(keys, data))
+    return jax.random.key_data(fold(keys, jnp.broadcast_to(jnp.asarray(data, jnp.int32), keys.shape[:1])))
 
 
 def _key(raw: Array) -> Array:
@@ -154,6 +158,16 @@ def filter_logits(logits: Array, sampling: Sampling) -> Array:
     return jnp.where((sampling.temperature > 0)[:, None], law, point)
 
 
+def leave_only(tokens: Array, vocab: int) -> Array:
+    """Returns logits, float32 [..., vocab], of which only `tokens`, int32 [...], can be drawn."""
+    return jnp.where(jnp.arange(vocab) == tokens[..., None], 0.0, -jnp.inf)
+
+
+def uniform(keys: Array, positions: Array) -> Array:
+    """Returns uniform variates in [0, 1), float32 [R], a function of (key, position) alone."""
+    return jax.vmap(lambda key: jax.random.uniform(_key(key)))(fold_in(keys, positions))
+
+
 def gumbel(keys: Array, positions: Array, vocab: int) -> Array:
     """Returns standard Gumbel noise for every token, float32 [R, vocab]; see `gumbel_at`."""
     return gumbel_at(keys, positions, jnp.broadcast_to(jnp.arange(vocab), (keys.shape[0], vocab)))
@@ -167,7 +181,7 @@ def gumbel_at(keys: Array, positions: Array, tokens: Array) -> Array:
     The law is inverted from its upper end, where the winners are: there the uniform variate has steps of 2^-31.
     `jax.random.gumbel` has steps of 2^-23, so that of a flat law over 128,000 tokens one draw in a hundred is a tie.
     """
-    bits = jax.vmap(_bits_at)(_fold_in(keys, positions), tokens.astype(jnp.uint32))
+    bits = jax.vmap(_bits_at)(fold_in(keys, positions), tokens.astype(jnp.uint32))
     uniform = ((bits >> 1).astype(jnp.int32).astype(jnp.float32) + 0.5) * 2.0**-31
     below_one = 1 - 2.0**-24
     return -jnp.log(-jnp.log1p(-jnp.minimum(uniform, below_one)))
