@@ -243,18 +243,27 @@ class _Flow:
         return [Coupled(tuple(labels), tuple(sorted(zero)))]
 
     def _slice(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
-        (x,), p = operands, eqn.params
-        labels = []
-        for axis, (start, limit, size) in enumerate(
-            zip(p["start_indices"], p["limit_indices"], eqn.invars[0].aval.shape, strict=True)
-        ):
-            if ir.same_dim(limit - start, size):
+        (x,), p, labels = operands, eqn.params, []
+        for axis, size in enumerate(eqn.invars[0].aval.shape):
+            start, limit = p["start_indices"][axis], p["limit_indices"][axis]
+            strided = p["strides"] is not None and p["strides"][axis] != 1
+            if ir.same_dim(limit - start, size) and not strided:
                 labels.append(x.labels[axis])
-                continue
-            if (p["strides"] and p["strides"][axis] != 1) or ir.is_symbolic(limit) or ir.is_symbolic(start):
-                raise Conflict
-            labels.append(self.dims.cut(x.labels[axis], start, limit))
+            elif strided or ir.is_symbolic(limit) or ir.is_symbolic(start):
+                labels.append(self.dims.fresh(eqn.outvars[0].aval.shape[axis]))
+                self._block([x.labels[axis], labels[-1]], eqn, "takes part of it")
+            else:
+                labels.append(self.dims.cut(x.labels[axis], start, limit))
         return [Coupled(tuple(labels), x.zero)]
+
+    def _stack(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
+        axis = eqn.params["axis"]
+        together = zip(*(o.labels for o in operands), strict=True)
+        labels = [self._united(eqn, [ls for ls in same if ls]) for same in together]
+        new = self.dims.fresh(eqn.outvars[0].aval.shape[axis])
+        self._block([new], eqn, "makes it")
+        zero = reduce(operator.and_, (self._zero(o) for o in operands))
+        return [Coupled((*labels[:axis], new, *labels[axis:]), tuple(sorted(zero)))]
 
     def _split(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
         (x,), axis, start, results = operands, eqn.params["axis"], 0, []

@@ -36,7 +36,7 @@ def uniform_value(atom: ir.Atom, producer: Mapping[ir.Var, ir.JaxprEqn]) -> np.g
 def is_zero(atom: ir.Atom, producer: Mapping[ir.Var, ir.JaxprEqn]) -> bool:
     """Says whether a value is known to be zero everywhere."""
     value = uniform_value(atom, producer)
-    return value is not None and float(value) == 0.0
+    return value is not None and bool(value == 0)
 
 
 def is_non_negative(atom: ir.Atom, producer: Mapping[ir.Var, ir.JaxprEqn]) -> bool:

@@ -1,7 +1,6 @@
 """The shrunk graph equals the whole graph with the pruned weights set to zero, in every decoder of the zoo."""
 
 import re
-from collections.abc import Iterable
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,21 +13,13 @@ from xlathe.coupling import couple, separate
 from xlathe.errors import OptionError, PassError
 from xlathe.graph import Graph, Weights
 from xlathe.passes.canonicalize import Canonicalize
-from xlathe.passes.fuse_attention import FuseAttention
 from xlathe.passes.prune import PrunePlan, PruneStructured, prune
 from xlathe.passes.prune.cost import cost
 from xlathe.passes.prune.groups import Groups
 from xlathe.passes.quantize import Quantize
 from xlathe.pipeline import Context
 
-WITHOUT_HEADS = {  # what numbers or selects the heads, by decoder: a barrier that is named
-    name: reason
-    for names, reason in (
-        (["alibi_distance", "alibi_keys", "alibi_from_the_end"], "iota numbers it"),
-        (["multi_query"], "no"),
-    )
-    for name in names
-}
+LACKS = {"heads": ("multi_query", "head_by_head", "no_attention"), "neurons": ("nnx_mask_buffer",)}
 
 
 def masked(graph: Graph, plan: PrunePlan) -> Graph:
@@ -48,11 +39,131 @@ def masked(graph: Graph, plan: PrunePlan) -> Graph:
 @pytest.mark.parametrize("variant", DECODERS, ids=str)
 def test_equals_the_masked_graph(variant: Variant) -> None:
     graph = separate(fused(variant))
-    plan = PruneStructured(heads=0.5, neurons=0.5).make_plan(graph, Context())
+    wanted = {kind: 0.5 for kind, names in LACKS.items() if variant.name not in names}
+    plan = PruneStructured(**wanted).make_plan(graph, Context())
     small = prune(graph, plan)
-    assert plan.groups and all(0 < len(g.kept) < g.size for g in plan.groups)
+    assert {g.kind for g in plan.groups} == set(wanted)
+    assert all(0 < len(g.kept) < g.size for g in plan.groups)
     tokens = np.random.default_rng(0).integers(0, variant.vocab, (2, 9))
     assert difference(small(tokens), masked(graph, plan)(tokens)) <= variant.rtol
     assert plan.after == cost(small, couple(small), {})
     assert plan.after.parameters == sum(np.size(small.weights[n]) for n in small.names("weight"))
     assert plan.before == cost(graph, couple(graph), {})
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in LACKS.items() for name in names])
+def test_what_is_not_there_is_an_error_that_says_what_blocks(kind: str, name: str) -> None:
+    with pytest.raises(PassError, match=f"found no {kind} to prune; .* axis 0: gather looks it up by index at "):
+        PruneStructured(**{kind: 0.5})(fused(named(name)))
+
+
+def named(name: str) -> Variant:
+    return next(v for v in DECODERS if v.name == name)
+
+
+def batches(vocab: int) -> list[np.ndarray]:
+    return list(np.random.default_rng(4).integers(0, vocab, (3, 2, 12)))
+
+
+def test_before_and_after() -> None:
+    """Before: x @ up, gelu, @ down with 4 neurons. Expected: the two with the largest weights stay."""
+
+    def model(params: dict, tokens: jnp.ndarray) -> jnp.ndarray:
+        x = params["embed"][tokens]
+        return (x + jnp.tanh(x @ params["up"]) @ params["down"]) @ params["embed"].T
+
+    rng = np.random.default_rng(0)
+    params = {"embed": rng.normal(size=(7, 6)), "up": rng.normal(size=(6, 4)), "down": rng.normal(size=(4, 6))}
+    params = {name: value.astype(np.float32) for name, value in params.items()}
+    params["up"] *= [1, 9, 1, 9]
+    graph = Canonicalize()(xlathe.trace(model, params=params, max_len=8))
+    small = PruneStructured(neurons=0.5)(graph)
+    assert small.aval("up").shape == (6, 2) and small.aval("down").shape == (2, 6)
+    np.testing.assert_array_equal(small.weights["up"], params["up"][:, [1, 3]])
+    np.testing.assert_array_equal(small.weights["down"], params["down"][[1, 3]])
+    assert small.history[-1].hits == {"heads": 0, "neurons": 2, "layers": 0}
+
+
+def test_activation_scores_are_norms_of_what_is_fed_on() -> None:
+    """The score of a neuron is the L2 norm of its output over all calibration tokens, in NumPy."""
+    rng = np.random.default_rng(1)
+    embed, up = rng.normal(size=(7, 6)).astype(np.float32), rng.normal(size=(6, 4)).astype(np.float32)
+    down = rng.normal(size=(4, 6)).astype(np.float32)
+
+    def model(params: dict, tokens: jnp.ndarray) -> jnp.ndarray:
+        x = params["embed"][tokens]
+        return (x + jnp.tanh(x @ params["up"]) @ params["down"]) @ params["embed"].T
+
+    graph = xlathe.trace(model, params={"embed": embed, "up": up, "down": down}, max_len=16)
+    seen = batches(7)
+    plan = PruneStructured(neurons=0.5, score="activation").make_plan(separate(graph), Context(seen))
+    fed = np.tanh(embed[np.concatenate([b.reshape(-1) for b in seen])].astype(np.float64) @ up)
+    np.testing.assert_allclose(plan.groups[0].scores, np.sqrt((fed**2).sum(0)), rtol=1e-5)
+
+
+def test_grouped_heads_go_with_the_queries_that_share_them() -> None:
+    small = PruneStructured(heads=0.5)(fused(named("repeat_gqa")))
+    shapes = [small.aval(f"layers/0/{name}").shape for name in ("wq", "wk", "wv", "wo")]
+    assert shapes == [(32, 16), (32, 8), (32, 8), (16, 32)]  # 1 key-value head of 8 and its 2 query heads
+
+
+def test_layers_that_change_little_are_removed() -> None:
+    """A layer whose branches are zero passes its input on: removing it changes nothing, and it is the first to go."""
+    graph = fused(named("llama"))
+    arrays = dict(graph.arrays)
+    for name in graph.names("weight"):
+        if re.search(r"layers/1/.*(o_proj|down)/kernel", name):
+            arrays[name] = jnp.zeros_like(arrays[name])
+    graph = graph.replace(weights=Weights(arrays))
+    small = PruneStructured(layers=1)(graph, Context(batches(61)))
+    assert not any(name.startswith("layers/1/") for name in small.names("weight"))
+    tokens = batches(61)[0]
+    assert difference(small(tokens), graph(tokens)) <= 1e-6
+
+
+def test_a_plan_prints_is_saved_and_replays(tmp_path) -> None:
+    graph = fused(named("llama"))
+    pass_ = PruneStructured(heads=0.5, neurons=0.25, layers=1)
+    plan = pass_.make_plan(separate(graph), Context(batches(61)))
+    plan.save(tmp_path / "plan.json")
+    assert PrunePlan.load(tmp_path / "plan.json") == plan
+    assert re.search(r"heads +1 of 2 .*o_proj", str(plan)) and "parameters: " in str(plan)
+    replayed = PruneStructured(plan=str(tmp_path / "plan.json"))(graph)
+    assert difference(replayed(batches(61)[0]), pass_(graph, Context(batches(61)))(batches(61)[0])) == 0
+    with pytest.raises(OptionError, match=r"the plan is of another model: it has 2 heads in .*, this graph has no such"):
+        PruneStructured(plan=str(tmp_path / "plan.json"))(fused(named("gpt_neox")))
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(OptionError, match="is no pruning plan: KeyError: 'format'"):
+        PrunePlan.load(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "nothing to remove"),
+        ({"heads": 1.0}, "heads is the fraction to remove, 0 to below 1, got 1.0"),
+        ({"neurons": -0.1}, "neurons is the fraction"),
+        ({"layers": -1}, "layers is how many to remove, got -1"),
+        ({"neurons": 0.5, "score": "random"}, "score is 'weight' or 'activation', got 'random'"),
+        ({"neurons": 0.5, "plan": "x.json"}, "a plan is replayed as it is"),
+    ],
+)
+def test_options_out_of_range(options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        PruneStructured(**options)
+
+
+@pytest.mark.parametrize("options", [{"layers": 1}, {"neurons": 0.5, "score": "activation"}])
+def test_missing_calibration(options: dict) -> None:
+    with pytest.raises(OptionError, match=r"calibration tokens: pipeline\(graph, calibration=batches\)"):
+        PruneStructured(**options)(fused(named("llama")))
+
+
+def test_too_many_layers() -> None:
+    with pytest.raises(OptionError, match="layers=2 of 2 layers cannot go: at least one must stay"):
+        PruneStructured(layers=2)(fused(named("llama")), Context(batches(61)))
+
+
+def test_quantized_weights_are_not_pruned() -> None:
+    with pytest.raises(PassError, match=r"found no neurons to prune; .*xlathe\.quantized_dot has no rule"):
+        PruneStructured(neurons=0.5)(Quantize()(fused(named("llama"))))
