@@ -82,11 +82,12 @@ class _Matcher:
         dot = scores.product
         sides = Einsum.of(dot).operand_labels(self.axes, dot, scores.labels)
         left, right = (self._strip(Value(a, own)) for a, own in zip(dot.invars, sides, strict=True))
+        summed = tuple(a for i, _ in Einsum.of(dot).contracted for a in sides[0][i])
         if not keys or not set(self.axes.resolve(keys)) & set(self._atoms(left, right)):
             raise Miss("the softmax axis is on neither side of the product before it", dot)
         k, q = (left, right) if set(self.axes.resolve(keys)) <= set(self._atoms(left)) else (right, left)
         product = self._values(probs, labels, keys, scores.terms)
-        return self._assemble(q, k, product, scores, keys)
+        return self._assemble(q, k, product, scores, keys, summed)
 
     def _strip(self, value: Value) -> Value:
         return strip(value, self.axes, self.producer)
@@ -163,7 +164,7 @@ class _Matcher:
                 var, labels = self._below(eqn, var, labels, made.var.aval.dtype)
         return Value(var, labels)
 
-    def _assemble(self, q: Value, k: Value, product: _Product, scores: Scores, keys: Label) -> Match:
+    def _assemble(self, q: Value, k: Value, product: _Product, scores: Scores, keys: Label, summed: Label) -> Match:
         """Gives every atom its role, and refuses atoms that have none in attention."""
         v, dot, key = self._strip(product.values), scores.product, self.axes.resolve(keys)
         in_q, in_k, in_v = (self._atoms(value) for value in (q, k, v))
@@ -176,6 +177,8 @@ class _Matcher:
             raise Miss("the softmax runs over an axis that is not the tokens", self.anchor.total)
         if not contracted:
             raise Miss("queries and keys share no axis that is summed over", dot)
+        if set(contracted) != set(self.axes.resolve(summed)):
+            raise Miss("queries and keys share an axis that the values have not", dot)
         if len(queries) != 1:
             raise Miss("not one axis of queries beside one axis of keys", dot)
         stray = [a for a in (*in_k, *in_v) if a not in (*shared, *contracted, *features, *key)]

@@ -141,6 +141,10 @@ LOOK_ALIKES: dict[str, tuple[str, Author]] = {
         "multiplied by something that may be negative",
         masked_then(lambda s, t: normalized(jnp.exp(s) * jnp.where(jnp.arange(t) % 2 == 0, 1.0, -0.3))),
     ),
+    "values of one head": (
+        "share an axis that the values have not",
+        lambda s, v, t: jnp.einsum("bhqk,bkd->bhqd", jax.nn.softmax(masked(s, t)), v[:, 0]),
+    ),
     "over the heads of a token": (
         "an axis that is not the tokens",
         lambda s, v, t: jnp.einsum("bqhg,bgqd->bhqd", jax.nn.softmax(jnp.einsum("bhqd,bgqd->bqhg", v, v)), v),
