@@ -31,7 +31,7 @@ test: $(STAMP)  ## run the tests
 
 test-kernels:  ## compile the GPU and TPU kernels with the real compilers, and simulate them; installs 5 GB
 	@$(MAKE) --no-print-directory install VENV=$(COMPILERS) EXTRAS=test,gpu,tpu
-	$(COMPILERS)/bin/pytest tests/kernels/test_*_gpu_sm90.py tests/kernels/test_*_tpu.py $(ARGS)
+	$(COMPILERS)/bin/pytest tests/kernels/test_*_gpu_sm90.py tests/kernels/test_*_tpu.py tests/kernels/test_programs.py $(ARGS)
 
 lint: $(STAMP)  ## check style, layering and types
 	$(BIN)/ruff check .

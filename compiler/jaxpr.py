@@ -25,6 +25,7 @@ type Dim = int | DimExpr
 Rule = Callable[[JaxprEqn, list[Any]], Sequence[Any] | None]
 
 CUSTOM_DERIVATIVE = frozenset({"custom_jvp_call", "custom_vjp_call"})
+KERNELS = frozenset({"pallas_call", "mpmd_map"})  # made for known sizes; not to be traced outside of their grid
 OP_PREFIX = "xlathe."
 _UNEXPORTED = {
     "add_any": primitives.add_jaxvals_p,
@@ -259,6 +260,8 @@ def bind_at(eqn: JaxprEqn, operands: Sequence[Any], sizes: Mapping[str, Dim]) ->
     if eqn.primitive.name == "dim_as_value":
         dim = substitute(eqn.params["dim"], sizes)
         return bind(eqn, operands, dim=dim) if is_symbolic(dim) else [np.asarray(dim, eqn.outvars[0].aval.dtype)]
+    if eqn.primitive.name in KERNELS:
+        return bind(eqn, operands)
     body = call_body(eqn)
     if body is not None and eqn.primitive.name in INLINED | CUSTOM_DERIVATIVE:
         return evaluate_at(body, operands, sizes)

@@ -22,10 +22,12 @@ def compiler_is_installed(target: Target) -> bool:
     return target.platform in _PACKAGES and importlib.util.find_spec(_PACKAGES[target.platform][0]) is not None
 
 
-def compile_for(target: Target, function: Any, *avals: Any) -> jax.stages.Compiled:
+def compile_for(
+    target: Target, function: Any, *avals: Any, donate_argnums: tuple[int, ...] = ()
+) -> jax.stages.Compiled:
     """Compiles a function of arrays for one device of a target. The result has a memory plan and cannot run here.
 
-    avals: pytrees of anything with shape and dtype.
+    avals: pytrees of anything with shape and dtype. donate_argnums: arguments whose memory the results may take.
 
     Raises:
       OptionError: the target is this machine's own processor.
@@ -38,7 +40,7 @@ def compile_for(target: Target, function: Any, *avals: Any) -> jax.stages.Compil
         raise XlatheError(f"compiling for {target.name} needs its compiler: pip install '{extra}'")
     there = SingleDeviceSharding(_device(target))
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=there), avals)
-    return jax.jit(function).lower(*placed).compile(_OPTIONS.get(target.platform))
+    return jax.jit(function, donate_argnums=donate_argnums).lower(*placed).compile(_OPTIONS.get(target.platform))
 
 
 def _device(target: Target) -> Any:
