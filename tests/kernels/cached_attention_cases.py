@@ -52,6 +52,15 @@ def check_only_seen_slots_count(kernel: Kernel, dtype: str) -> None:
     assert np.isfinite(actual.astype(np.float32)).all()
 
 
+def check_same_bits_in_any_company(kernel: Kernel, dtype: str) -> None:
+    """A token's result does not depend on what the others of its tile see."""
+    q, keys, values, rows, positions = tokens((6, 2, 256, 1, 2, 64, 64), dtype)
+    keys, values = (jnp.nan_to_num(x) for x in (keys, values))
+    together = kernel(q, keys, values, rows, positions, **options(dtype))
+    others = positions.at[1:].set(jnp.array([255, 3, 100, 64, 9]))
+    np.testing.assert_array_equal(kernel(q, keys, values, rows, others, **options(dtype))[0], together[0])
+
+
 def check_padding(kernel: Kernel, dtype: str) -> None:
     """Tokens outside the cache get zeros; one past the end of its row sees all of it; the others keep their values."""
     q, keys, values, rows, positions = tokens((6, 2, 128, 1, 2, 64, 64), dtype)

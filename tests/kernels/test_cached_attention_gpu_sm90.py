@@ -24,6 +24,10 @@ def test_only_seen_slots_count() -> None:
     cases.check_only_seen_slots_count(SIMULATED, "bfloat16")
 
 
+def test_same_bits_in_any_company() -> None:
+    cases.check_same_bits_in_any_company(SIMULATED, "bfloat16")
+
+
 def test_padding() -> None:
     cases.check_padding(SIMULATED, "bfloat16")
 

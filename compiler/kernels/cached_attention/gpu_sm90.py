@@ -16,7 +16,7 @@ from xlathe.ops.attention import cap_scores
 
 LINES, SLOTS = 64, 64  # of a tile of scores: what one warp group multiplies at once
 STAGES = 2  # blocks of keys and values on their way
-BLOCKS_AT_ONCE = 264  # thread blocks that run at once: two on each of 132 multiprocessors
+THREAD_BLOCKS = 264  # to fill a chip: two for each of 132 multiprocessors
 
 
 def cached_attention(
@@ -55,7 +55,7 @@ def cached_attention(
     (n, heads, g, d), (r, s), e = q.shape, keys.shape[:2], values.shape[3]
     tokens = 1 if n <= r else LINES // g  # tokens of different rows share nothing
     tiles = pl.cdiv(n, tokens)
-    splits = max(1, min(BLOCKS_AT_ONCE // (heads * tiles), s // SLOTS))
+    splits = max(1, min(THREAD_BLOCKS // (heads * tiles), s // SLOTS))
     more, unused = tiles * tokens - n, LINES - tokens * g
     rows, positions = (jnp.pad(x, (0, more), constant_values=-1).reshape(tiles, tokens) for x in (rows, positions))
     table = coverage.reach(rows, positions, options["window"], (r, s), SLOTS)
@@ -176,9 +176,10 @@ def _attend(
         return state
 
     def of_row(entry: Any, state: Rows) -> Rows:
-        share = jax.lax.div(stop[tile, entry] - first[tile, entry] + splits - 1, splits)
-        begin = first[tile, entry] + split * share
-        end = jnp.minimum(begin + share, stop[tile, entry])
+        # Fixed parts of the cache: a token's sums do not depend on what the other tokens of its tile see.
+        share = pl.cdiv(keys.shape[1] // SLOTS, splits)
+        begin = jnp.maximum(split * share, first[tile, entry])
+        end = jnp.minimum(split * share + share, stop[tile, entry])
         for stage in range(STAGES):
             pl.when(begin + stage < end)(functools.partial(fetch, entry, begin + stage, stage))
         return jax.lax.fori_loop(begin, end, functools.partial(look, entry, begin, end), state)
