@@ -123,7 +123,10 @@ class Weights(Mapping[str, Any]):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What one pass did: its text form, hits and near misses by rule, seconds and equations before and after."""
+    """What one pass did: its text form, hits and near misses by rule, seconds and equations before and after.
+
+    rewrites: what was rewritten, one line each in order, by a pass that can stop after any of them.
+    """
 
     name: str
     hits: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -131,6 +134,7 @@ class Record:
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     equations: tuple[int, int] = (0, 0)
+    rewrites: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

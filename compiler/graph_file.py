@@ -161,11 +161,13 @@ def _history(meta: Mapping[str, Any]) -> tuple[Record, ...]:
         raise GraphFileError(f"{META}: malformed history: {error}") from None
 
 
-def _record(name: str, hits: Any, misses: Any, notes: Any, seconds: float, equations: Any) -> Record:
+def _record(
+    name: str, hits: Any, misses: Any, notes: Any, seconds: float, equations: Any, rewrites: Any = ()
+) -> Record:
     before, after = map(int, equations)
     counts = {str(rule): int(count) for rule, count in hits.items()}
-    near, said = (tuple(map(str, lines)) for lines in (misses, notes))
-    return Record(str(name), counts, near, said, float(seconds), (before, after))
+    near, said, done = (tuple(map(str, lines)) for lines in (misses, notes, rewrites))
+    return Record(str(name), counts, near, said, float(seconds), (before, after), done)
 
 
 def _tokenizer(path: Path) -> Tokenizer | None:

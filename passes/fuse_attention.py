@@ -33,19 +33,21 @@ class FuseAttention(Pass):
     def apply(self, graph: Graph, context: Context) -> tuple[Graph, Record]:
         matches, misses = find_attention(graph.jaxpr)
         sizes = {"b": 2, "t": min(5, graph.max_len)}
-        replacements = {}
-        for match in matches:
+        replacements, rewrites = {}, []
+        for match in matches[: context.limit]:
             small = dataclasses.replace(match, sizes={a: ir.substitute(size, sizes) for a, size in match.sizes.items()})
             error = deviation(graph.jaxpr, match.result.var, _replacement(small), _samples(small, sizes), sizes)
             if error <= _tolerance(match):
                 replacements[match.result.var] = _replacement(match)
+                rewrites.append(f"attention at {ir.source_line(match.softmax)}")
             else:
                 misses += (f"looks like attention but differs by {error:.1e} at {ir.source_line(match.softmax)}",)
         jaxpr, kept = ir.drop_dead(
             rewrite(graph.jaxpr, replacements), keep=lambda i: graph.inputs[i].kind in ("arg", "state")
         )
         inputs = tuple(graph.inputs[i] for i in kept)
-        record = Record("fuse_attention", hits={"attention": len(replacements)}, misses=misses)
+        hits = {"attention": len(replacements)}
+        record = Record("fuse_attention", hits=hits, misses=misses, rewrites=tuple(rewrites))
         return graph.replace(jaxpr=jaxpr, inputs=inputs), record
 
 

@@ -57,18 +57,20 @@ class PruneStructured(Pass):
             raise OptionError(f"prune_structured: score is 'weight' or 'activation', got {self.score!r}")
         if self.plan is not None and (self.heads or self.neurons or self.layers):
             raise OptionError("prune_structured: a plan is replayed as it is; leave out heads, neurons and layers")
-        if self.plan is None and not (self.heads or self.neurons or self.layers):
-            raise OptionError("prune_structured: nothing to remove; give heads, neurons, layers or a plan")
 
     def apply(self, graph: Graph, context: Context) -> tuple[Graph, Record]:
         plan = PrunePlan.load(self.plan) if self.plan is not None else self.make_plan(graph, context)
+        plan = dataclasses.replace(plan, groups=plan.groups[: context.limit])
         hits = {"heads": 0, "neurons": 0, "layers": len(plan.layers)}
         for group in plan.groups:
             hits[group.kind] += group.size - len(group.kept)
-        return prune(graph, plan), Record("prune_structured", hits=hits, notes=tuple(str(plan).splitlines()[-3:]))
+        notes, rewrites = str(plan).splitlines()[-3:], [f"{group.kind} of {group.name}" for group in plan.groups]
+        return prune(graph, plan), Record("prune_structured", hits=hits, notes=tuple(notes), rewrites=tuple(rewrites))
 
     def make_plan(self, graph: Graph, context: Context) -> PrunePlan:
         """Returns what this pass would do to the graph, without doing it."""
+        if not (self.heads or self.neurons or self.layers):
+            raise OptionError("nothing to remove; give heads, neurons, layers or a plan")
         graph = separate(graph)
         influence = block_influence(graph, context) if self.layers else ()
         removed = _least(influence, self.layers)

@@ -140,7 +140,6 @@ def test_a_plan_prints_is_saved_and_replays(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "nothing to remove"),
         ({"heads": 1.0}, "heads is the fraction to remove, 0 to below 1, got 1.0"),
         ({"neurons": -0.1}, "neurons is the fraction"),
         ({"layers": -1}, "layers is how many to remove, got -1"),
@@ -157,6 +156,11 @@ def test_options_out_of_range(options: dict, message: str) -> None:
 def test_missing_calibration(options: dict) -> None:
     with pytest.raises(OptionError, match=r"calibration tokens: pipeline\(graph, calibration=batches\)"):
         PruneStructured(**options)(fused(named("llama")))
+
+
+def test_nothing_to_remove() -> None:
+    with pytest.raises(OptionError, match="nothing to remove; give heads, neurons, layers or a plan"):
+        PruneStructured()(fused(named("llama")))
 
 
 def test_too_many_layers() -> None:
