@@ -243,7 +243,8 @@ def _plain(dim: Dim) -> Dim:
 def substitute(value: Any, sizes: Mapping[str, Dim]) -> Any:
     """Replaces size variables in a dimension, or in every dimension inside an equation's parameter."""
     if isinstance(value, DimExpr):
-        return value._evaluate({**sizes})  # type: ignore[dict-item]
+        size = value._evaluate({**sizes})  # type: ignore[dict-item]
+        return int(size) if isinstance(size, np.integer) else size
     if isinstance(value, Jaxpr):
         shapes = (substitute(v.aval.shape, sizes) for v in value.invars)
         avals = [jax.ShapeDtypeStruct(s, v.aval.dtype) for s, v in zip(shapes, value.invars, strict=True)]

@@ -84,7 +84,7 @@ def _cpu_kernels() -> Mapping[str, Kernel]:
         return {}
     return {
         "cached_attention": Kernel(_cached_attention_on_cpu, _cached_attention_uncovered_on_cpu),
-        "quantized_dot": Kernel(_quantized_dot_on_cpu, _quantized_dot_uncovered_on_cpu),
+        "quantized_dot": Kernel(_quantized_dot_on_cpu, quantized_dot_cpu.uncovered),
     }
 
 
@@ -146,16 +146,12 @@ def _cached_attention_on_cpu(*operands: Any, **options: Any) -> jax.Array:
     )
 
 
-def _quantized_dot_uncovered_on_cpu(
-    x: jax.Array, codes: jax.Array, scale: jax.Array, *, out_dtype: str, bits: int = 8, **_: Any
-) -> str | None:
-    fits = x.dtype == "float32" and codes.dtype == "int8"
-    return None if fits else f"expected x float32 and codes int8; found {x.dtype} and {codes.dtype}"
-
-
 def _quantized_dot_on_cpu(
-    x: jax.Array, codes: jax.Array, scale: jax.Array, *, out_dtype: str, **options: Any
+    x: jax.Array, codes: jax.Array, *scaling: jax.Array, out_dtype: str, bits: int = 8, **options: Any
 ) -> jax.Array:
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    y = quantized_dot_cpu.quantized_dot(flat, codes, scale)
+    if bits == 8:
+        y = quantized_dot_cpu.quantized_dot(flat, codes, *scaling)
+    else:
+        y = quantized_dot_cpu.quantized_dot_int4(flat, codes, *scaling, activations=options["activations"])
     return y.reshape(*x.shape[:-1], codes.shape[0]).astype(out_dtype)

@@ -28,7 +28,9 @@ class Op:
         return self.primitive.bind(*operands, call_jaxpr=jaxpr, **attributes)[0]
 
     def _trace_body(self, operands: Sequence[Any], attributes: dict[str, Any]) -> ir.Jaxpr:
-        return ir.trace(lambda *xs: self.body(*xs, **attributes), *map(ir.aval_of, operands))
+        """Without calls of jitted functions: putting sizes in inlines them, and bodies are compared after that too."""
+        body = ir.trace(lambda *xs: self.body(*xs, **attributes), *map(ir.aval_of, operands))
+        return ir.inline_calls(body, lambda eqn: eqn.primitive.name in ir.INLINED)
 
     def recognizes(self, eqn: ir.JaxprEqn) -> bool:
         """Says whether the equation is this operation and its body still is what the attributes mean."""

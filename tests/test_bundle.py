@@ -78,7 +78,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def programs() -> dict[str, Program]:
     config = LlamaConfig(VOCAB, width=32, layers=1, query_heads=4, key_value_heads=2, head_dim=8, hidden=64)
     graph = Canonicalize()(xl.trace(Llama(config, rngs=nnx.Rngs(0)), max_len=32))
-    return {"float32": compiled(graph), "int8": compiled(Quantize("int8")(graph))}
+    quantizers = {"int8": Quantize("int8"), "int4": Quantize("int4", symmetric=False, activations="int8")}
+    return {"float32": compiled(graph), **{name: compiled(pass_(graph)) for name, pass_ in quantizers.items()}}
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,7 @@ def change(folder: Path, **fields: Any) -> None:
     (folder / "manifest.json").write_text(manifest.to_text(changed))
 
 
-@pytest.mark.parametrize("kind", ["float32", "int8"])
+@pytest.mark.parametrize("kind", ["float32", "int8", "int4"])
 def test_a_loaded_program_generates_the_same(
     programs: dict[str, Program], saved: dict[str, Path], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,8 +153,8 @@ def test_what_a_bundle_holds(saved: dict[str, Path]) -> None:
         wanted = {name for name in FILES if "reference" not in name or described[kind]["custom_calls"]}
         assert {str(path.relative_to(folder)) for path in folder.rglob("*.*")} == wanted
         assert set(described[kind]["files"]) == wanted - {"manifest.json"}
-    called = "xlathe.quantized_dot.int8" in described["int8"]["custom_calls"]
-    assert called == (native.library() is not None)
+    for kind, target in {"int8": "xlathe.quantized_dot.int8", "int4": "xlathe.quantized_dot.int4_a8"}.items():
+        assert (target in described[kind]["custom_calls"]) == (native.library() is not None)
     described = described["int8"]
     weights = described["files"]["weights.safetensors"]["size"]
     assert weights == (saved["int8"] / "weights.safetensors").stat().st_size

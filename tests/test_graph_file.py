@@ -65,6 +65,19 @@ def test_quantized_step_reads_back(tmp_path):
     assert np.array_equal(read(IDS), graph(IDS))
 
 
+@pytest.mark.parametrize("options", [{}, {"symmetric": False}, {"activations": "int8"}])
+def test_int4_step_reads_back(options, tmp_path):
+    """Expected: packed codes and bfloat16 scales come back as they were, and so do the bits of the logits."""
+    quantize = Quantize("int4", weights="layers/.*", **options)
+    graph = KVCache()(quantize(FuseAttention()(Canonicalize()(traced("multi_query")))))
+    graph.save(tmp_path)
+    read = xl.load_graph(tmp_path)
+    assert to_text(read) == to_text(graph) and count_parameters(read) == count_parameters(graph)
+    dtypes = {str(np.asarray(read.weights[name]).dtype) for name in read.names("weight")}
+    assert dtypes == {"uint8", "bfloat16", "float32"}
+    assert np.array_equal(read(IDS), graph(IDS))
+
+
 def test_sizes_are_reported_the_same_when_read_back(tmp_path):
     """Expected: scales are no parameters, whether a graph was saved once, twice or never, also quantized in between."""
     whole = FuseAttention()(Canonicalize()(traced("multi_query")))

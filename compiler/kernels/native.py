@@ -14,7 +14,12 @@ import jaxlib
 from xlathe.errors import XlatheError
 
 # FFI targets that a compiled program may name. The C++ symbol has "_" for ".".
-TARGETS = ("xlathe.quantized_dot.int8", "xlathe.cached_attention.f32")
+TARGETS = (
+    "xlathe.quantized_dot.int8",
+    "xlathe.quantized_dot.int4",
+    "xlathe.quantized_dot.int4_a8",
+    "xlathe.cached_attention.f32",
+)
 _REBUILD = "run `make clean install` in the checkout, or `pip install --force-reinstall --no-deps xlathe`"
 
 

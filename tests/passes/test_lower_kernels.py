@@ -1,5 +1,7 @@
 """Operations become kernels where there are any, and their reference bodies elsewhere."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ from xlathe.passes.lower_kernels import LowerKernels
 from xlathe.passes.quantize import Quantize
 from xlathe.passes.specialize import Specialize
 
-(LLAMA,) = (v for v in DECODERS if v.name == "llama")
+LLAMA, TIED = (next(v for v in DECODERS if v.name == name) for name in ("llama", "tied_head"))
 
 
 @pytest.mark.skipif(native.library() is None, reason="the package was built without a C++ compiler")
@@ -22,6 +24,33 @@ def test_quantized_products_run_in_the_kernel() -> None:
     assert len(calls) == 15 == lowered.history[-1].hits["quantized_dot: kernel"]
     tokens = np.random.default_rng(0).integers(0, 61, (2, 5))
     assert difference(lowered(tokens), quantized(tokens)) <= 1e-5
+
+
+@pytest.mark.skipif(native.library() is None, reason="the package was built without a C++ compiler")
+@pytest.mark.parametrize("options", [{}, {"symmetric": False}, {"activations": "int8"}])
+def test_int4_products_run_in_their_kernel(options: dict[str, Any]) -> None:
+    """Expected: every product whose scheme is int4, the tied head too, is a call of the one kernel for its scheme."""
+    quantized = Quantize("int4", **options)(fused(TIED))
+    lowered = LowerKernels()(Specialize(batch=2, length=5)(quantized))
+    calls = [e.params["target_name"] for e in lowered.jaxpr.eqns if e.primitive.name == "ffi_call"]
+    assert set(calls) == {"xlathe.quantized_dot.int4" + "_a8" * bool(options.get("activations"))}
+    assert len(calls) == lowered.history[-1].hits["quantized_dot: kernel"] > 0
+    tokens = np.random.default_rng(0).integers(0, TIED.vocab, (2, 5))
+    assert difference(lowered(tokens), quantized(tokens)) <= 1e-5
+
+
+@pytest.mark.skipif(native.library() is None, reason="the package was built without a C++ compiler")
+def test_a_group_without_a_kernel_is_told() -> None:
+    lowered = LowerKernels()(Specialize(batch=1, length=4)(Quantize("int4", group=8)(fused(LLAMA))))
+    assert lowered.history[-1].hits["quantized_dot: reference"] == 15
+    assert any("expected a group of 32, 64" in note for note in lowered.history[-1].notes)
+
+
+@pytest.mark.parametrize("target", ["tpu-v5e", "h100"])
+def test_codes_of_4_bits_keep_their_reference_body_elsewhere(target: str) -> None:
+    lowered = LowerKernels(target)(Specialize(batch=1, length=4)(Quantize("int4", group=8)(fused(LLAMA))))
+    assert lowered.history[-1].hits["quantized_dot: reference"] == 15
+    assert any("codes of 8 bits; found 4" in note for note in lowered.history[-1].notes)
 
 
 def test_no_operation_is_left() -> None:
@@ -36,5 +65,7 @@ def test_sizes_must_be_known() -> None:
 
 
 def test_unknown_target() -> None:
-    with pytest.raises(OptionError, match="no target 'cpux'; the targets are cpu, h100, h200, tpu-v5e, tpu-v5p, tpu-v6e"):
+    with pytest.raises(
+        OptionError, match="no target 'cpux'; the targets are cpu, h100, h200, tpu-v5e,"
+    ):
         LowerKernels("cpux")

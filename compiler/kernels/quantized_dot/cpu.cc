@@ -9,8 +9,8 @@
 #include "xla/ffi/api/ffi.h"
 
 #include "../isa.h"
-#include "../parallel.h"
 #include "../shape.h"
+#include "split.h"
 
 namespace xlathe {
 
@@ -23,9 +23,6 @@ struct QuantizedDot {
   int64_t m, n, k;
 };
 
-constexpr int kTileN = 12;  // rows of codes that are worked on together
-constexpr int kCacheLine = 64;
-
 }  // namespace xlathe
 
 #define XLATHE_BODY "quantized_dot/rows.h"
@@ -35,10 +32,6 @@ namespace ffi = xla::ffi;
 
 namespace xlathe {
 namespace {
-
-// Below this many multiply-adds, waking another thread costs more than it saves.
-constexpr int64_t kParallelWork = 1 << 20;
-constexpr int64_t kBlocksPerThread = 16;  // so that a thread that is held up leaves little to wait for
 
 // Copies x into rows padded with zeros to a multiple of 16, and by one cache line more so that rows of a
 // power-of-two length do not compete for the same cache sets.
@@ -71,14 +64,7 @@ ffi::Error quantized_dot_int8(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, f
   const QuantizedDot op{
       padded.data(), stride, codes.typed_data(), scale.typed_data(), y->typed_data(), m, n, k};
   const auto rows = XLATHE_SELECT(*isa, rows);
-  if (m * n * k < kParallelWork) {
-    rows(op, 0, n);
-    return ffi::Error::Success();
-  }
-  const int64_t blocks = kBlocksPerThread * std::max<int64_t>(1, pool.num_threads());
-  const int64_t block = (n / blocks / kTileN + 1) * kTileN;
-  parallel_for(pool, (n + block - 1) / block,
-               [&](int64_t i) { rows(op, i * block, std::min(n, (i + 1) * block)); });
+  split_rows(pool, m, n, k, [&](int64_t n0, int64_t n1) { rows(op, n0, n1); });
   return ffi::Error::Success();
 }
 

@@ -1,4 +1,4 @@
-"""quantized_dot on CPU, by the kernel in cpu.cc through the XLA FFI."""
+"""quantized_dot on CPU, by the kernels in cpu*.cc through the XLA FFI."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,9 @@ from xlathe.errors import OptionError
 from xlathe.kernels import native
 
 TARGET_INT8 = "xlathe.quantized_dot.int8"
+TARGETS_INT4 = {None: "xlathe.quantized_dot.int4", "int8": "xlathe.quantized_dot.int4_a8"}
+"""By the rounding of activations."""
+GROUPS = (32, 64, 128, 256, 512, 1024)
 
 
 def quantized_dot(x: jax.Array, codes: jax.Array, scale: jax.Array, *, isa: str = "auto") -> jax.Array:
@@ -39,6 +42,73 @@ def _check(x: jax.Array, codes: jax.Array, scale: jax.Array) -> None:
     if fits and x.shape[1] == codes.shape[1] and codes.shape[0] == scale.shape[0]:
         return
     found = ", ".join(f"{name} {a.dtype}{list(a.shape)}" for name, (a, _, _) in operands.items())
+    raise OptionError(f"quantized_dot: expected x float32 [M, K], codes int8 [N, K], scale float32 [N]; found {found}")
+
+
+def quantized_dot_int4(
+    x: jax.Array,
+    codes: jax.Array,
+    scale: jax.Array,
+    zero: jax.Array | None = None,
+    *,
+    activations: str | None = None,
+    isa: str = "auto",
+) -> jax.Array:
+    """`x @ ((codes - zero) * scale).T` in float32, without expanding the weight in memory.
+
+    A row of the result has the same bits whatever the number of rows, threads or the block sizes.
+
+    Args:
+      x: float32 [M, K].
+      codes: uint8 [N, K / 2], the earlier of two in the low half of a byte.
+      scale: bfloat16 [N, K / group], for a group in `GROUPS`.
+      zero: uint8 [N, K / group]; all 8 if it is not given.
+      activations: None, or `int8`: they are rounded in blocks of 32 and multiplied as integers.
+      isa: instruction set; "auto" is the best of the CPU that runs the program. Others are for tests.
+
+    Returns:
+      float32 [M, N].
+
+    Raises:
+      OptionError: a shape or dtype differs from the above.
+      XlatheError: the kernels were not built.
+    """
+    _check_int4(x, codes, scale, zero)
+    native.register()
+    given = jnp.zeros((codes.shape[0], 0), jnp.uint8) if zero is None else zero
+    result = jax.ShapeDtypeStruct((x.shape[0], codes.shape[0]), jnp.float32)
+    return jax.ffi.ffi_call(TARGETS_INT4[activations], result)(x, codes, scale, given, isa=isa)
+
+
+def _check_int4(x: jax.Array, codes: jax.Array, scale: jax.Array, zero: jax.Array | None) -> None:
+    operands = {"x": (x, "float32"), "codes": (codes, "uint8"), "scale": (scale, "bfloat16"), "zero": (zero, "uint8")}
+    given = {name: (array, dtype) for name, (array, dtype) in operands.items() if array is not None}
+    if all(array.dtype == dtype and array.ndim == 2 for array, dtype in given.values()):
+        (_, k), n = x.shape, codes.shape[0]
+        shapes = [(n, k // group) for group in GROUPS if k % group == 0]
+        if codes.shape == (n, k // 2) and scale.shape in shapes and (zero is None or zero.shape == scale.shape):
+            return
+    found = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, (array, _) in given.items())
     raise OptionError(
-        f"quantized_dot: expected x float32 [M, K], codes int8 [N, K], scale float32 [N]; found {found}"
+        "quantized_dot: expected x float32 [M, K], codes uint8 [N, K / 2], scale bfloat16 [N, K / group], zero uint8 "
+        f"like scale, and a group of {', '.join(map(str, GROUPS))}; found {found}"
     )
+
+
+def uncovered(
+    x: jax.Array,
+    codes: jax.Array,
+    scale: jax.Array,
+    *zero: jax.Array,
+    out_dtype: str,
+    bits: int = 8,
+    group: int | None = None,
+    activations: str | None = None,
+) -> str | None:
+    """Says why no kernel computes `xlathe.ops.quantized_dot` of this; None where one does."""
+    expected = "int8" if bits == 8 else "uint8"
+    if x.dtype != "float32" or codes.dtype != expected:
+        return f"expected x float32 and codes {expected}; found {x.dtype} and {codes.dtype}"
+    if bits == 4 and group not in GROUPS:
+        return f"expected a group of {', '.join(map(str, GROUPS))}; found {group}"
+    return None
