@@ -4,6 +4,7 @@ All cases take turns, so that a disturbance of the machine meets them alike; eac
 the best of its rounds.
 """
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,10 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from xlathe.kernels import native
-from xlathe.kernels.quantized_dot.cpu import quantized_dot
+from xlathe.kernels.quantized_dot.cpu import quantized_dot, quantized_dot_int4
 
 ROUNDS = 30
 K, N = 4096, 11008  # the widest product of a 7B Llama
+GROUP = 32  # of 4-bit codes
 SMALL_K, SMALL_N = 256, 1024
 SMALL_REPEATS = 1000
 PREFILL_ROWS = 128
@@ -46,18 +48,29 @@ class Case:
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight as the kernel reads it, codes int8 [n, k] and scale float32 [n], and as XLA does, [k, n]."""
+    """A weight as the kernels read it and as XLA does.
+
+    codes: int8 [n, k]; scale: float32 [n]; dense: float32 [k, n]; int4: packed codes uint8 [n, k / 2], and scale
+    bfloat16 [n, k / GROUP].
+    """
 
     codes: jax.Array
     scale: jax.Array
     dense: jax.Array
+    int4: tuple[jax.Array, jax.Array]
+
+    @property
+    def int4_bytes(self) -> int:
+        return sum(part.nbytes for part in self.int4)
 
 
 def random_weight(n: int, k: int) -> Weight:
     """Its entries keep the length of a vector about the same over many products."""
     codes = np.random.default_rng(0).integers(-127, 128, (n, k), dtype=np.int8)
     scale = np.full(n, 1 / (74 * np.sqrt(k)), np.float32)
-    return Weight(jnp.asarray(codes), jnp.asarray(scale), jnp.asarray((codes * scale[:, None]).T))
+    packed = np.random.default_rng(2).integers(0, 256, (n, k // 2), dtype=np.uint8)
+    int4 = (jnp.asarray(packed), jnp.full((n, k // GROUP), 1 / (4.6 * np.sqrt(k)), jnp.bfloat16))
+    return Weight(jnp.asarray(codes), jnp.asarray(scale), jnp.asarray((codes * scale[:, None]).T), int4)
 
 
 def random_rows(m: int, k: int) -> jax.Array:
@@ -73,9 +86,12 @@ def memory_read(nbytes: int) -> Case:
 def decode(weight: Weight, m: int) -> list[Case]:
     """A few rows, in bytes of the weight a second."""
     x, kernel, dot = random_rows(m, K), jax.jit(quantized_dot), jax.jit(jnp.dot)
-    read, read_dense = weight.codes.nbytes / 1e9, weight.dense.nbytes / 1e9
+    int4, int4_a8 = (jax.jit(functools.partial(quantized_dot_int4, activations=a)) for a in (None, "int8"))
+    read, read_dense, read_int4 = (n / 1e9 for n in (weight.codes.nbytes, weight.dense.nbytes, weight.int4_bytes))
     return [
         Case(f"int8 kernel, M = {m}", lambda: kernel(x, weight.codes, weight.scale), read, "GB/s"),
+        Case(f"int4 kernel, M = {m}", lambda: int4(x, *weight.int4), read_int4, "GB/s"),
+        Case(f"int4 a8 kernel, M = {m}", lambda: int4_a8(x, *weight.int4), read_int4, "GB/s"),
         Case(f"XLA float32, M = {m}", lambda: dot(x, weight.dense), read_dense, "GB/s"),
     ]
 
@@ -125,8 +141,8 @@ def table(title: str, cases: Sequence[Case]) -> Table:
 
 def main() -> None:
     weight = random_weight(N, K)
-    read = memory_read(weight.codes.nbytes)
-    few = [memory_read(1 << 29), read, *(case for m in (1, 2, 4, 8) for case in decode(weight, m))]
+    reads = [memory_read(nbytes) for nbytes in (weight.codes.nbytes, weight.int4_bytes)]
+    few = [memory_read(1 << 29), *reads, *(case for m in (1, 2, 4, 8) for case in decode(weight, m))]
     many, little = prefill(weight, PREFILL_ROWS), small()
     measure([*few, *little], ROUNDS)
     measure(many, ROUNDS // 5)
@@ -134,8 +150,9 @@ def main() -> None:
     console = Console()
     console.print(f"instruction sets: {', '.join(native.available_isas())}; {ROUNDS} rounds")
     console.print(table(f"decode: x [M, {K}], weight [{N}, {K}]", few))
-    share = read.median / few[2].median
-    console.print(f"int8 kernel, M = 1: {share:.0%} of the rate at which as many bytes are read (medians)\n")
+    for read, case in zip((*reads, reads[1]), few[3:6], strict=True):
+        share = read.median / case.median
+        console.print(f"{case.name}: {share:.0%} of the rate at which as many bytes are read (medians)")
     console.print(table(f"prefill: x [{PREFILL_ROWS}, {K}]", many))
     console.print(table(f"{SMALL_REPEATS} products [{SMALL_N}, {SMALL_K}]", little))
 

@@ -66,7 +66,8 @@ def quantize_groups(weight: np.ndarray, group: int, *, symmetric: bool) -> tuple
 
     Symmetric, the value of largest magnitude is 8 steps below zero (its scale may be negative), as in ggml's Q4_0,
     so that all 16 codes are used. Otherwise the codes span the values and zero. Codes are chosen after the scale was
-    rounded to bfloat16, so that rounding it costs no more than a slightly longer step.
+    rounded to bfloat16, so that rounding it costs no more than a slightly longer step. A group of zeros has the scale
+    0, and products with it are exactly 0.
 
     Returns codes uint8 [n, k] from 0 to 15, scale bfloat16 [n, k / group], and zero uint8 [n, k / group].
     """
@@ -74,8 +75,7 @@ def quantize_groups(weight: np.ndarray, group: int, *, symmetric: bool) -> tuple
     low, high = np.minimum(values.min(axis=-1), 0), np.maximum(values.max(axis=-1), 0)
     step = np.where(-low >= high, low, high) / -MIDDLE if symmetric else (high - low) / INT4_LAST
     scale = step.astype(jnp.bfloat16)
-    scale = np.where(scale == 0, np.ones_like(scale), scale)
-    exact = scale.astype(np.float32)
+    exact = np.where(scale == 0, 1, scale.astype(np.float32))
     zero = np.full_like(exact, MIDDLE) if symmetric else np.clip(np.rint(-low / exact), 0, INT4_LAST)
     codes = np.clip(np.rint(values / exact[..., None]) + zero[..., None], 0, INT4_LAST)
     return codes.astype(np.uint8).reshape(weight.shape), scale, zero.astype(np.uint8)

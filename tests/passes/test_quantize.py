@@ -123,10 +123,10 @@ def test_symmetric_groups_by_their_definition() -> None:
     assert (codes.dtype, scale.dtype, zero.dtype) == ("uint8", "bfloat16", "uint8") and (zero == 8).all()
     for n, g in np.ndindex(6, 2):
         values, found = weight[n, 32 * g : 32 * g + 32].astype(np.float64), codes[n, 32 * g : 32 * g + 32]
-        step = values[np.argmax(np.abs(values))] / -8 or 1.0
-        assert abs(float(scale[n, g]) / step - 1) <= 2**-8
-        np.testing.assert_array_equal(found, np.clip(np.rint(values / float(scale[n, g])), -8, 7) + 8)
-    assert (codes[1] == 8).all() and (scale[1] == 1.0).all()
+        step = values[np.argmax(np.abs(values))] / -8
+        assert abs(float(scale[n, g]) - step) <= 2**-8 * abs(step)
+        np.testing.assert_array_equal(found, np.clip(np.rint(values / (float(scale[n, g]) or 1)), -8, 7) + 8)
+    assert (codes[1] == 8).all() and (scale[1] == 0).all()
     assert codes[3, 5] == 0 and (np.delete(codes[3, :32], 5) == 8).all()
 
 
@@ -138,9 +138,9 @@ def test_asymmetric_groups_by_their_definition() -> None:
     for n, g in np.ndindex(6, 2):
         values, found = weight[n, 32 * g : 32 * g + 32].astype(np.float64), codes[n, 32 * g : 32 * g + 32]
         low, high, step = min(values.min(), 0), max(values.max(), 0), float(scale[n, g])
-        assert abs(step / ((high - low) / 15 or 1.0) - 1) <= 2**-8
-        assert zero[n, g] == min(np.rint(-low / step), 15)
-        np.testing.assert_array_equal(found, np.clip(np.rint(values / step) + zero[n, g], 0, 15))
+        assert abs(step - (high - low) / 15) <= 2**-8 * (high - low)
+        assert zero[n, g] == min(np.rint(-low / (step or 1)), 15)
+        np.testing.assert_array_equal(found, np.clip(np.rint(values / (step or 1)) + zero[n, g], 0, 15))
         assert np.abs((found.astype(int) - zero[n, g]) * step - values).max() <= 1.1 * step
     assert (codes[1] == zero[1, 0]).all() and zero[2, 0] == 15 and zero[3, 0] == 0
 

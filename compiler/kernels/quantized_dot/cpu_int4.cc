@@ -16,6 +16,7 @@ struct Int4Dot {
 };
 
 constexpr int kInt4Step = 128;  // columns that are worked on together: 16 lanes of 8 codes, 32 bits
+constexpr int kInt4Width = kInt4Step + 16;  // floats of x for them: `arrange`
 
 }  // namespace xlathe
 
@@ -27,16 +28,18 @@ namespace ffi = xla::ffi;
 namespace xlathe {
 namespace {
 
-// Arranges each 128 columns of x as the codes are found: j-th in 16 lanes of 8. Codes are used where they lie in
-// their lane, 16**(j mod 4) times as large, and x is as much smaller. Rows are padded with zeros, and by one cache
-// line more so that rows of a power-of-two length do not compete for the same cache sets.
+// Arranges each 128 columns of x as the codes are found: j-th in 16 lanes of 8, and then minus the sum of each lane.
+// Codes are used where they lie in their lane, 16**(j mod 4) times as large, and x is as much smaller. Rows are padded
+// with zeros, and by one cache line more so that rows of a power-of-two length do not compete for the same cache sets.
 std::vector<float> arrange(const float* x, int64_t m, int64_t k, int64_t stride) {
   static constexpr float kSmaller[4] = {1.0f, 1.0f / 16, 1.0f / 256, 1.0f / 4096};
   std::vector<float> arranged(m * stride);
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t at = 0; at < k; ++at) {
       const int64_t lane = at % kInt4Step / 8, j = at % 8;
-      arranged[i * stride + at / kInt4Step * kInt4Step + j * 16 + lane] = x[i * k + at] * kSmaller[j % 4];
+      float* step = arranged.data() + i * stride + at / kInt4Step * kInt4Width + lane;
+      step[j * 16] = x[i * k + at] * kSmaller[j % 4];
+      step[kInt4Step] -= x[i * k + at];
     }
   }
   return arranged;
@@ -51,7 +54,7 @@ ffi::Error quantized_dot_int4(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, f
   const Int4Weight weight = call.weight();
   if (call.m() == 0 || weight.n == 0) return ffi::Error::Success();
 
-  const int64_t stride = (weight.k + kInt4Step - 1) / kInt4Step * kInt4Step + 16;
+  const int64_t stride = (weight.k + kInt4Step - 1) / kInt4Step * kInt4Width + 16;
   const std::vector<float> arranged = arrange(x.typed_data(), call.m(), weight.k, stride);
   const Int4Dot op{arranged.data(), stride, weight, y->typed_data(), call.m()};
   const auto rows = XLATHE_SELECT(*isa, int4_rows);

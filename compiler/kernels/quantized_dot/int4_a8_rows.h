@@ -102,13 +102,17 @@ inline __attribute__((always_inline)) Lanes::Int block_zeros(const Int4Row& row,
   return zeros;
 }
 
-// totals[m][n] += the products of 16 blocks, from `block` on in x and from `at` on in the rows.
+// totals[m][n] += the products of 16 blocks, from `block` on in x and from `at` on in the rows. Codes `ahead` of these
+// are prefetched: rows read side by side defeat the prefetcher of the CPU.
 template <int kM, int kN, bool kZeros>
 inline __attribute__((always_inline)) void a8_accumulate(Lanes::Float (&totals)[kM][kN][kA8Registers],
                                                          const RoundedRow* x, int64_t block,
-                                                         const Int4Row (&rows)[kN], int64_t at) {
+                                                         const Int4Row (&rows)[kN], int64_t at, int64_t ahead) {
 #pragma GCC unroll 4
   for (int n = 0; n < kN; ++n) {
+    for (int line = 0; line < kA8Blocks * 16; line += kCacheLine) {
+      __builtin_prefetch(rows[n].codes + at * 16 + line + ahead, /*write=*/0, /*locality: L2=*/2);
+    }
 #pragma GCC unroll 4
     for (int r = 0; r < kA8Registers; ++r) {
       const int64_t here = at + r * Lanes::kWidth;
@@ -127,22 +131,25 @@ inline __attribute__((always_inline)) void a8_accumulate(Lanes::Float (&totals)[
   }
 }
 
-// y[m0 + m, n] for m < kM and n0 <= n < n1, kN rows of codes at a time. Where these reach past n1, row n1 - 1 is
-// computed again, and not stored.
+// y[m0 + m, n] for m < kM and the tile n0 <= n < min(n0 + kTileN, n1), kN rows of codes at a time. Where these reach
+// past n1, row n1 - 1 is computed again, and not stored.
 template <int kM, int kN, bool kZeros>
 void a8_tile(const Int4A8Dot& op, int64_t m0, int64_t n0, int64_t n1) {
+  const int64_t last = n1 - kN;  // where a whole group of rows may begin
+  n1 = n0 + kTileN < n1 ? n0 + kTileN : n1;
   const int64_t blocks = op.weight.k / kBlock, whole = blocks / kA8Blocks * kA8Blocks;
   for (int64_t first = n0; first < n1; first += kN) {
     Lanes::Float totals[kM][kN][kA8Registers] = {};
+    const int64_t ahead = first + 2 * kN <= last ? kN * op.weight.k : 0;
     Int4Row rows[kN];
     for (int n = 0; n < kN; ++n) rows[n] = op.weight.row(first + n < n1 ? first + n : n1 - 1);
     for (int64_t block = 0; block < whole; block += kA8Blocks) {
-      a8_accumulate<kM, kN, kZeros>(totals, op.x + m0, block, rows, block);
+      a8_accumulate<kM, kN, kZeros>(totals, op.x + m0, block, rows, block, ahead);
     }
     if (whole < blocks) {
       Int4Tail<kA8Blocks> tails[kN];
       for (int n = 0; n < kN; ++n) rows[n] = tails[n].copy(op.weight, first + n < n1 ? first + n : n1 - 1, whole);
-      a8_accumulate<kM, kN, kZeros>(totals, op.x + m0, whole, rows, 0);
+      a8_accumulate<kM, kN, kZeros>(totals, op.x + m0, whole, rows, 0, 0);
     }
     for (int m = 0; m < kM; ++m) {
       for (int n = 0; n < kN && first + n < n1; ++n) {
@@ -155,11 +162,10 @@ void a8_tile(const Int4A8Dot& op, int64_t m0, int64_t n0, int64_t n1) {
 template <bool kZeros>
 void a8_all(const Int4A8Dot& op, int64_t n0, int64_t n1) {
   for (int64_t n = n0; n < n1; n += kTileN) {
-    const int64_t end = n + kTileN < n1 ? n + kTileN : n1;
     int64_t m = 0;
-    for (; op.m - m >= 4; m += 4) a8_tile<4, 1, kZeros>(op, m, n, end);
-    for (; op.m - m >= 2; m += 2) a8_tile<2, 2, kZeros>(op, m, n, end);
-    if (m < op.m) a8_tile<1, 2, kZeros>(op, m, n, end);
+    for (; op.m - m >= 4; m += 4) a8_tile<4, 1, kZeros>(op, m, n, n1);
+    for (; op.m - m >= 2; m += 2) a8_tile<2, 2, kZeros>(op, m, n, n1);
+    if (m < op.m) a8_tile<1, 2, kZeros>(op, m, n, n1);
   }
 }
 

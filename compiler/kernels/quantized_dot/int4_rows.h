@@ -1,9 +1,9 @@
 // The arithmetic of quantized_dot with 4-bit codes, compiled once for every instruction set (foreach_isa.h).
 //
-// Of each 128 columns, 16 lanes hold 8 successive ones. A lane adds its 8 products x * (code - zero) in ascending
-// order, begun at zero, and the sum times its scale to its total; in the end totals are folded in halves. This order
-// holds for every M, block size, thread count and register width, so a row's result has the same bits whatever it was
-// computed with; `portable` alone differs, in the last bits, by its rounding.
+// Of each 128 columns, 16 lanes hold 8 successive ones. A lane begins at zero * -(the sum of its x), adds its 8 products
+// x * code in ascending order, and the sum times its scale to its total; in the end totals are folded in halves. This
+// order holds for every M, block size, thread count and register width, so a row's result has the same bits whatever it
+// was computed with; `portable` alone differs, in the last bits, by its rounding.
 
 typedef float Four __attribute__((vector_size(16)));
 
@@ -50,11 +50,15 @@ inline __attribute__((always_inline)) void int4_accumulate(Lanes::Float (&totals
 #pragma GCC unroll 4
     for (int r = 0; r < kInt4Registers; ++r) {
       Lanes::Int packed[kN];
-      Lanes::Float zero[kN], part[kM][kN] = {};
+      Lanes::Float part[kM][kN];
 #pragma GCC unroll 4
       for (int n = 0; n < kN; ++n) {
         __builtin_memcpy(&packed[n], rows[n].codes + step * (kInt4Step / 2) + r * sizeof(Lanes::Int), sizeof packed[n]);
-        zero[n] = kZeros ? Lanes::spread(zeros[n], r) : Lanes::all(8.0f);
+        const Lanes::Float zero = kZeros ? Lanes::spread(zeros[n], r) : Lanes::all(8.0f);
+#pragma GCC unroll 4
+        for (int m = 0; m < kM; ++m) {
+          part[m][n] = zero * Lanes::load(x + m * x_stride + step * kInt4Width + kInt4Step + r * Lanes::kWidth);
+        }
       }
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j) {
@@ -63,12 +67,12 @@ inline __attribute__((always_inline)) void int4_accumulate(Lanes::Float (&totals
 #pragma GCC unroll 4
         for (int n = 0; n < kN; ++n) {
           if (j == 4) packed[n] >>= 16;
-          code[n] = Lanes::from_int(packed[n] & (15 << place)) - zero[n] * Lanes::all(1 << place);
+          code[n] = Lanes::from_int(packed[n] & (15 << place));
         }
 #pragma GCC unroll 4
         for (int m = 0; m < kM; ++m) {
           const Lanes::Float xs =
-              Lanes::keep(Lanes::load(x + m * x_stride + step * kInt4Step + j * 16 + r * Lanes::kWidth));
+              Lanes::keep(Lanes::load(x + m * x_stride + step * kInt4Width + j * 16 + r * Lanes::kWidth));
 #pragma GCC unroll 4
           for (int n = 0; n < kN; ++n) part[m][n] = Lanes::madd(code[n], xs, part[m][n]);
         }
@@ -104,7 +108,7 @@ void int4_tile(const Int4Dot& op, int64_t m0, int64_t n0, int64_t n1) {
       for (int n = 0; n < kN; ++n) rows[n] = op.weight.row(first + n < n1 ? first + n : n1 - 1, step * 4);
       const int64_t steps = whole - step < kSteps ? whole - step : kSteps;
       const int64_t ahead = first + 2 * kN <= last ? kN * op.weight.k : 0;
-      int4_accumulate<kM, kN, kZeros>(totals[group], x + step * kInt4Step, op.x_stride, rows, steps, ahead);
+      int4_accumulate<kM, kN, kZeros>(totals[group], x + step * kInt4Width, op.x_stride, rows, steps, ahead);
     }
   }
   for (int64_t group = 0; group < groups && whole * kInt4Step < op.weight.k; ++group) {
@@ -112,7 +116,7 @@ void int4_tile(const Int4Dot& op, int64_t m0, int64_t n0, int64_t n1) {
     Int4Tail<4> tails[kN];
     Int4Row rows[kN];
     for (int n = 0; n < kN; ++n) rows[n] = tails[n].copy(op.weight, first + n < n1 ? first + n : n1 - 1, whole * 4);
-    int4_accumulate<kM, kN, kZeros>(totals[group], x + whole * kInt4Step, op.x_stride, rows, 1, 0);
+    int4_accumulate<kM, kN, kZeros>(totals[group], x + whole * kInt4Width, op.x_stride, rows, 1, 0);
   }
   for (int m = 0; m < kM; ++m) {
     for (int64_t n = n0; n < n1; ++n) {
