@@ -149,10 +149,10 @@ class Dimensions:
 
     def _index_in(self, root: int, atom: int) -> np.ndarray:
         if root == atom:
-            return np.arange(self.sizes[root])
+            return np.arange(int(self.sizes[root]))
         if root in self.parts:
             return np.concatenate([self.index(part, atom) for part in self.parts[root]])
-        return np.full(self.sizes[root], -1)
+        return np.full(int(self.sizes[root]), -1)
 
     def size_of(self, label: Label, kept: Kept) -> ir.Dim:
         """Returns the size of an axis when only `kept` stays."""
@@ -163,7 +163,7 @@ class Dimensions:
 
     def _kept_of(self, atom: int, kept: Kept) -> np.ndarray:
         if atom not in self.parts:
-            return kept.get(atom, np.arange(self.sizes[atom]))
+            return kept.get(atom, np.arange(int(self.sizes[atom])))
         offsets = np.cumsum([0, *(self.size(part) for part in self.parts[atom])])
         return np.concatenate([self.kept(p, kept) + start for p, start in zip(self.parts[atom], offsets, strict=False)])
 

@@ -101,9 +101,9 @@ class Weights(Mapping[str, Any]):
 
     def source(self, name: str) -> str:
         """Returns the name of the trained array that `name` is, or was made from."""
-        index: int | None = len(self.recipes)
-        while (index := self._maker(name, index)) is not None:
-            name = self.recipes[index].source
+        before = len(self.recipes)
+        while (index := self._maker(name, before)) is not None:
+            name, before = self.recipes[index].source, index
         return next((origin.name for origin in self.origins if name in origin.targets), name)
 
     def prepare(self, names: Iterator[str] | list[str]) -> dict[str, Any]:
@@ -250,18 +250,22 @@ class Graph:
         return jax.jit(run)
 
     def _run_step(self, tokens: np.ndarray) -> jax.Array:
-        from xlathe.step import empty_state, run_step
+        from xlathe.step import empty_state, ring_slack, run_step
 
         rows, length = tokens.shape
-        count = rows * length
-        args = {
-            "tokens": tokens.reshape(-1),
-            "positions": np.tile(np.arange(length, dtype=np.int32), rows),
-            "rows": np.repeat(np.arange(rows, dtype=np.int32), length),
-            "select": np.arange(count, dtype=np.int32),
-        }
-        logits, _ = run_step(self, args, empty_state(self, rows=rows))
-        return logits.reshape(rows, length, self.vocab)
+        state, logits = empty_state(self, rows=rows), []
+        chunk = ring_slack(self) or length
+        for start in range(0, length, chunk):
+            positions = np.arange(start, min(start + chunk, length), dtype=np.int32)
+            args = {
+                "tokens": tokens[:, positions].reshape(-1),
+                "positions": np.tile(positions, rows),
+                "rows": np.repeat(np.arange(rows, dtype=np.int32), positions.size),
+                "select": np.arange(rows * positions.size, dtype=np.int32),
+            }
+            new, state = run_step(self, args, state)
+            logits.append(new.reshape(rows, positions.size, self.vocab))
+        return jnp.concatenate(logits, axis=1)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Writes the graph with its prepared weights; `xlathe.load_graph` reads it back."""

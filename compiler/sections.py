@@ -13,7 +13,8 @@ def cut_points(graph: Graph) -> list[ir.Var]:
     last_use = {a: i for i, eqn in enumerate(equations) for a in eqn.invars if isinstance(a, ir.Var)}
     last_use |= {a: len(equations) for a in graph.jaxpr.outvars if isinstance(a, ir.Var)}
     args = {v for v, i in zip(graph.jaxpr.invars, graph.inputs, strict=True) if i.kind == "arg"}
-    alive, cuts = set(args), []
+    alive = set(args)
+    cuts: list[ir.Var] = []
     for i, eqn in enumerate(equations):
         if any(isinstance(a, ir.Var) and a in alive for a in eqn.invars):
             alive.update(out for out in eqn.outvars if out in last_use)
