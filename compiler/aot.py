@@ -20,10 +20,12 @@ from xlathe.passes.fuse_attention import FuseAttention
 from xlathe.passes.kv_cache import KVCache
 from xlathe.passes.lower_kernels import LowerKernels
 from xlathe.passes.specialize import Specialize
-from xlathe.step import state_avals
+from xlathe.step import cache_sizes, ring_slack, state_avals
 from xlathe.target import find_target
 
 STOP_TOKENS = 8  # stop token ids that a program takes; unused places hold -1
+
+_CACHE_SIZES = {"r": "rows", "s": "slots", "p": "pages", "c": "row_pages"}  # how `Specialize` calls them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,8 +142,9 @@ def units(
     for r in buckets.batches:
 
         def fix(graph: Graph, *, tokens: int, selected: int, rows: int = r) -> Graph:
-            # a model without attention keeps nothing
-            cache = {"rows": rows, "slots": buckets.slots} if graph.names("state") else {}
+            _check_rings(graph, buckets)
+            sizes = cache_sizes(graph, rows, buckets.slots)
+            cache = {_CACHE_SIZES[name]: size for name, size in sizes.items()}
             return _lowered(graph, target, kernels, tokens=tokens, selected=selected, **cache)
 
         state = tuple(served_state(step, buckets, r, speculation).values())
@@ -150,6 +153,16 @@ def units(
         for n in buckets.chunks:
             prefill = prefill_signature(r, n, step.vocab, weights, state)
             yield Unit(prefill, _reading(step, fix, r, n, speculation))
+
+
+def _check_rings(step: Graph, buckets: Buckets) -> None:
+    slack = ring_slack(step)
+    needed = min(max(*buckets.chunks, buckets.gamma + 1), buckets.slots)
+    if slack is not None and needed > slack:
+        raise OptionError(
+            f"compile: a call brings up to {needed} tokens of a row (chunks={buckets.chunks}, gamma={buckets.gamma}), "
+            f"but the rings of the cache have room for {slack}: use smaller chunks, or CacheLayout(slack={needed})"
+        )
 
 
 def _decoding(

@@ -93,7 +93,7 @@ def load_bundle(directory: PathLike, *, verify: str = "structure") -> Program:
     return Program(
         calls={s.name: _load_program(folder, manifest, s, reference) for s in manifest.signatures()},
         arrays={name: jnp.asarray(weights[name]) for name in weights},
-        state_avals={rows: tuple(state.aval for state in states) for rows, states in manifest.states.items()},
+        state_avals={rows: {s.name: s.aval for s in states} for rows, states in manifest.states.items()},
         buckets=manifest.buckets,
         vocab=manifest.vocab,
         tokenizer=tokenizer,

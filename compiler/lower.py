@@ -61,7 +61,8 @@ def lower_operations(jaxpr: ir.Jaxpr, target: Target) -> tuple[ir.Jaxpr, Choices
         assert body is not None
         return ir.evaluate(body, operands)
 
-    return ir.retrace(jaxpr, rule), chosen
+    scattered = ir.inline_calls(jaxpr, lambda eqn: ir.is_op(eqn, "write_slots"))  # one scatter: XLA's own is the kernel
+    return ir.retrace(scattered, rule), chosen
 
 
 def _reason_against(kernel: Kernel | None, operation: Op, eqn: ir.JaxprEqn, operands: list[Any]) -> str | None:
@@ -83,7 +84,7 @@ def _cpu_kernels() -> Mapping[str, Kernel]:
         logging.log_first_n(logging.WARNING, "reference bodies run, which are slower: %s", 1, reason)
         return {}
     return {
-        "cached_attention": Kernel(_cached_attention_on_cpu, _cached_attention_uncovered_on_cpu),
+        "cached_attention": _of_derived_caches(Kernel(_cached_attention_on_cpu, _cached_attention_uncovered_on_cpu)),
         "quantized_dot": Kernel(_quantized_dot_on_cpu, quantized_dot_cpu.uncovered),
     }
 
@@ -98,7 +99,7 @@ def _gpu_sm90_kernels() -> Mapping[str, Kernel]:
 
     return {
         "attention": Kernel(attention.attention, attention.uncovered),
-        "cached_attention": Kernel(cached_attention.cached_attention, cached_attention.uncovered),
+        "cached_attention": _of_derived_caches(Kernel(cached_attention.cached_attention, cached_attention.uncovered)),
         "quantized_dot": _of_8_bits(Kernel(quantized_dot.quantized_dot, quantized_dot.uncovered)),
     }
 
@@ -110,7 +111,7 @@ def _tpu_kernels() -> Mapping[str, Kernel]:
 
     return {
         "attention": Kernel(attention.attention, attention.uncovered),
-        "cached_attention": Kernel(cached_attention.cached_attention, cached_attention.uncovered),
+        "cached_attention": _of_derived_caches(Kernel(cached_attention.cached_attention, cached_attention.uncovered)),
         "quantized_dot": _of_8_bits(Kernel(quantized_dot.quantized_dot, quantized_dot.uncovered)),
     }
 
@@ -120,6 +121,19 @@ def _of_8_bits(kernel: Kernel) -> Kernel:
 
     def uncovered(*operands: Any, bits: int = 8, **options: Any) -> str | None:
         return kernel.uncovered(*operands, **options) if bits == 8 else f"expected codes of 8 bits; found {bits}"
+
+    return Kernel(kernel.compute, uncovered)
+
+
+def _of_derived_caches(kernel: Kernel) -> Kernel:
+    """Restricts a kernel of cached_attention to caches as `KVCache` derives them."""
+
+    def uncovered(
+        *operands: Any, layout: str = "contiguous", quantized: bool = False, **options: Any
+    ) -> str | None:
+        if layout == "contiguous" and not quantized:
+            return kernel.uncovered(*operands, **options)
+        return f"expected a contiguous cache of floats; found a {layout} one of {operands[1].dtype}"
 
     return Kernel(kernel.compute, uncovered)
 

@@ -18,6 +18,7 @@ from xlathe.errors import OptionError, RequestError, XlatheError
 from xlathe.graph import Graph
 from xlathe.integers import as_integer
 from xlathe.request import Limits, Prompts, Request, Stops
+from xlathe.step import first_state
 from xlathe.target import find_target
 
 
@@ -72,7 +73,7 @@ class Program:
 
     calls: Mapping[str, Callable[..., Any]]
     arrays: Mapping[str, jax.Array]
-    state_avals: Mapping[int, tuple[Any, ...]]  # by number of rows
+    state_avals: Mapping[int, Mapping[str, Any]]  # by number of rows, by name
     buckets: Buckets
     vocab: int
     tokenizer: Any = None
@@ -170,7 +171,7 @@ def compile(
     return Program(
         calls={u.signature.name: compile_unit(u.function, u.signature.avals) for u in compiled},
         arrays=served_arrays(step, speculation),
-        state_avals={r: tuple(served_state(step, buckets, r, speculation).values()) for r in buckets.batches},
+        state_avals={r: served_state(step, buckets, r, speculation) for r in buckets.batches},
         buckets=buckets,
         vocab=step.vocab,
         tokenizer=graph.tokenizer,
@@ -202,7 +203,7 @@ class _Run:
 
     def __init__(self, program: Program, request: Request) -> None:
         self.program, self.request = program, request
-        self.state = tuple(jnp.zeros(a.shape, a.dtype) for a in program.state_avals[request.rows])
+        self.state = first_state(program.state_avals[request.rows])
         count = len(request.prompts)
         self.tokens: list[list[int]] = [[] for _ in range(count)]
         self.texts: list[list[str]] = [[] for _ in range(count)]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from xlathe.pass_text import pass_name
+from xlathe.passes.cache_layout import CacheLayout
 from xlathe.passes.canonicalize import Canonicalize
 from xlathe.passes.fuse_attention import FuseAttention
 from xlathe.passes.kv_cache import KVCache
@@ -14,12 +15,13 @@ from xlathe.pipeline import Pass
 
 PASSES: Mapping[str, type[Pass]] = {
     pass_name(cls): cls
-    for cls in (Canonicalize, FuseAttention, PruneStructured, Quantize, KVCache, Specialize, LowerKernels)
+    for cls in (Canonicalize, FuseAttention, PruneStructured, Quantize, KVCache, CacheLayout, Specialize, LowerKernels)
 }
 """Pass classes by the name that they have in the text of a pipeline."""
 
 __all__ = [
     "PASSES",
+    "CacheLayout",
     "Canonicalize",
     "FuseAttention",
     "KVCache",

@@ -20,7 +20,8 @@ from xlathe.errors import DeriveError
 from xlathe.graph import Graph, Input, Record
 from xlathe.layouts import Layout
 from xlathe.masks import MaskPlan, NotCausal, plan_mask
-from xlathe.ops.cached_attention import cached_attention, write_slots
+from xlathe.ops.cached_attention import cached_attention
+from xlathe.ops.write_slots import write_slots
 from xlathe.pipeline import REASSOCIATED, Context, Keeps, Pass, is_forward, is_step
 from xlathe.positions import Role, Roles, Static
 from xlathe.shifts import only_shifts

@@ -18,7 +18,8 @@ class Specialize(Pass):
     """Fixes sizes, and inlines regions with a custom derivative: the result is for serving.
 
     batch and length: the axes b and t of a forward graph. tokens, selected, rows and slots: n, m, r and s of a step
-    graph. A size of 0 is left symbolic. Raises OptionError for a size that the graph has not.
+    graph. pages and row_pages: p and c of a paged cache, pages in a pool and pages of a row. A size of 0 is left
+    symbolic. Raises OptionError for a size that the graph has not.
     """
 
     keeps: ClassVar[Keeps] = EXACT
@@ -29,6 +30,8 @@ class Specialize(Pass):
     selected: int = 0
     rows: int = 0
     slots: int = 0
+    pages: int = 0
+    row_pages: int = 0
 
     def apply(self, graph: Graph, context: Context) -> tuple[Graph, Record]:
         given = {
@@ -38,6 +41,8 @@ class Specialize(Pass):
             "m": self.selected,
             "r": self.rows,
             "s": self.slots,
+            "p": self.pages,
+            "c": self.row_pages,
         }
         sizes: dict[str, Any] = {name: size for name, size in given.items() if size}
         scope = _symbols(graph.jaxpr)

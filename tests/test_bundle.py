@@ -18,13 +18,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import xlathe as xl
 from xlathe import bundle, bundle_check, manifest
-from xlathe.aot import Buckets, to_step, units
+from xlathe.aot import Buckets, served_state, to_step, units
 from xlathe.executable_cache import cache_folder
 from xlathe.kernels import native
 from xlathe.models.llama import Llama, LlamaConfig
 from xlathe.passes import Canonicalize, Quantize
 from xlathe.program import Program, compile_unit
-from xlathe.step import state_avals
 
 VOCAB = 61
 REQUEST: dict[str, Any] = {
@@ -54,7 +53,7 @@ def compiled(graph: xl.Graph) -> Program:
     return Program(
         calls={u.signature.name: compile_unit(u.function, u.signature.avals) for u in units(step, buckets, "cpu")},
         arrays=step.arrays,
-        state_avals={2: tuple(state_avals(step, 2, buckets.slots))},
+        state_avals={2: served_state(step, buckets, 2, None)},
         buckets=buckets,
         vocab=VOCAB,
         tokenizer=words,

@@ -8,6 +8,7 @@ from xlathe.decode.logits import Sampling
 from xlathe.decode.units import NO_TOKEN, Rows
 from xlathe.errors import RequestError
 from xlathe.program import Program
+from xlathe.step import first_state
 
 
 class Forced:
@@ -26,7 +27,7 @@ class Forced:
         if tokens.shape[0] != 1 or tokens.shape[1] > self.program.buckets.slots:
             raise RequestError(f"expected tokens [1, up to {self.program.buckets.slots}], got {list(tokens.shape)}")
         decode = self.program.calls[f"decode_r{self.rows}"]
-        state = tuple(jnp.zeros(a.shape, a.dtype) for a in self.program.state_avals[self.rows])
+        state = first_state(self.program.state_avals[self.rows])
         greedy, stops = Sampling.of(self.rows), jnp.full(STOP_TOKENS, NO_TOKEN, jnp.int32)
         logits = []
         for position, token in enumerate(tokens[0]):

@@ -1,7 +1,6 @@
 """The stages of `xlathe demo`: each does its work, and tells in a line or two what came out."""
 
 import dataclasses
-import math
 import os
 import platform
 import tempfile
@@ -9,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
@@ -20,7 +18,7 @@ from xlathe.manifest import WEIGHTS
 from xlathe.pipeline import Pipeline
 from xlathe.program import Program, compile
 from xlathe.report import count_parameters, weight_bytes
-from xlathe.step import state_avals
+from xlathe.step import state_bytes
 from xlathe.tools.console import bar
 from xlathe.tools.measure import Quality, Speed, quality, speeds
 from xlathe.tools.results import Conditions, Result
@@ -89,8 +87,8 @@ def _build(task: Task, name: str, pipeline: Pipeline, reference: Graph | None, c
     derived = () if shaped.is_step else step.history[-1:]
     for record in (*shaped.history, *derived):
         console.print(_told(record), soft_wrap=True)
-    cached = sum(math.prod(a.shape) * jnp.dtype(a.dtype).itemsize for a in state_avals(step, rows=1, slots=1))
-    console.print(f"  cache: {len(step.names('state'))} derived arrays, {cached:,} bytes a token")
+    cached = state_bytes(step, rows=1, slots=step.max_len)
+    console.print(f"  cache: {len(step.names('state'))} derived arrays, {cached / step.max_len:,.0f} bytes a token")
     with bar(console, "compile"):
         program = compile(step, max_batch=1, max_len=task.graph.max_len, stop_tokens=task.stop_tokens)
     console.print(f"  compile: {', '.join(program.calls)} in {program.seconds:.1f} s", soft_wrap=True)

@@ -12,9 +12,10 @@ from xlathe.graph import Graph
 from xlathe.passes.canonicalize import Canonicalize
 from xlathe.passes.fuse_attention import FuseAttention
 from xlathe.passes.kv_cache import KVCache
-from xlathe.step import empty_state, run_step
+from xlathe.step import State, empty_state, run_step
 
 CHUNK = 8  # tokens a call; shorter mixtures are padded, so that a step graph is compiled once
+Piece = tuple[int, int, int]  # token, position, row
 
 
 def traced(variant: Variant) -> Graph:
@@ -33,33 +34,40 @@ def stepped(variant: Variant) -> Graph:
 
 
 def decode(
-    graph: Graph, texts: Sequence[np.ndarray], schedule: Sequence[dict[int, int]], rows: Sequence[int], slots: int
+    graph: Graph,
+    texts: Sequence[np.ndarray],
+    schedule: Sequence[dict[int, int]],
+    rows: Sequence[int],
+    slots: int,
+    state: State | None = None,
 ) -> list[np.ndarray]:
     """Feeds `schedule[i][text]` tokens of each text in call i; returns the logits of every text [length, vocab].
 
-    rows: the row of the cache that each text lives in. Unused slots hold NaN.
+    rows: the row of the cache that each text lives in. state: what the cache holds before, of max(rows) + 2 rows; by
+    default NaN.
     """
     count = max(rows) + 2
-    state = empty_state(graph, count, slots, fill=np.nan)
+    state = empty_state(graph, count, slots, fill=np.nan) if state is None else state
     done = [0] * len(texts)
     logits: list[list[np.ndarray]] = [[] for _ in texts]
     for call in schedule:
         pieces = [(i, done[i] + j) for i, n in call.items() for j in range(n)]
-        assert len(pieces) <= CHUNK
-        args = {
-            "tokens": [texts[i][p] for i, p in pieces],
-            "positions": [p for _, p in pieces],
-            "rows": [rows[i] for i, _ in pieces],
-        }
-        padding = CHUNK - len(pieces)
-        filled = {key: np.asarray(x + [count if key == "rows" else 0] * padding, np.int32) for key, x in args.items()}
-        output, state = run_step(graph, filled | {"select": np.arange(CHUNK, dtype=np.int32)}, state)
-        for (i, _), row in zip(pieces, np.asarray(output, np.float32), strict=False):
+        output, state = feed(graph, [(int(texts[i][p]), p, rows[i]) for i, p in pieces], count, state)
+        for (i, _), row in zip(pieces, output, strict=True):
             logits[i].append(row)
         for i, n in call.items():
             done[i] += n
     assert done == [len(text) for text in texts]
     return [np.stack(parts) for parts in logits]
+
+
+def feed(graph: Graph, pieces: Sequence[Piece], count: int, state: State) -> tuple[np.ndarray, State]:
+    """Makes one call, padded to CHUNK tokens; returns the logits after each piece, and the state of `count` rows."""
+    assert len(pieces) <= CHUNK
+    padded = [*pieces, *[(0, 0, count)] * (CHUNK - len(pieces))]
+    args = dict(zip(("tokens", "positions", "rows"), np.asarray(padded, np.int32).T, strict=True))
+    logits, state = run_step(graph, args | {"select": np.arange(CHUNK, dtype=np.int32)}, state)
+    return np.asarray(logits, np.float32)[: len(pieces)], state
 
 
 def difference(found: jax.Array, expected: jax.Array) -> float:
