@@ -133,7 +133,7 @@ def _of_derived_caches(kernel: Kernel) -> Kernel:
     ) -> str | None:
         if layout == "contiguous" and not quantized:
             return kernel.uncovered(*operands, **options)
-        return f"expected a contiguous cache of floats; found a {layout} one of {operands[1].dtype}"
+        return f"expected a contiguous cache of floats; found {layout}, {operands[1].dtype}"
 
     return Kernel(kernel.compute, uncovered)
 

@@ -79,7 +79,7 @@ class CacheLayout(Pass):
         other: Layout = "contiguous" if self.layout == "ring" else self.layout
         kept = {name: _Kept("ring" if name in rings else other, self.dtype == "int8") for name in names}
         result = _Layout(graph, kept, rings, self.page).applied() if names else graph
-        hits = Counter(k.layout for k in kept.values())
+        hits = Counter[str](k.layout for k in kept.values())
         return result, Record("cache_layout", hits=hits, misses=misses, notes=(_sizes_note(result),))
 
 
@@ -147,7 +147,8 @@ class _Layout:
 
     def applied(self) -> Graph:
         sizes, pages = self._symbols()
-        inputs, avals = [], []
+        inputs: list[Input] = []
+        avals: list[Any] = []
         for item, var in zip(self.graph.inputs, self.graph.jaxpr.invars, strict=True):
             parts = self._parts(item, var, sizes, pages)
             inputs += [Input(name, item.kind) for name in parts]

@@ -70,9 +70,7 @@ def cached_attention(
     return jnp.einsum("kgnrs,rske->nkge", probs, values, preferred_element_type=out_dtype).astype(out_dtype)
 
 
-def _seen(
-    rows: jax.Array, positions: jax.Array, sizes: tuple[int, ...], window: int | None, layout: str
-) -> jax.Array:
+def _seen(rows: jax.Array, positions: jax.Array, sizes: tuple[int, ...], window: int | None, layout: str) -> jax.Array:
     """Says which of the r * s slots each token sees, bool [n, r, s].
 
     A ring's slot i holds the last position up to the token's that is i mod s: later ones that a call wrote as well

@@ -54,5 +54,5 @@ def quantize_heads(new: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     wide = new.astype(jnp.float32)
     scale = jnp.abs(wide).max(axis=-1) / _LARGEST
-    codes = jnp.round(wide / jnp.where(scale > 0, scale, 1)[..., None])
+    codes = jnp.round(wide / jnp.where(scale > 0, scale, jnp.ones_like(scale))[..., None])
     return codes.astype(jnp.int8), scale
