@@ -27,7 +27,7 @@ demo: $(STAMP)  ## trace, shape, compile and run the model that ships with xlath
 	$(BIN)/xlathe demo $(ARGS)
 
 test: $(STAMP)  ## run the tests
-	$(BIN)/pytest -n auto $(ARGS)
+	$(BIN)/pytest -n auto --dist loadgroup $(ARGS)
 
 test-kernels:  ## compile the GPU and TPU kernels with the real compilers, and simulate them; installs 5 GB
 	@$(MAKE) --no-print-directory install VENV=$(COMPILERS) EXTRAS=test,gpu,tpu

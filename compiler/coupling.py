@@ -106,6 +106,8 @@ class _Flow:
                 results = self._rule(eqn)(eqn, operands)
             except Conflict:
                 results = self._unknown(eqn, operands)
+            # atoms that are gone may come back on another axis, where the value is not zero
+            results = [Coupled(r.labels, tuple(sorted(self._zero(r, r.labels)))) for r in results]
             self.values.update(zip(eqn.outvars, results, strict=True))
         for out in self.jaxpr.outvars:
             for label in self._read(out).labels:

@@ -53,8 +53,9 @@ def trace(model: Any, params: Any = None, *, max_len: int, tokenizer: Any = None
     Raises TraceError: where the model cannot be traced with symbolic sizes nor aligned from two lengths, does not
         return [b, t, vocab], computes something else at short lengths, or draws random numbers.
     """
-    if max_len < 1:
-        raise TraceError(f"max_len must be at least 1, got {max_len}")
+    if not isinstance(max_len, int | np.integer) or max_len < 1:
+        raise TraceError(f"max_len must be a whole number of at least 1, got {max_len!r}")
+    max_len = int(max_len)
     source = _source(model, params)
     jaxpr, constants = _trace_sizes(source, max_len)
     names = [*source.names, *(f"const/{i}" for i in range(len(constants)))]

@@ -125,8 +125,11 @@ class _Deriver:
     def _line(self, atom: ir.Atom, attention: ir.JaxprEqn) -> str:
         """Returns the line where a mask was made, above the views that arranged it for the operation."""
         eqn = self.producer.get(atom) if isinstance(atom, ir.Var) else None
-        while eqn is not None and eqn.primitive.name in FINISHING and eqn.invars[0] in self.producer:
-            eqn = self.producer[eqn.invars[0]]
+        while eqn is not None and eqn.primitive.name in FINISHING:
+            above = self.producer.get(eqn.invars[0]) if isinstance(eqn.invars[0], ir.Var) else None
+            if above is None:
+                break
+            eqn = above
         return ir.source_line(eqn or attention)
 
     def _uses_length(self, atom: ir.Atom) -> bool:

@@ -2,5 +2,15 @@
 
 import os
 
+import pytest
+
 # Before JAX is imported: the tests are about the CPU, also on machines that have an accelerator.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """With `--dist loadgroup` one process runs all tests of a decoder of the zoo, and traces it once."""
+    for item in items:
+        variant = getattr(item, "callspec", None) and item.callspec.params.get("variant")
+        if variant is not None:
+            item.add_marker(pytest.mark.xdist_group(str(variant)))

@@ -1,6 +1,7 @@
 """Follow the scores of a softmax up to the product of queries and keys, and collect what acts on them."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -169,12 +170,13 @@ class ScoresWalk:
 
     def _scaled(self, eqn: ir.JaxprEqn) -> tuple[float, ir.Atom]:
         left, right = eqn.invars
-        number = uniform_value(right, self.producer)
-        if number is not None:
-            return (1 / float(number) if eqn.primitive.name == "div" else float(number)), left
-        number = uniform_value(left, self.producer)
-        if number is not None and eqn.primitive.name == "mul":
-            return float(number), right
+        for value, scores in ((right, left), (left, right)):
+            number = uniform_value(value, self.producer)
+            if number is None or (value is left and eqn.primitive.name == "div"):
+                continue
+            if float(number) == 0 or not math.isfinite(float(number)):
+                raise Miss(f"{eqn.primitive.name} of the scores by {float(number)}", eqn)
+            return (1 / float(number) if eqn.primitive.name == "div" else float(number)), scores
         by = "the total length" if self._uses_length(eqn) else "something that is not one number"
         raise Miss(f"{eqn.primitive.name} of the scores by {by}", eqn)
 

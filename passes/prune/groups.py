@@ -10,6 +10,7 @@ from xlathe.coupling import couple
 from xlathe.errors import OptionError
 from xlathe.graph import Graph
 from xlathe.passes.observe import observe
+from xlathe.passes.prune.plan import Group
 from xlathe.passes.quantize.uses import plan_weights
 from xlathe.pipeline import Context
 from xlathe.sections import cut_points
@@ -47,6 +48,11 @@ class Groups:
 
     def _atoms(self, var: ir.Var) -> set[int]:
         return {a for label in self.coupling.values[var].labels for a in self.dims.atoms(label)}
+
+    def is_group(self, atom: int, group: Group) -> bool:
+        """Says whether an atom is what a plan calls a group."""
+        here = (self.kinds[atom], self.dims.sizes[atom], tuple(self.axes[atom]))
+        return here == (group.kind, group.size, group.axes)
 
     def reasons(self) -> Iterator[str]:
         """Why dimensions of weights cannot shrink."""

@@ -9,6 +9,8 @@ from typing import Any, Literal
 from xlathe.errors import OptionError
 
 FORMAT = "xlathe prune plan 1"
+UNITS = ("parameters", "bytes", "flops")
+SHOWN = 5  # numbers in a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,7 @@ class PrunePlan:
         """Reads what `save` wrote. Raises OptionError where the file is missing or something else."""
         try:
             return _plan(json.loads(Path(path).read_text()))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise OptionError(f"{os.fspath(path)!r} is no pruning plan: {type(error).__name__}: {error}") from None
 
     def __str__(self) -> str:
@@ -72,23 +74,37 @@ class PrunePlan:
         lines += [f"{g.kind:8} {len(g.kept):>5} of {g.size:<4} {g.name}" for g in self.groups]
         if self.layers:
             lines.append(f"{'layers':8} {'removed':>12}  {', '.join(map(str, self.layers))}")
-        for unit in ("parameters", "bytes", "flops"):
+        for unit in UNITS:
             old, new = getattr(self.before, unit), getattr(self.after, unit)
-            lines.append(f"{unit}: {old:,} -> {new:,} ({new / old:.1%})")
+            lines.append(f"{unit}: {old:,} -> {new:,} ({new / max(old, 1):.1%})")
         return "\n".join(lines)
 
 
-def _plan(content: dict[str, Any]) -> PrunePlan:
-    if content.pop("format") != FORMAT:
-        raise ValueError(f"its format is not {FORMAT!r}")
-    groups = []
-    for group in content["groups"]:
-        axes = tuple((str(name), int(axis)) for name, axis in group.pop("axes"))
-        groups.append(Group(axes=axes, kept=tuple(group.pop("kept")), scores=tuple(group.pop("scores")), **group))
+def _plan(content: Any) -> PrunePlan:
+    """Reads parsed JSON; raises ValueError, KeyError or TypeError where it is no plan."""
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"expected an object whose format is {FORMAT!r}")
+    layers = _numbers(content["layers"], int)
+    if list(layers) != sorted({n for n in layers if n >= 0}):
+        raise ValueError(f"layers must be ascending numbers from 0, found {list(layers)[:SHOWN]}")
+    before, after = (Cost(*_numbers([content[key][unit] for unit in UNITS], int)) for key in ("before", "after"))
     return PrunePlan(
-        tuple(groups),
-        tuple(content["layers"]),
-        tuple(content["influence"]),
-        Cost(**content["before"]),
-        Cost(**content["after"]),
+        tuple(map(_group, content["groups"])), layers, _numbers(content["influence"], float), before, after
     )
+
+
+def _group(content: Any) -> Group:
+    kind, size = content["kind"], content["size"]
+    if kind not in ("heads", "neurons") or type(size) is not int:
+        raise ValueError(f"expected heads or neurons and their number, found {kind!r} and {size!r}")
+    kept = _numbers(content["kept"], int)
+    if not kept or list(kept) != sorted({n for n in kept if 0 <= n < size}):
+        raise ValueError(f"kept must be ascending numbers from 0 to {size - 1}, found {list(kept)[:SHOWN]}")
+    axes = tuple((str(name), *_numbers([axis], int)) for name, axis in content["axes"])
+    return Group(kind, size, axes, kept, _numbers(content["scores"], float))
+
+
+def _numbers[N: (int, float)](values: Any, kind: type[N]) -> tuple[N, ...]:
+    if not isinstance(values, list) or any(type(v) is not kind for v in values):
+        raise ValueError(f"expected a list of {kind.__name__}, found {str(values)[:80]}")
+    return tuple(values)

@@ -49,12 +49,14 @@ class PruneStructured(Pass):
     def __post_init__(self) -> None:
         for name in ("heads", "neurons"):
             fraction = getattr(self, name)
-            if not 0 <= fraction < 1:
+            if not isinstance(fraction, int | float) or not 0 <= fraction < 1:
                 raise OptionError(f"prune_structured: {name} is the fraction to remove, 0 to below 1, got {fraction}")
-        if self.layers < 0:
+        if not isinstance(self.layers, int) or self.layers < 0:
             raise OptionError(f"prune_structured: layers is how many to remove, got {self.layers}")
         if self.score not in ("weight", "activation"):
             raise OptionError(f"prune_structured: score is 'weight' or 'activation', got {self.score!r}")
+        if not isinstance(self.plan, str | None):
+            raise OptionError(f"prune_structured: plan is the path of a file, got {self.plan!r}")
         if self.plan is not None and (self.heads or self.neurons or self.layers):
             raise OptionError("prune_structured: a plan is replayed as it is; leave out heads, neurons and layers")
 

@@ -141,6 +141,7 @@ LOOK_ALIKES: dict[str, tuple[str, Author]] = {
         "multiplied by something that may be negative",
         masked_then(lambda s, t: normalized(jnp.exp(s) * jnp.where(jnp.arange(t) % 2 == 0, 1.0, -0.3))),
     ),
+    "scores times zero": ("mul of the scores by 0.0", softmax_of(lambda s, t: masked(s * 0.0, t))),
     "values of one head": (
         "share an axis that the values have not",
         lambda s, v, t: jnp.einsum("bhqk,bkd->bhqd", jax.nn.softmax(masked(s, t)), v[:, 0]),

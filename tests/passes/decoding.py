@@ -1,5 +1,6 @@
 """How the tests of step graphs run them: any mixture of rows and chunks, in one compiled shape."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -18,6 +19,7 @@ CHUNK = 8  # tokens a call; shorter mixtures are padded, so that a step graph is
 Piece = tuple[int, int, int]  # token, position, row
 
 
+@functools.cache
 def traced(variant: Variant) -> Graph:
     model = variant.build()
     if isinstance(model, nnx.Module) or isinstance(model[0], linen.Module):
@@ -25,10 +27,12 @@ def traced(variant: Variant) -> Graph:
     return xlathe.trace(model[0], params=model[1], max_len=variant.max_len)
 
 
+@functools.cache
 def fused(variant: Variant) -> Graph:
     return FuseAttention()(Canonicalize()(traced(variant)))
 
 
+@functools.cache
 def stepped(variant: Variant) -> Graph:
     return KVCache()(fused(variant))
 

@@ -2,6 +2,7 @@
 
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from tests.passes.decoding import decode, difference, fused, stepped
 from tests.variants import DECODERS, REFUSED, Variant, forward
 from xlathe.errors import DeriveError, PassError
 from xlathe.masks import NotCausal, plan_mask
+from xlathe.passes.canonicalize import Canonicalize
+from xlathe.passes.fuse_attention import FuseAttention
 from xlathe.passes.kv_cache import KVCache
 
 # how many tokens of texts 0, 1 and 2 each call reads: mixed prefill, single tokens, a row that waits, chunks that
@@ -81,6 +84,19 @@ def test_tokens_mixed_by_a_user_function_are_refused_at_its_line() -> None:
         KVCache()(graph)
 
 
+def test_a_window_on_both_sides_is_refused() -> None:
+    """`local_window_size` without `is_causal` lets a token see later ones."""
+
+    def model(params: dict, tokens: jnp.ndarray) -> jnp.ndarray:
+        x = params["embed"][tokens][:, :, None]
+        x = jax.nn.dot_product_attention(x, x, x, local_window_size=3)
+        return x[:, :, 0] @ params["embed"].T
+
+    graph = xlathe.trace(model, params={"embed": np.ones((5, 4), np.float32)}, max_len=16)
+    with pytest.raises(DeriveError, match="lets the token at position 0 see the later one at 1"):
+        KVCache()(FuseAttention()(Canonicalize()(graph)))
+
+
 def test_masks_by_position() -> None:
     """What `plan_mask` says of masks written out in NumPy terms."""
 
@@ -100,6 +116,10 @@ def test_masks_by_position() -> None:
     assert (additive.window, additive.exact, additive.biased) == (None, True, False)
     with pytest.raises(NotCausal, match="position 600 see the later one at 601"):
         of(lambda q, k: (q[:, None] >= k) | ((q[:, None] == 600) & (k == 601)))
+    with pytest.raises(NotCausal, match="position 0 see no key"):
+        of(lambda q, k: q[:, None] > k)
+    with pytest.raises(NotCausal, match="position 0 see the later one at 1"):  # deep, but the same everywhere
+        of(lambda q, k: jnp.ones((q.size, k.size), bool), lambda q, k: -2e4 - 0.1 * jnp.abs(q[:, None] - k))
 
 
 def test_fused_graph_stays_callable_and_equal() -> None:

@@ -1,5 +1,6 @@
 """The shrunk graph equals the whole graph with the pruned weights set to zero, in every decoder of the zoo."""
 
+import json
 import re
 
 import jax.numpy as jnp
@@ -133,7 +134,7 @@ def test_a_plan_prints_is_saved_and_replays(tmp_path) -> None:
     with pytest.raises(OptionError, match=r"the plan is of another model: it has 2 heads in .*, this graph has no"):
         PruneStructured(plan=str(tmp_path / "plan.json"))(fused(named("gpt_neox")))
     (tmp_path / "plan.json").write_text("{}")
-    with pytest.raises(OptionError, match="is no pruning plan: KeyError: 'format'"):
+    with pytest.raises(OptionError, match="is no pruning plan: ValueError: expected an object whose format is"):
         PrunePlan.load(tmp_path / "plan.json")
 
 
@@ -171,3 +172,34 @@ def test_too_many_layers() -> None:
 def test_quantized_weights_are_not_pruned() -> None:
     with pytest.raises(PassError, match=r"found no neurons to prune; .*xlathe\.quantized_dot has no rule"):
         PruneStructured(neurons=0.5)(Quantize()(fused(named("llama"))))
+
+
+def test_a_mean_over_neurons_is_not_zero_where_they_go() -> None:
+    """A norm that subtracts the mean over neurons would see that some are gone: it blocks them."""
+
+    def model(params: dict, tokens: jnp.ndarray) -> jnp.ndarray:
+        x = params["embed"][tokens]
+        hidden = x @ params["up"]
+        centered = hidden - hidden.mean(-1, keepdims=True)
+        normed = centered / jnp.sqrt((centered**2).mean(-1, keepdims=True) + 1e-6)
+        return (x + normed @ params["down"]) @ params["embed"].T
+
+    rng = np.random.default_rng(0)
+    shapes = {"embed": (7, 6), "up": (6, 8), "down": (8, 6)}
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    with pytest.raises(PassError, match=r"found no neurons to prune; .* reduce_sum would count what is removed from it"):
+        PruneStructured(neurons=0.5)(Canonicalize()(xlathe.trace(model, params=params, max_len=8)))
+
+
+@pytest.mark.parametrize(
+    ("kept", "found"),
+    [([3, 1], "3, 1"), ([1, 1], "1, 1"), ([], ""), ([0, 64], "0, 64"), ([-1], "-1"), (["0"], "expected a list of int")],
+)
+def test_a_plan_keeps_known_indices_once_and_in_order(kept: list, found: str, tmp_path) -> None:
+    path = tmp_path / "plan.json"
+    PruneStructured(neurons=0.5).make_plan(separate(fused(named("llama"))), Context()).save(path)
+    content = json.loads(path.read_text())
+    content["groups"][0]["kept"] = kept
+    path.write_text(json.dumps(content))
+    with pytest.raises(OptionError, match=rf"is no pruning plan: ValueError: .*{found}"):
+        PrunePlan.load(path)
