@@ -187,7 +187,7 @@ def test_a_mean_over_neurons_is_not_zero_where_they_go() -> None:
     rng = np.random.default_rng(0)
     shapes = {"embed": (7, 6), "up": (6, 8), "down": (8, 6)}
     params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    with pytest.raises(PassError, match=r"found no neurons to prune; .* reduce_sum would count what is removed from it"):
+    with pytest.raises(PassError, match=r"found no neurons to prune; .* reduce_sum would count what is removed"):
         PruneStructured(neurons=0.5)(Canonicalize()(xlathe.trace(model, params=params, max_len=8)))
 
 
