@@ -1,6 +1,6 @@
 """Every stage in one script: trace, fuse, prune, quantize, derive and lay out the cache, compile, speculate, save.
 
-    python examples/full_pipeline.py [OUT]
+    JAX_PLATFORMS=cpu python examples/full_pipeline.py [OUT]
 
 It takes the demo's model and writes a bundle to OUT (default build/full_pipeline). Where the compilers of a TPU or a
 GPU are installed (`make test-kernels` does it) the same graph is compiled for them too, without the devices.
