@@ -29,8 +29,8 @@ def observe(
     if graph.is_step:
         raise OptionError("calibration runs a forward graph, this is an incremental step")
     if not isinstance(batches, Sequence | np.ndarray) or not len(batches):
-        found = "none" if isinstance(batches, Sequence | np.ndarray) else type(batches).__name__
-        raise OptionError(f"calibration needs at least one batch of int32 tokens [b, t], got {found}")
+        what = "none" if isinstance(batches, Sequence | np.ndarray) else type(batches).__name__
+        raise OptionError(f"calibration needs at least one batch of int32 tokens [b, t], got {what}")
     layouts, _ = plan_weights(graph, list(graph.names("weight")))
     sources = {name: _inputs(graph, name, layout) for name, layout in layouts.items()}
     run = _compiled(graph, sources, gram)

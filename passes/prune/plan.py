@@ -100,7 +100,7 @@ def _group(content: Any) -> Group:
     kept = _numbers(content["kept"], int)
     if not kept or list(kept) != sorted({n for n in kept if 0 <= n < size}):
         raise ValueError(f"kept must be ascending numbers from 0 to {size - 1}, found {list(kept)[:SHOWN]}")
-    axes = tuple((str(name), *_numbers([axis], int)) for name, axis in content["axes"])
+    axes = tuple((str(name), _numbers([axis], int)[0]) for name, axis in content["axes"])
     return Group(kind, size, axes, kept, _numbers(content["scores"], float))
 
 
