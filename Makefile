@@ -26,12 +26,15 @@ install: $(STAMP)  ## build .venv with xlathe (editable), its dependencies and t
 demo: $(STAMP)  ## trace, shape, compile and run the model that ships with xlathe
 	$(BIN)/xlathe demo $(ARGS)
 
+# What simulates a GPU or a TPU takes long, and is run by test-kernels beside the real compilers.
+SIMULATED := tests/kernels/test_*_gpu_sm90.py tests/kernels/test_*_tpu.py tests/kernels/test_programs.py
+
 test: $(STAMP)  ## run the tests
-	$(BIN)/pytest -n auto --dist loadgroup $(ARGS)
+	$(BIN)/pytest -n auto --dist loadgroup $(addprefix --ignore=,$(wildcard $(SIMULATED))) $(ARGS)
 
 test-kernels:  ## compile the GPU and TPU kernels with the real compilers, and simulate them; installs 5 GB
 	@$(MAKE) --no-print-directory install VENV=$(COMPILERS) EXTRAS=test,gpu,tpu
-	$(COMPILERS)/bin/pytest tests/kernels/test_*_gpu_sm90.py tests/kernels/test_*_tpu.py tests/kernels/test_programs.py $(ARGS)
+	$(COMPILERS)/bin/pytest $(SIMULATED) $(ARGS)
 
 lint: $(STAMP)  ## check style, layering and types
 	$(BIN)/ruff check .

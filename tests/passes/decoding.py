@@ -8,6 +8,7 @@ import numpy as np
 from flax import linen, nnx
 
 import xlathe
+from tests import graphs
 from tests.variants import Variant
 from xlathe.graph import Graph
 from xlathe.passes.canonicalize import Canonicalize
@@ -24,7 +25,7 @@ def traced(variant: Variant) -> Graph:
     model = variant.build()
     if isinstance(model, nnx.Module) or isinstance(model[0], linen.Module):
         return xlathe.trace(model, max_len=variant.max_len)
-    return xlathe.trace(model[0], params=model[1], max_len=variant.max_len)
+    return graphs.traced(variant.name)
 
 
 @functools.cache
