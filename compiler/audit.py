@@ -9,8 +9,16 @@ from collections.abc import Sequence
 
 from xlathe import jaxpr as ir
 from xlathe.errors import DeriveError
+from xlathe.graph import Graph
 from xlathe.layout_rules import ELEMENTWISE, RULES
 from xlathe.layouts import Axes, Layout, Mixes, by_shape, normal, same
+
+
+def layouts_of(graph: Graph) -> dict[ir.Var, Layout]:
+    """Returns the layout of every live value of a forward graph; raises as `find_layouts` does."""
+    (tokens,) = (v for v, i in zip(graph.jaxpr.invars, graph.inputs, strict=True) if i.kind == "arg")
+    misses = [m for record in graph.history for m in record.misses if record.name == "fuse_attention"]
+    return find_layouts(graph.jaxpr, tokens, misses)
 
 
 def find_layouts(jaxpr: ir.Jaxpr, tokens: ir.Var, near_misses: Sequence[str] = ()) -> dict[ir.Var, Layout]:

@@ -129,8 +129,14 @@ def _of_derived_caches(kernel: Kernel) -> Kernel:
     """Restricts a kernel of cached_attention to caches as `KVCache` derives them."""
 
     def uncovered(
-        *operands: Any, layout: str = "contiguous", quantized: bool = False, **options: Any
+        *operands: Any,
+        layout: str = "contiguous",
+        quantized: bool = False,
+        shared: int | None = None,
+        **options: Any,
     ) -> str | None:
+        if shared is not None:
+            return "expected values of their own; found some that are part of the keys"
         if layout == "contiguous" and not quantized:
             return kernel.uncovered(*operands, **options)
         return f"expected a contiguous cache of floats; found {layout}, {operands[1].dtype}"

@@ -12,23 +12,30 @@ from xlathe.graph import Graph, Input, Recipe
 class Replacement:
     """A new way to compute a value: `emit(*values of inputs)`; the inputs come before it in the program.
 
-    source: the equation whose line the new ones get; the replaced one's by default.
+    source: the equation whose line the new ones get; the replaced one's by default. added: names of inputs that are
+    added to the program and follow the other ones.
     """
 
     inputs: tuple[ir.Var, ...]
     emit: Callable[..., Any]
     source: ir.JaxprEqn | None = None
+    added: tuple[str, ...] = ()
 
 
-def rewrite(jaxpr: ir.Jaxpr, replacements: Mapping[ir.Var, Replacement]) -> ir.Jaxpr:
+def rewrite(
+    jaxpr: ir.Jaxpr, replacements: Mapping[ir.Var, Replacement], added: Mapping[str, Any] | None = None
+) -> ir.Jaxpr:
     """Traces `jaxpr` again with some values computed another way; what only the old way needed is gone.
 
+    added: avals of further inputs, by the name that replacements know them by; they come last.
     Raises TypeError where a replacement has another shape or dtype than the value that it stands for.
     """
     live = _live(jaxpr, replacements)
+    count, new = len(jaxpr.invars), added or {}
 
     def rewritten(*operands: Any) -> list[Any]:
-        env: dict[ir.Var, Any] = dict(zip(jaxpr.invars, operands, strict=True))
+        env: dict[ir.Var, Any] = dict(zip(jaxpr.invars, operands[:count], strict=True))
+        more = dict(zip(new, operands[count:], strict=True))
 
         def read(atom: ir.Atom) -> Any:
             return atom.val if isinstance(atom, ir.Literal) else env[atom]
@@ -37,18 +44,18 @@ def rewrite(jaxpr: ir.Jaxpr, replacements: Mapping[ir.Var, Replacement]) -> ir.J
             for out in eqn.outvars:
                 if out in live and out in replacements:
                     with ir.at_source_of(replacements[out].source or eqn):
-                        env[out] = _emit(out, replacements[out], read)
+                        env[out] = _emit(out, replacements[out], read, more)
             with ir.at_source_of(eqn):
                 if any(out in live and out not in env for out in eqn.outvars):
                     for out, value in zip(eqn.outvars, ir.bind(eqn, [read(a) for a in eqn.invars]), strict=True):
                         env.setdefault(out, value)
         return [read(atom) for atom in jaxpr.outvars]
 
-    return ir.trace(rewritten, *(v.aval for v in jaxpr.invars))
+    return ir.trace(rewritten, *(v.aval for v in jaxpr.invars), *new.values())
 
 
-def _emit(out: ir.Var, replacement: Replacement, read: Callable[[ir.Atom], Any]) -> Any:
-    value = replacement.emit(*(read(v) for v in replacement.inputs))
+def _emit(out: ir.Var, replacement: Replacement, read: Callable[[ir.Atom], Any], added: Mapping[str, Any]) -> Any:
+    value = replacement.emit(*(read(v) for v in replacement.inputs), *(added[name] for name in replacement.added))
     if value.shape != out.aval.shape or value.dtype != out.aval.dtype:
         raise TypeError(f"replacement is {value.dtype}{value.shape}, the value is {out.aval}")
     return value

@@ -4,7 +4,7 @@ The operation is emitted *from the labels* of a match: a match that does not fit
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, final
 
 import jax
@@ -52,7 +52,8 @@ class FuseAttention(Pass):
 
 
 def _replacement(match: Match) -> Replacement:
-    operands = (match.q, match.k, match.v, *(t.value for t in match.terms))
+    products = (value for pair in match.pairs for value in (pair.q, pair.k))
+    operands = (match.v, *products, *(t.value for t in match.terms))
     return Replacement(tuple(o.var for o in operands), _Emitter(match).emit, match.softmax)
 
 
@@ -63,9 +64,11 @@ def _samples(match: Match, sizes: Mapping[str, int]) -> dict[ir.Var, np.ndarray]
     def normal(value: Value, deviation: float = 1.0) -> np.ndarray:
         return (random.normal(size=_shape(value, sizes)) * deviation).astype(value.var.aval.dtype)
 
-    deep = float(np.prod([match.sizes[a] for a in match.contracted]))
-    samples = {match.q.var: normal(match.q, 1 / (abs(match.scale) * deep**0.5)), match.k.var: normal(match.k)}
-    samples.setdefault(match.v.var, normal(match.v))
+    samples = {match.v.var: normal(match.v)}
+    for pair in match.pairs:
+        deep = float(np.prod([match.sizes[a] for a in pair.contracted]))
+        samples[pair.q.var] = normal(pair.q, 1 / (abs(match.scale * pair.factor) * deep**0.5))
+        samples[pair.k.var] = normal(pair.k)
     for term in match.terms:
         shape, dtype = _shape(term.value, sizes), term.value.var.aval.dtype
         if term.kind == "mask":
@@ -85,7 +88,8 @@ def _shape(value: Value, sizes: Mapping[str, int]) -> tuple[int, ...]:
 
 def _tolerance(match: Match) -> float:
     """Rounding of float32 sums in another order; of the operation's narrowest dtype."""
-    kinds = {*match.dtypes.values(), *(str(v.var.aval.dtype) for v in (match.q, match.k, match.v))}
+    values = [match.v, *(value for pair in match.pairs for value in (pair.q, pair.k))]
+    kinds = {*match.dtypes.values(), *(str(value.var.aval.dtype) for value in values)}
     return 1e-4 if kinds <= {"float32", "float64"} else 3e-2
 
 
@@ -95,13 +99,14 @@ class _Emitter:
 
     match: Match
 
-    def emit(self, q: jax.Array, k: jax.Array, v: jax.Array, *terms: jax.Array) -> jax.Array:
+    def emit(self, v: jax.Array, *operands: jax.Array) -> jax.Array:
         """Traces the operation on operands in the author's layout; returns the author's layout."""
         b, t, h, g, s = self.match.batch, self.match.queries, self.match.heads, self.match.groups, self.match.keys
+        products, terms = operands[: 2 * len(self.match.pairs)], operands[2 * len(self.match.pairs) :]
         mask, bias = self._combine(terms, (b, h, g, t, s))
         out = attention(
-            self._arrange(q, self.match.q.labels, (b, t, h, g, self.match.contracted)),
-            self._arrange(k, self.match.k.labels, (b, s, h, self.match.contracted)),
+            self._beside(products[::2], [p.q for p in self.match.pairs], (b, t, h, g), scaled=True),
+            self._beside(products[1::2], [p.k for p in self.match.pairs], (b, s, h)),
             self._arrange(v, self.match.v.labels, (b, s, h, self.match.features)),
             *(term for term in (mask, bias) if term is not None),
             scale=self.match.scale,
@@ -111,6 +116,19 @@ class _Emitter:
             **self.match.dtypes,
         )
         return self._restore(out, (b, t, h, g, self.match.features))
+
+    def _beside(
+        self, arrays: Sequence[jax.Array], values: Sequence[Value], order: Labels, scaled: bool = False
+    ) -> jax.Array:
+        """Puts the features of all products beside each other: one product then is the sum of theirs."""
+        pieces = []
+        for x, value, pair in zip(arrays, values, self.match.pairs, strict=True):
+            whole = (*order, pair.contracted)
+            piece = jnp.broadcast_to(
+                self._arrange(x, value.labels, whole, broadcast=True), [self._size(label) for label in whole]
+            )
+            pieces.append(piece * jnp.asarray(pair.factor, x.dtype) if scaled and pair.factor != 1 else piece)
+        return jnp.concatenate(pieces, axis=-1) if len(pieces) > 1 else pieces[0]
 
     def _combine(self, values: tuple[jax.Array, ...], order: Labels) -> tuple[jax.Array | None, jax.Array | None]:
         mask = bias = None

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import export
 
 from xlathe import jaxpr as ir
-from xlathe.audit import find_layouts
+from xlathe.absorb import absorb_projections
+from xlathe.audit import layouts_of
 from xlathe.errors import DeriveError
 from xlathe.graph import Graph, Input, Record
 from xlathe.layouts import Layout
@@ -47,7 +48,8 @@ class KVCache(Pass):
 
     def apply(self, graph: Graph, context: Context) -> tuple[Graph, Record]:
         inlined = ir.inline_calls(graph.jaxpr, lambda eqn: eqn.primitive.name in ir.INLINED | ir.CUSTOM_DERIVATIVE)
-        deriver = _Deriver(graph.replace(jaxpr=inlined))
+        graph, absorbed = absorb_projections(graph.replace(jaxpr=inlined))
+        deriver = _Deriver(graph)
         names = [f"cache/{i}" for i in range(len(deriver.remembered))]
         jaxpr = deriver.trace()
         inputs = (
@@ -59,7 +61,7 @@ class KVCache(Pass):
         return graph.replace(jaxpr=jaxpr, inputs=inputs), Record(
             "kv_cache",
             hits={"cached": len(deriver.remembered)},
-            notes=(f"{deriver.bytes_per_token} bytes a token", *plans),
+            notes=(f"{deriver.bytes_per_token} bytes a token", *absorbed, *plans),
         )
 
 
@@ -69,21 +71,31 @@ class _Deriver:
     def __init__(self, graph: Graph) -> None:
         self.graph, self.jaxpr = graph, graph.jaxpr
         (self.tokens,) = (v for v, i in zip(self.jaxpr.invars, graph.inputs, strict=True) if i.kind == "arg")
-        self.layouts = find_layouts(
-            self.jaxpr,
-            self.tokens,
-            [m for record in graph.history for m in record.misses if record.name == "fuse_attention"],
-        )
+        self.layouts = layouts_of(graph)
         self.equations = ir.live_equations(self.jaxpr)
         self.producer = ir.producers(self.equations)
         self.attentions = [e for e in self.equations if ir.is_op(e, "attention")]
         self.plans = {id(e): self._plan(e) for e in self.attentions}
-        self.remembered = list(dict.fromkeys(self._unwidened(a) for e in self.attentions for a in e.invars[1:3]))
+        self.remembered = list(dict.fromkeys(v for e in self.attentions for v in self.remembered_by(e)))
         self.needed = self._needed_everywhere()
 
     @property
     def bytes_per_token(self) -> int:
         return sum(v.aval.dtype.itemsize * _numel(v.aval.shape[2:]) for v in self.remembered)
+
+    def remembered_by(self, attention: ir.JaxprEqn) -> tuple[ir.Var, ir.Var]:
+        """Returns what to remember for keys and for values; the same where values are the beginning of the keys."""
+        keys, values = attention.invars[1:3]
+        return self._unwidened(keys), self._unwidened(keys if self.shared_features(attention) else values)
+
+    def shared_features(self, attention: ir.JaxprEqn) -> int | None:
+        """Returns how many features values have, where they are the first ones of the keys."""
+        keys, values = attention.invars[1:3]
+        eqn = self.producer.get(values) if isinstance(values, ir.Var) else None
+        if eqn is None or eqn.primitive.name != "slice" or eqn.invars[0] is not keys:
+            return None
+        kept = all(ir.same_dim(n, m) for n, m in zip(values.aval.shape[:-1], keys.aval.shape[:-1], strict=True))
+        return int(values.aval.shape[-1]) if kept and not any(eqn.params["start_indices"]) else None
 
     def _unwidened(self, atom: ir.Atom) -> ir.Var:
         """Returns the value to remember for a key or value: before a widening cast, which is cheap to redo."""
@@ -262,7 +274,8 @@ class _Step:
     def _attention(self, eqn: ir.JaxprEqn, everywhere: bool) -> list[Any]:
         d, plan = self.deriver, self.deriver.plans[id(eqn)]
         query, rows = (self.all, self.rows_all) if everywhere else (self.some, self.rows_some)
-        keys, values = (self._write(d._unwidened(a)).astype(a.aval.dtype) for a in eqn.invars[1:3])
+        caches = map(self._write, d.remembered_by(eqn))
+        keys, values = (cache.astype(a.aval.dtype) for cache, a in zip(caches, eqn.invars[1:3], strict=True))
         mask, bias = _split_terms(eqn)
         slots = Role(jnp.arange(keys.shape[1], dtype=jnp.int32))
         terms = [
@@ -272,6 +285,8 @@ class _Step:
         ]
         biased = bias is not None and (plan.biased or not plan.exact or self._trained(bias))
         attributes = {**ir.attributes(eqn), "masked": mask is not None and not plan.exact, "biased": biased}
+        if (shared := d.shared_features(eqn)) is not None:
+            attributes["shared"] = shared
         out = cached_attention(
             self._value(eqn.invars[0], everywhere)[0], keys, values, rows, query.positions, *terms,
             window=plan.window if plan.exact else None, **attributes,

@@ -6,25 +6,37 @@ grouping and repeats of heads need no pattern of their own.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 
 from xlathe import jaxpr as ir
-from xlathe.attention.scores import Miss, Scores, ScoresWalk, Term, Value, strip
+from xlathe.attention.scores import Miss, Product, Scores, ScoresWalk, Term, Value, strip
 from xlathe.attention.softmax import Softmax, find_softmaxes
 from xlathe.axes import Axes, Einsum, Label, Labels, NoLabels
 from xlathe.values import is_zero
 
 
 @dataclasses.dataclass(frozen=True)
+class Pair:
+    """Queries and keys, the atoms that their product sums over, and what the product is multiplied by."""
+
+    q: Value
+    k: Value
+    contracted: Label
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Match:
-    """An attention: its operands with labels, and the roles of the atoms in them."""
+    """An attention: its operands with labels, and the roles of the atoms in them.
+
+    pairs: whose products the scores are the sum of. The first has every axis of queries and keys.
+    """
 
     softmax: ir.JaxprEqn
     result: Value
-    q: Value
-    k: Value
+    pairs: tuple[Pair, ...]
     v: Value
     terms: tuple[Term, ...]
     scale: float
@@ -36,7 +48,6 @@ class Match:
     queries: Label
     groups: Label
     keys: Label
-    contracted: Label
     features: Label
 
 
@@ -79,15 +90,21 @@ class _Matcher:
         labels = self.axes.fresh_all(probs.aval.shape)
         keys = labels[self.anchor.axis]
         scores = ScoresWalk(self.anchor, self.axes, self.producer, keys).run(labels)
-        dot = scores.product
-        sides = Einsum.of(dot).operand_labels(self.axes, dot, scores.labels)
-        left, right = (self._strip(Value(a, own)) for a, own in zip(dot.invars, sides, strict=True))
-        summed = tuple(a for i, _ in Einsum.of(dot).contracted for a in sides[0][i])
-        if not keys or not set(self.axes.resolve(keys)) & set(self._atoms(left, right)):
-            raise Miss("the softmax axis is on neither side of the product before it", dot)
-        k, q = (left, right) if set(self.axes.resolve(keys)) <= set(self._atoms(left)) else (right, left)
+        pairs = [self._pair(product, keys) for product in scores.products]
+        pairs.sort(key=lambda pair: -len(self._atoms(pair.k)))
         product = self._values(probs, labels, keys, scores.terms)
-        return self._assemble(q, k, product, scores, keys, summed)
+        return self._assemble(pairs, product, scores, keys)
+
+    def _pair(self, product: Product, keys: Label) -> Pair:
+        """Reads which side of a product the queries are, and which the keys."""
+        einsum = Einsum.of(product.eqn)
+        sides = einsum.operand_labels(self.axes, product.eqn, product.labels)
+        left, right = (self._strip(Value(a, own)) for a, own in zip(product.eqn.invars, sides, strict=True))
+        summed = tuple(a for i, _ in einsum.contracted for a in sides[0][i])
+        if not keys or not set(self.axes.resolve(keys)) & set(self._atoms(left, right)):
+            raise Miss("the softmax axis is on neither side of the product before it", product.eqn)
+        k, q = (left, right) if set(self.axes.resolve(keys)) <= set(self._atoms(left)) else (right, left)
+        return Pair(q, k, summed, product.factor)
 
     def _strip(self, value: Value) -> Value:
         return strip(value, self.axes, self.producer)
@@ -164,10 +181,10 @@ class _Matcher:
                 var, labels = self._below(eqn, var, labels, made.var.aval.dtype)
         return Value(var, labels)
 
-    def _assemble(self, q: Value, k: Value, product: _Product, scores: Scores, keys: Label, summed: Label) -> Match:
+    def _assemble(self, pairs: Sequence[Pair], product: _Product, scores: Scores, keys: Label) -> Match:
         """Gives every atom its role, and refuses atoms that have none in attention."""
-        v, dot, key = self._strip(product.values), scores.product, self.axes.resolve(keys)
-        in_q, in_k, in_v = (self._atoms(value) for value in (q, k, v))
+        v, key, dot = self._strip(product.values), self.axes.resolve(keys), scores.products[0].eqn
+        in_q, in_k, in_v = (self._atoms(value) for value in (pairs[0].q, pairs[0].k, v))
         shared = [a for a in in_q if a in in_k and a in in_v]
         contracted = tuple(a for a in in_q if a in in_k and a not in in_v)
         only_q = [a for a in in_q if a not in in_k and a not in in_v]
@@ -177,21 +194,24 @@ class _Matcher:
             raise Miss("the softmax runs over an axis that is not the tokens", self.anchor.total)
         if not contracted:
             raise Miss("queries and keys share no axis that is summed over", dot)
-        if set(contracted) != set(self.axes.resolve(summed)):
+        if set(contracted) != set(self.axes.resolve(pairs[0].contracted)):
             raise Miss("queries and keys share an axis that the values have not", dot)
         if len(queries) != 1:
             raise Miss("not one axis of queries beside one axis of keys", dot)
         stray = [a for a in (*in_k, *in_v) if a not in (*shared, *contracted, *features, *key)]
         if stray or not set(key) <= set(in_k) & set(in_v):
             raise Miss("keys and values have axes that are no part of attention", dot)
+        for added, pair in zip(scores.products[1:], pairs[1:], strict=True):
+            self._check_added(added.eqn, pair, {*in_q} - {*contracted}, {*shared, *key})
         if any(not set(self._atoms(t.value)) <= {*in_q, *in_v, *key} for t in scores.terms):
             raise Miss("a mask or bias with axes that the scores have not", self.anchor.total)
         batch = tuple(a for a in shared if "b" in ir.dim_vars(self.axes.sizes[a]))
         return Match(
             softmax=self.anchor.total,
             result=self._resolved(product.result),
-            q=self._resolved(q),
-            k=self._resolved(k),
+            pairs=tuple(
+                Pair(self._resolved(p.q), self._resolved(p.k), self.axes.resolve(p.contracted), p.factor) for p in pairs
+            ),
             v=self._resolved(v),
             terms=tuple(dataclasses.replace(t, value=self._resolved(t.value)) for t in scores.terms),
             scale=scores.scale,
@@ -208,9 +228,15 @@ class _Matcher:
             queries=queries,
             groups=tuple(a for a in only_q if a not in queries),
             keys=key,
-            contracted=contracted,
             features=features,
         )
+
+    def _check_added(self, dot: ir.JaxprEqn, pair: Pair, of_queries: set[int], of_keys: set[int]) -> None:
+        """A further product may lack axes of heads, as a rotary key that all heads share does; it has no own ones."""
+        summed = set(self.axes.resolve(pair.contracted))
+        own = set(self._atoms(pair.q)) - summed - of_queries, set(self._atoms(pair.k)) - summed - of_keys
+        if any(own) or not summed or summed & (of_queries | of_keys):
+            raise Miss("two products are added that do not have the same axes", dot)
 
     def _resolved(self, value: Value) -> Value:
         return Value(value.var, tuple(self.axes.resolve(label) for label in value.labels))

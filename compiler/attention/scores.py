@@ -48,11 +48,19 @@ class Term:
 
 
 @dataclasses.dataclass(frozen=True)
-class Scores:
-    """softcap(`product` * scale) and the terms upon it; `labels` are those of the product."""
+class Product:
+    """A `dot_general` of queries and keys, the labels of its result, and what it is multiplied by."""
 
-    product: ir.JaxprEqn
+    eqn: ir.JaxprEqn
     labels: Labels
+    factor: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """softcap(sum of `products` * scale) and the terms upon it."""
+
+    products: tuple[Product, ...]
     terms: tuple[Term, ...]
     scale: float
     softcap: float | None
@@ -65,6 +73,7 @@ class ScoresWalk:
         self.anchor, self.axes, self.producer, self.keys = anchor, axes, producer, keys
         self.holds: dict[ir.Var, bool] = {}
         self.terms: list[Term] = []
+        self.added: list[Product] = []
 
     def run(self, labels: Labels) -> Scores:
         """Raises Miss at the first equation that attention's scores do not go through."""
@@ -81,7 +90,8 @@ class ScoresWalk:
                 raise Miss("no product of queries and keys before the softmax", self.anchor.total)
             name = eqn.primitive.name
             if name == "dot_general":
-                return Scores(eqn, labels, self._consistent(), scale, softcap)
+                added = (dataclasses.replace(product, factor=product.factor / scale) for product in self.added)
+                return Scores((Product(eqn, labels), *added), self._consistent(), scale, softcap)
             if softcap is not None and name in ("add", "sub", "select_n"):
                 raise Miss(f"{name} on the scores before the soft-cap", eqn)
             if name in ("mul", "div"):
@@ -119,6 +129,10 @@ class ScoresWalk:
         if term.kind == "bias" and eqn is not None and eqn.primitive.name in ("add", "sub"):
             for atom, sign in zip(eqn.invars, (1.0, 1.0 if eqn.primitive.name == "add" else -1.0), strict=True):
                 self._add(dataclasses.replace(term, value=Value(atom, value.labels), factor=term.factor * sign))
+            return
+        is_product = eqn is not None and eqn.primitive.name == "dot_general" and not _is_static_product(eqn)
+        if term.kind == "bias" and eqn is not None and is_product:
+            self.added.append(Product(eqn, value.labels, term.factor))
             return
         self.terms.append(self._as_mask(dataclasses.replace(term, value=value), eqn))
 

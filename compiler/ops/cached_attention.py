@@ -27,6 +27,7 @@ def cached_attention(
     out_dtype: str,
     layout: str = "contiguous",
     quantized: bool = False,
+    shared: int | None = None,
 ) -> jax.Array:  # [n, k, g, e]
     """What `attention` computes for the token at `positions[i]` of row `rows[i]`, its own key included.
 
@@ -36,7 +37,8 @@ def cached_attention(
     Mask is bool and bias float, both [k | 1, g | 1, n, s]. layout: `paged` has keys and values [p, page, k, d | e], a
     table int32 [r, c], and s = c * page; a `ring` has no mask and no bias, and s above the window by the most tokens of
     a row that a call writes, less one. quantized: keys and values are int8 codes with scales float32 [r, s, k] (paged:
-    [p, page, k]), which multiply scores and probabilities instead.
+    [p, page, k]), which multiply scores and probabilities instead. shared: values are the first so many features of
+    keys, as where a latent is both, and the operand `values` is the keys again.
     """
     remaining = list(more)
     mask = remaining.pop(0) if masked else None
@@ -47,6 +49,7 @@ def cached_attention(
         (table,) = remaining
         held = in_a_page(keys, table)
         keys, values, *scales = (gather_pages(pool, table) for pool in (keys, values, *scales))
+    values = values[..., :shared]
     seen = _seen(rows, positions, keys.shape[:2], window, layout)  # [n, r, s]
     if held is not None:
         seen &= held

@@ -135,6 +135,7 @@ def clear_texts(name: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
         ("window_16", RING),
         ("window_and_global", RING),
         ("window_7", PAGED),
+        ("latent_and_rotary_key", PAGED),
         ("repeat_gqa", PAGED),
         ("alibi_keys", PAGED),
         ("window_7", CacheLayout()),

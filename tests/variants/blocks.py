@@ -141,24 +141,6 @@ def shared_cache(params: Params, tokens: jax.Array) -> jax.Array:
     return rms_norm(x, params["norm"]) @ params["unembed"]
 
 
-def latent(layer: Params, x: jax.Array) -> jax.Array:
-    """Keys and values are projections of one narrow latent a token."""
-    compressed = rms_norm(x @ layer["down_kv"], jnp.ones(HEAD_DIM))  # [b, t, 8]
-    k = jnp.einsum("btc,chd->bthd", compressed, layer["up_k"])
-    v = jnp.einsum("btc,chd->bthd", compressed, layer["up_v"])
-    return merged(layer, attention(split_heads(x @ layer["wq"]), k, v))
-
-
-def with_latent(seed: int) -> Params:
-    params, rng = decoder_params(seed), np.random.default_rng(seed + 1000)
-    for layer in params["layers"]:
-        del layer["wk"], layer["wv"]
-        layer["down_kv"] = normal(rng, WIDTH, HEAD_DIM)
-        layer["up_k"] = normal(rng, HEAD_DIM, HEADS, HEAD_DIM, std=1.6 / math.sqrt(HEAD_DIM))
-        layer["up_v"] = normal(rng, HEAD_DIM, HEADS, HEAD_DIM, std=1.0 / math.sqrt(HEAD_DIM))
-    return params
-
-
 def with_experts(seed: int) -> Params:
     params, rng = decoder_params(seed), np.random.default_rng(seed + 1000)
     for layer in params["layers"]:
@@ -189,5 +171,4 @@ DECODERS = (
     ),
     Variant("no_attention", lambda: (no_attention, decoder_params(107)), layers=0),
     Variant("shared_cache", lambda: (shared_cache, decoder_params(108))),
-    Variant("latent_attention", lambda: (decoder(latent), with_latent(109))),
 )

@@ -1,0 +1,361 @@
+"""Move the projections of a narrow latent out of attention, so that the latent is what a cache has to hold.
+
+Where keys are W_k c and values W_v c of one latent c a token, with a W_k and a W_v for each head,
+
+    q . (W_k c) = (W_k^T q) . c    and    sum_s p_s (W_v c_s) = W_v (sum_s p_s c_s),
+
+so that all heads share one key and one value (DeepSeek-V2, https://arxiv.org/abs/2405.04434, section 2.1.2). Keys may
+have more features that all heads share already, such as a rotary part.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from xlathe import jaxpr as ir
+from xlathe.audit import layouts_of
+from xlathe.axes import Einsum
+from xlathe.graph import Graph, Input, Recipe
+from xlathe.layouts import Layout
+from xlathe.movement import MOVES, by_token, find_origins, holds_tokens
+from xlathe.ops.attention import attention
+from xlathe.rewrite import Replacement, rewrite
+from xlathe.validate import deviation
+
+WORTH = 2  # the cache has to shrink by more than this, since each head then multiplies with the whole latent
+SAMPLED = {"b": 2, "t": 3}  # sizes at which a replacement is run beside what it replaces
+TOLERANCE, COARSE = 1e-4, 3e-2  # of float32, where sums are taken in another order; of narrower numbers
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Projection:
+    """A product of a latent with a weight, and the features of keys or values that come from it.
+
+    product: latent [.., r] times weight; side: which operand is the latent. name: of the weight's input; views: the
+    equations between it and the product. columns: int [heads, features], which of the product's features each is.
+    features: int [features], where in a key or value they stand.
+    """
+
+    product: ir.JaxprEqn
+    side: int
+    name: str
+    views: tuple[ir.JaxprEqn, ...]
+    columns: np.ndarray
+    features: np.ndarray
+
+    @property
+    def latent(self) -> ir.Var:
+        return self.product.invars[self.side]
+
+    @property
+    def summed(self) -> list[tuple[int, int]]:
+        """The summed axes of latent and weight, in the latent's order."""
+        pairs = Einsum.of(self.product).contracted
+        return sorted((pair[self.side], pair[1 - self.side]) for pair in pairs)
+
+    @property
+    def width(self) -> int:
+        """r."""
+        return int(np.prod([self.latent.aval.shape[i] for i, _ in self.summed]))
+
+    def part(self, weight: Any) -> jax.Array:
+        """Returns what each head multiplies the latent with, [heads, features, r]."""
+        for eqn in self.views:
+            (weight,) = ir.bind(eqn, [weight])
+        over = [i for _, i in self.summed]
+        free = [i for i in range(weight.ndim) if i not in over]
+        return jnp.transpose(weight, (*free, *over)).reshape(-1, self.width)[self.columns]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Side:
+    """Keys or values [b, s, heads, size] of an attention.
+
+    shared: what all heads have in common: a value, which of its features, and where in a key or value they stand.
+    """
+
+    dtype: Any
+    projection: Projection | None
+    shared: tuple[tuple[ir.Var, np.ndarray, np.ndarray], ...]
+
+    @property
+    def sources(self) -> tuple[ir.Var, ...]:
+        """The latent, if there is one, and what is shared."""
+        latent = (self.projection.latent,) if self.projection else ()
+        return (*latent, *(value for value, *_ in self.shared))
+
+    @property
+    def width(self) -> int:
+        """Numbers a token, for all heads together, with the projection moved out."""
+        return (self.projection.width if self.projection else 0) + sum(len(index) for _, index, _ in self.shared)
+
+    @property
+    def order(self) -> np.ndarray:
+        """Where the features stand in a key or value, the projected ones first."""
+        own = [self.projection.features] if self.projection else []
+        return np.concatenate([*own, *(features for *_, features in self.shared)])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Absorption:
+    """An attention whose keys and values can be narrower."""
+
+    eqn: ir.JaxprEqn
+    keys: Side
+    values: Side
+
+    @property
+    def one_latent(self) -> bool:
+        """Whether the values are what the keys begin with."""
+        k, v = self.keys.projection, self.values.projection
+        return k is not None and v is not None and k.latent is v.latent and not self.values.shared
+
+    @property
+    def bytes(self) -> tuple[int, int]:
+        """What is remembered of a token, before and after."""
+        k, v = (a.aval for a in self.eqn.invars[1:3])
+        before = (k.shape[2] * k.shape[3] * k.dtype.itemsize, v.shape[2] * v.shape[3] * v.dtype.itemsize)
+        own = 0 if self.one_latent else self.values.width
+        return sum(before), self.keys.width * k.dtype.itemsize + own * v.dtype.itemsize
+
+    @property
+    def parts(self) -> dict[str, Projection]:
+        """The projections that become weights of their own, by name."""
+        sides = {"keys": self.keys.projection, "values": self.values.projection}
+        return {f"{p.name}.{kind}": p for kind, p in sides.items() if p is not None}
+
+
+def absorb_projections(graph: Graph) -> tuple[Graph, tuple[str, ...]]:
+    """Rewrites every attention of a forward graph whose cache shrinks by it; returns also what was done, in lines.
+
+    A weight `w` gives way to `w.keys` and `w.values`, [heads, features, r], which a recipe makes.
+    """
+    finder = _Finder(graph)
+    parts: dict[str, Projection] = {}
+    replacements, notes = {}, []
+    for eqn in graph.jaxpr.eqns:
+        found = finder.absorption(eqn) if ir.is_op(eqn, "attention") else None
+        if found is None or not _agree(parts, found.parts) or not finder.is_exact(found):
+            continue
+        parts |= found.parts
+        replacements[eqn.outvars[0]] = finder.replacement(found)
+        before, after = found.bytes
+        notes.append(f"{after} bytes a token in place of {before}: the projections of a latent are absorbed")
+    if not replacements:
+        return graph, ()
+    return _replaced(graph, replacements, parts), tuple(dict.fromkeys(notes))
+
+
+def _agree(known: Mapping[str, Projection], new: Mapping[str, Projection]) -> bool:
+    return all(np.array_equal(known[name].columns, new[name].columns) for name in known.keys() & new.keys())
+
+
+def _replaced(graph: Graph, replacements: Mapping[ir.Var, Replacement], parts: Mapping[str, Projection]) -> Graph:
+    made = {name: jax.eval_shape(part.part, graph.aval(part.name)) for name, part in parts.items()}
+    inputs = [*graph.inputs, *(Input(name, "weight") for name in made)]
+    jaxpr, kept = ir.drop_dead(
+        rewrite(graph.jaxpr, replacements, made), keep=lambda i: inputs[i].kind in ("arg", "state")
+    )
+    left = {inputs[i].name for i in kept}
+    recipes = []
+    for source in dict.fromkeys(part.name for part in parts.values()):
+        own = {name: part for name, part in parts.items() if part.name == source}
+        still = (source,) if source in left else ()
+        recipes.append(Recipe(source, (*still, *own), _Parts(tuple(own.values()), bool(still))))
+    weights = graph.weights.derive(*recipes)
+    return graph.replace(jaxpr=jaxpr, inputs=tuple(inputs[i] for i in kept), weights=weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """The recipe: a weight to its parts, itself before them if it is used elsewhere."""
+
+    projections: tuple[Projection, ...]
+    kept: bool
+
+    def __call__(self, weight: Any) -> tuple[Any, ...]:
+        return (*([weight] if self.kept else []), *(np.asarray(p.part(jnp.asarray(weight))) for p in self.projections))
+
+
+class _Finder:
+    """Finds what can be absorbed in one graph."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.producer = ir.producers(graph.jaxpr.eqns)
+        named = zip(graph.jaxpr.invars, graph.inputs, strict=True)
+        self.weights = {v: i.name for v, i in named if i.kind == "weight"}
+
+    @functools.cached_property
+    def layouts(self) -> Mapping[ir.Var, Layout]:
+        return layouts_of(self.graph)
+
+    def absorption(self, eqn: ir.JaxprEqn) -> Absorption | None:
+        """Returns how the keys and values of an attention become narrower, if they do by enough."""
+        keys, values = (self._side(a) for a in eqn.invars[1:3])
+        if keys is None or values is None or not (keys.projection or values.projection):
+            return None
+        found = Absorption(eqn, keys, values)
+        before, after = found.bytes
+        return found if WORTH * after < before else None
+
+    def _side(self, operand: ir.Atom) -> Side | None:
+        """Reads keys or values as features that are projected and features that all heads share."""
+        assert isinstance(operand, ir.Var)
+        origins = find_origins(operand, self.producer)
+        which, index = origins.which[0, 0], origins.index[0, 0]  # [heads, size]
+        projection, shared = None, []
+        for number, source in enumerate(origins.sources):
+            here = which == number
+            features = np.flatnonzero(here[0])
+            columns = index[:, features]
+            if not (here == here[0]).all() or not holds_tokens(self.layouts[source]):
+                return None
+            if (columns == columns[0]).all():
+                shared += [(source, columns[0], features)] if features.size else []
+            elif projection is None:
+                projection = self._projection(source, columns, features)
+                if projection is None:
+                    return None
+            else:
+                return None
+        return None if (which < 0).any() else Side(operand.aval.dtype, projection, tuple(shared))
+
+    def _projection(self, source: ir.Var, columns: np.ndarray, features: np.ndarray) -> Projection | None:
+        eqn = self.producer.get(source)
+        if eqn is None or eqn.primitive.name != "dot_general":
+            return None
+        for side, (latent, weight) in enumerate((eqn.invars, eqn.invars[::-1])):
+            views = self._views(weight)
+            if views is None or not isinstance(latent, ir.Var) or not holds_tokens(self.layouts[latent]):
+                continue
+            name, path = views
+            found = Projection(eqn, side, name, path, columns, features)
+            summed = {i for i, _ in found.summed}
+            apart = all((i in summed) == all(isinstance(f, int) for f in axis) for i, axis in
+                        enumerate(self.layouts[latent].axes) if axis)  # fmt: skip
+            if apart:
+                return found
+        return None
+
+    def _views(self, atom: ir.Atom) -> tuple[str, tuple[ir.JaxprEqn, ...]] | None:
+        """Returns the weight that a value is a view of, and the equations from it to the value."""
+        path: list[ir.JaxprEqn] = []
+        while isinstance(atom, ir.Var) and atom not in self.weights:
+            eqn = self.producer.get(atom)
+            if eqn is None or eqn.primitive.name not in MOVES | {"convert_element_type"} or len(eqn.outvars) > 1:
+                return None
+            path.insert(0, eqn)
+            (atom,) = eqn.invars if len(eqn.invars) == 1 else (None,)
+        return (self.weights[atom], tuple(path)) if isinstance(atom, ir.Var) else None
+
+    def replacement(self, found: Absorption) -> Replacement:
+        emitter = _Emitter(found, self.layouts)
+        return Replacement(emitter.inputs, emitter.emit, found.eqn, tuple(found.parts))
+
+    def is_exact(self, found: Absorption) -> bool:
+        """Runs the replacement beside the attention, on random numbers."""
+        emitter = _Emitter(found, self.layouts)
+        weights = {name: var for var, name in self.weights.items()}
+        read = tuple(weights[part.name] for part in found.parts.values())
+        count = len(emitter.inputs)
+
+        def emit(*operands: Any) -> jax.Array:
+            parts = zip(found.parts.values(), operands[count:], strict=True)
+            return emitter.emit(*operands[:count], *(p.part(jnp.asarray(weight)) for p, weight in parts))
+
+        replacement = Replacement((*emitter.inputs, *read), emit)
+        samples = _samples(replacement.inputs)
+        error = deviation(self.graph.jaxpr, found.eqn.outvars[0], replacement, samples, SAMPLED)
+        exact = all(v.aval.dtype == jnp.float32 for v in samples if v.aval.dtype != bool)
+        return error <= (TOLERANCE if exact else COARSE)
+
+
+def _samples(values: tuple[ir.Var, ...]) -> dict[ir.Var, np.ndarray]:
+    """Random operands; a mask leaves every query its first key."""
+    random = np.random.default_rng(0)
+    samples = {}
+    for var in values:
+        shape = ir.substitute(tuple(var.aval.shape), SAMPLED)
+        if var.aval.dtype == bool:
+            samples[var] = random.random(shape) < 0.6
+            samples[var][..., 0] = True
+        else:
+            deviation = (np.prod(shape) / np.sqrt(shape[-1])) ** -0.5 if var.aval.ndim == 2 else 1.0
+            samples[var] = (random.normal(size=shape) * deviation).astype(var.aval.dtype)
+    return samples
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Emitter:
+    """Traces the narrower attention in the place of the other."""
+
+    found: Absorption
+    layouts: Mapping[ir.Var, Layout]
+
+    @property
+    def inputs(self) -> tuple[ir.Var, ...]:
+        """Queries, what keys and values are made from, mask and bias; the parts of weights come after them."""
+        sides = (self.found.keys,) if self.found.one_latent else (self.found.keys, self.found.values)
+        q, terms = self.found.eqn.invars[0], self.found.eqn.invars[3:]
+        return (q, *(value for side in sides for value in side.sources), *terms)
+
+    def emit(self, q: jax.Array, *more: jax.Array) -> jax.Array:
+        left = iter(more)
+        keys = self._narrow(self.found.keys, left, q)
+        own_values = None if self.found.one_latent else self._narrow(self.found.values, left, q)
+        terms = [_one_head(next(left), *q.shape[2:4]) for _ in self.found.eqn.invars[3:]]
+        queries = self._queries(q, left, keys.dtype)
+        if own_values is None:
+            own_values = lax.slice_in_dim(keys, 0, self.found.values.width, axis=-1)
+        out = attention(queries, keys, own_values, *terms, **ir.attributes(self.found.eqn))
+        return self._outputs(out.reshape(*q.shape[:4], out.shape[-1]), left)
+
+    def _narrow(self, side: Side, left: Iterator[jax.Array], q: jax.Array) -> jax.Array:
+        """Returns the key or value that all heads share, [b, s, 1, width]."""
+        sources = [by_token(next(left), self.layouts[v], *q.shape[:2]) for v in side.sources]
+        latent = sources[:1] if side.projection else []
+        shared = zip(sources[len(latent) :], side.shared, strict=True)
+        pieces = [*latent, *(_pick(value, index) for value, (_, index, _) in shared)]
+        return jnp.concatenate([piece.astype(side.dtype) for piece in pieces], axis=-1)[:, :, None]
+
+    def _queries(self, q: jax.Array, left: Iterator[jax.Array], dtype: Any) -> jax.Array:
+        """Returns [b, t, 1, heads * groups, width]."""
+        side = self.found.keys
+        rest = _pick(q, side.order[len(side.projection.features) :] if side.projection else side.order)
+        if side.projection:
+            own = _pick(q, side.projection.features)
+            own = jnp.einsum("btkgd,kdr->btkgr", own, next(left), preferred_element_type=jnp.float32)
+            rest = jnp.concatenate([own.astype(q.dtype), rest], axis=-1)
+        return rest.reshape(*q.shape[:2], 1, -1, side.width)
+
+    def _outputs(self, out: jax.Array, left: Iterator[jax.Array]) -> jax.Array:
+        """Projects the values that were summed, [b, t, heads, groups, width], and puts features in their order."""
+        side = self.found.values
+        if side.projection:
+            own, rest = out[..., : side.projection.width], out[..., side.projection.width :]
+            own = jnp.einsum("btkgr,ker->btkge", own, next(left), preferred_element_type=jnp.float32)
+            out = jnp.concatenate([own.astype(out.dtype), rest], axis=-1)
+        return _pick(out, np.argsort(side.order))
+
+
+def _one_head(term: jax.Array, heads: int, groups: int) -> jax.Array:
+    """Arranges a mask or bias [b, k, g, t, s] for one key-value head that all query heads share."""
+    b, k, g, t, s = term.shape
+    if k == g == 1:
+        return term
+    return jnp.broadcast_to(term, (b, heads, groups, t, s)).reshape(b, 1, heads * groups, t, s)
+
+
+def _pick(x: jax.Array, index: np.ndarray) -> jax.Array:
+    """Takes features; a slice where they lie beside each other."""
+    if not np.array_equal(index, np.arange(index.size) + index[:1].sum()):
+        return jnp.take(x, index, axis=-1)
+    start = int(index[:1].sum())
+    return x if index.size == x.shape[-1] else lax.slice_in_dim(x, start, start + index.size, axis=-1)

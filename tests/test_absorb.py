@@ -1,0 +1,115 @@
+"""Projections of a latent move out of attention where the cache then shrinks, and the numbers stay."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests import graphs
+from tests.passes.decoding import difference, fused, stepped
+from tests.variants import DECODERS
+from tests.variants.latent import LATENT, PLAIN, ROTARY, VALUE
+from xlathe.absorb import absorb_projections
+from xlathe.graph import Graph
+from xlathe.ops.write_slots import quantize_heads
+from xlathe.passes.cache_layout import CacheLayout
+from xlathe.passes.canonicalize import Canonicalize
+from xlathe.passes.fuse_attention import FuseAttention
+from xlathe.passes.kv_cache import KVCache
+
+HEADS, HEAD = 4, 8
+
+
+def attentions(graph: Graph) -> list[list[tuple[int, ...]]]:
+    """The shapes of queries, keys and values of each attention, without batch and tokens."""
+    found = [e for e in graph.jaxpr.eqns if e.primitive.name == "xlathe.attention"]
+    return [[tuple(map(int, a.aval.shape[2:])) for a in e.invars[:3]] for e in found]
+
+
+def model(project: Callable[[dict, jax.Array], tuple[jax.Array, jax.Array]], latent: int) -> Graph:
+    """One attention whose keys and values [b, t, h, d] `project` makes of a latent [b, t, latent]."""
+    rng = np.random.default_rng(0)
+    shapes = {"embed": (11, latent), "query": (latent, HEADS * HEAD), "key": (latent, HEADS, HEAD),
+              "value": (latent, HEADS, HEAD), "bias": (HEADS, HEAD)}  # fmt: skip
+    params = {name: rng.normal(size=shape).astype(np.float32) / latent**0.5 for name, shape in shapes.items()}
+
+    def forward(p: dict, tokens: jax.Array) -> jax.Array:
+        x = jnp.tanh(p["embed"][tokens])
+        q = (x @ p["query"]).reshape(*x.shape[:2], HEADS, HEAD)
+        k, v = project(p, x)
+        scores = jnp.einsum("bthd,bshd->bhts", q, k)
+        scores = jnp.where(jnp.tri(x.shape[1], dtype=bool), scores, -jnp.inf)
+        out = jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), v)
+        return out.reshape(*x.shape[:2], -1) @ p["query"].T @ p["embed"].T
+
+    return FuseAttention()(Canonicalize()(graphs.graph_of(forward, **params)))
+
+
+def of_one_latent(p: dict, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.einsum("btc,chd->bthd", x, p["key"]), jnp.einsum("btc,chd->bthd", x, p["value"])
+
+
+def test_before_and_after() -> None:
+    """Before: keys and values [4, 8] from a latent of 6. Expected: one key of 6, which is the value as well."""
+    before = model(of_one_latent, latent=6)
+    after, notes = absorb_projections(before)
+    assert attentions(before) == [[(4, 1, 8), (4, 8), (4, 8)]]
+    assert attentions(after) == [[(1, 4, 6), (1, 6), (1, 6)]]
+    assert notes == ("24 bytes a token in place of 256: the projections of a latent are absorbed",)
+    assert after.aval("key.keys").shape == after.aval("value.values").shape == (4, 8, 6)
+    assert not {"key", "value"} & set(after.names("weight"))
+    assert after.weights.source("key.keys") == "key"
+    tokens = np.random.default_rng(1).integers(0, 11, (2, 7))
+    assert difference(after(tokens), before(tokens)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("project", "latent"),
+    [
+        (of_one_latent, 32),  # the latent is as wide as the keys: 128 bytes in place of 256
+        (lambda p, x: (of_one_latent(p, x)[0] + p["bias"], of_one_latent(p, x)[1]), 6),  # keys are no projection alone
+        (lambda p, x: (jnp.sin(of_one_latent(p, x)[0]), of_one_latent(p, x)[1]), 6),
+    ],
+    ids=["too wide", "a bias", "not linear"],
+)
+def test_what_stays(project: Callable, latent: int) -> None:
+    before = model(project, latent)
+    assert absorb_projections(before) == (before, ())
+
+
+def test_another_latent_for_values_is_kept_beside_the_keys() -> None:
+    def project(p: dict, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return of_one_latent(p, x)[0], jnp.einsum("btc,chd->bthd", jnp.square(x), p["value"])
+
+    before = model(project, latent=6)
+    after, _ = absorb_projections(before)
+    assert attentions(after) == [[(1, 4, 6), (1, 6), (1, 6)]]
+    tokens = np.random.default_rng(1).integers(0, 11, (2, 7))
+    assert difference(after(tokens), before(tokens)) <= 1e-5
+
+
+def test_a_latent_kept_in_8_bits_is_read_in_8_bits() -> None:
+    """Before: keys and values of a latent that is rounded in the model. Expected: the same from a cache of codes."""
+
+    def of_rounded(p: dict, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        codes, scale = quantize_heads(x)
+        return of_one_latent(p, codes * scale[..., None])
+
+    tokens = np.random.default_rng(1).integers(0, 11, (2, 7))
+    step = CacheLayout("paged", page=8, dtype="int8")(KVCache()(model(of_one_latent, latent=6)))
+    assert difference(step(tokens), model(of_rounded, latent=6)(tokens)) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["latent_and_rotary_key", "latent_in_two_products"])
+def test_the_cache_holds_latent_and_rotary_key_alone(name: str) -> None:
+    """Before: 4 heads of keys of 12 and values of 6. Expected: 12 + 4 numbers a token and layer, in every layout."""
+    (variant,) = (v for v in DECODERS if v.name == name)
+    assert attentions(fused(variant)) == [[(4, 1, PLAIN + ROTARY), (4, PLAIN + ROTARY), (4, VALUE)]] * variant.layers
+    step = stepped(variant)
+    assert [step.aval(n).shape[2:] for n in step.names("state")] == [(1, LATENT + ROTARY)] * variant.layers
+    assert f"{variant.layers * (LATENT + ROTARY) * 4} bytes a token" in step.history[-1].notes
+    paged = CacheLayout("paged", page=16, dtype="int8")(step)
+    caches = [n for n in paged.names("state") if n.endswith(".codes")]
+    assert [paged.aval(n).shape[2:] for n in caches] == [(1, LATENT + ROTARY)] * variant.layers
