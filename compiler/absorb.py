@@ -38,14 +38,14 @@ class Projection:
     """A product of a latent with a weight, and the features of keys or values that come from it.
 
     product: latent [.., r] times weight; side: which operand is the latent. name: of the weight's input; views: the
-    equations between it and the product. columns: int [heads, features], which of the product's features each is.
-    features: int [features], where in a key or value they stand.
+    equations between it and the product, None where the weight is quantized. columns: int [heads, features], which of
+    the product's features each is. features: int [features], where in a key or value they stand.
     """
 
     product: ir.JaxprEqn
     side: int
     name: str
-    views: tuple[ir.JaxprEqn, ...]
+    views: tuple[ir.JaxprEqn, ...] | None
     columns: np.ndarray
     features: np.ndarray
 
@@ -56,6 +56,8 @@ class Projection:
     @property
     def summed(self) -> list[tuple[int, int]]:
         """The summed axes of latent and weight, in the latent's order."""
+        if self.views is None:
+            return [(self.latent.aval.ndim - 1, 1)]
         pairs = Einsum.of(self.product).contracted
         return sorted((pair[self.side], pair[1 - self.side]) for pair in pairs)
 
@@ -66,6 +68,7 @@ class Projection:
 
     def part(self, weight: Any) -> jax.Array:
         """Returns what each head multiplies the latent with, [heads, features, r]."""
+        assert self.views is not None
         for eqn in self.views:
             (weight,) = ir.bind(eqn, [weight])
         over = [i for _, i in self.summed]
@@ -131,29 +134,30 @@ class Absorption:
         return {f"{p.name}.{kind}": p for kind, p in sides.items() if p is not None}
 
 
-def absorb_projections(graph: Graph) -> tuple[Graph, tuple[str, ...]]:
-    """Rewrites every attention of a forward graph whose cache shrinks by it; returns also what was done, in lines.
+def absorb_projections(graph: Graph) -> tuple[Graph, tuple[str, ...], tuple[str, ...]]:
+    """Rewrites every attention of a forward graph whose cache shrinks by it.
 
-    A weight `w` gives way to `w.keys` and `w.values`, [heads, features, r], which a recipe makes.
+    A weight `w` gives way to `w.keys` and `w.values`, [heads, features, r], which a recipe makes. Returns also what was
+    done and what nearly was, in lines.
     """
     finder = _Finder(graph)
     parts: dict[str, Projection] = {}
-    replacements, notes = {}, []
+    replacements, notes, misses = {}, [], []
     for eqn in graph.jaxpr.eqns:
         found = finder.absorption(eqn) if ir.is_op(eqn, "attention") else None
-        if found is None or not _agree(parts, found.parts) or not finder.is_exact(found):
+        if found is None:
             continue
+        before, after = found.bytes
+        reason = finder.reason_against(found, parts)
+        if reason:
+            misses.append(f"{before} bytes a token where {after} would do, of a latent: {reason}")
+            continue
+        notes.append(f"{after} bytes a token in place of {before}: the projections of a latent are absorbed")
         parts |= found.parts
         replacements[eqn.outvars[0]] = finder.replacement(found)
-        before, after = found.bytes
-        notes.append(f"{after} bytes a token in place of {before}: the projections of a latent are absorbed")
-    if not replacements:
-        return graph, ()
-    return _replaced(graph, replacements, parts), tuple(dict.fromkeys(notes))
-
-
-def _agree(known: Mapping[str, Projection], new: Mapping[str, Projection]) -> bool:
-    return all(np.array_equal(known[name].columns, new[name].columns) for name in known.keys() & new.keys())
+    if replacements:
+        graph = _replaced(graph, replacements, parts)
+    return graph, tuple(dict.fromkeys(notes)), tuple(dict.fromkeys(misses))
 
 
 def _replaced(graph: Graph, replacements: Mapping[ir.Var, Replacement], parts: Mapping[str, Projection]) -> Graph:
@@ -229,6 +233,8 @@ class _Finder:
 
     def _projection(self, source: ir.Var, columns: np.ndarray, features: np.ndarray) -> Projection | None:
         eqn = self.producer.get(source)
+        if eqn is not None and ir.is_op(eqn, "quantized_dot"):
+            return Projection(eqn, 0, self.weights.get(eqn.invars[1], ""), None, columns, features)
         if eqn is None or eqn.primitive.name != "dot_general":
             return None
         for side, (latent, weight) in enumerate((eqn.invars, eqn.invars[::-1])):
@@ -254,6 +260,15 @@ class _Finder:
             path.insert(0, eqn)
             (atom,) = eqn.invars if len(eqn.invars) == 1 else (None,)
         return (self.weights[atom], tuple(path)) if isinstance(atom, ir.Var) else None
+
+    def reason_against(self, found: Absorption, parts: Mapping[str, Projection]) -> str | None:
+        """Returns why an attention stays as it is; parts: what others have made of the weights."""
+        for name, part in found.parts.items():
+            if part.views is None:
+                return f"{part.name} is quantized; derive the cache first (KVCache before Quantize)"
+            if name in parts and not np.array_equal(part.columns, parts[name].columns):
+                return f"{part.name} is read in two ways"
+        return None if self.is_exact(found) else "it gives other numbers"
 
     def replacement(self, found: Absorption) -> Replacement:
         emitter = _Emitter(found, self.layouts)

@@ -48,7 +48,7 @@ class KVCache(Pass):
 
     def apply(self, graph: Graph, context: Context) -> tuple[Graph, Record]:
         inlined = ir.inline_calls(graph.jaxpr, lambda eqn: eqn.primitive.name in ir.INLINED | ir.CUSTOM_DERIVATIVE)
-        graph, absorbed = absorb_projections(graph.replace(jaxpr=inlined))
+        graph, absorbed, misses = absorb_projections(graph.replace(jaxpr=inlined))
         deriver = _Deriver(graph)
         names = [f"cache/{i}" for i in range(len(deriver.remembered))]
         jaxpr = deriver.trace()
@@ -61,6 +61,7 @@ class KVCache(Pass):
         return graph.replace(jaxpr=jaxpr, inputs=inputs), Record(
             "kv_cache",
             hits={"cached": len(deriver.remembered)},
+            misses=misses,
             notes=(f"{deriver.bytes_per_token} bytes a token", *absorbed, *plans),
         )
 

@@ -18,6 +18,7 @@ from xlathe.passes.cache_layout import CacheLayout
 from xlathe.passes.canonicalize import Canonicalize
 from xlathe.passes.fuse_attention import FuseAttention
 from xlathe.passes.kv_cache import KVCache
+from xlathe.passes.quantize.quantize import Quantize
 
 HEADS, HEAD = 4, 8
 
@@ -54,10 +55,11 @@ def of_one_latent(p: dict, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def test_before_and_after() -> None:
     """Before: keys and values [4, 8] from a latent of 6. Expected: one key of 6, which is the value as well."""
     before = model(of_one_latent, latent=6)
-    after, notes = absorb_projections(before)
+    after, notes, misses = absorb_projections(before)
     assert attentions(before) == [[(4, 1, 8), (4, 8), (4, 8)]]
     assert attentions(after) == [[(1, 4, 6), (1, 6), (1, 6)]]
     assert notes == ("24 bytes a token in place of 256: the projections of a latent are absorbed",)
+    assert misses == ()
     assert after.aval("key.keys").shape == after.aval("value.values").shape == (4, 8, 6)
     assert not {"key", "value"} & set(after.names("weight"))
     assert after.weights.source("key.keys") == "key"
@@ -76,7 +78,18 @@ def test_before_and_after() -> None:
 )
 def test_what_stays(project: Callable, latent: int) -> None:
     before = model(project, latent)
-    assert absorb_projections(before) == (before, ())
+    assert absorb_projections(before) == (before, (), ())
+
+
+def test_a_quantized_projection_stays_and_is_reported() -> None:
+    before = Quantize("int8", weights="key|value")(model(of_one_latent, latent=6))
+    after, notes, misses = absorb_projections(before)
+    assert (after, notes) == (before, ())
+    assert misses == (
+        "256 bytes a token where 24 would do, of a latent: key.codes is quantized; derive the cache first (KVCache "
+        "before Quantize)",
+    )
+    assert KVCache()(before).history[-1].misses == misses
 
 
 def test_another_latent_for_values_is_kept_beside_the_keys() -> None:
@@ -84,7 +97,7 @@ def test_another_latent_for_values_is_kept_beside_the_keys() -> None:
         return of_one_latent(p, x)[0], jnp.einsum("btc,chd->bthd", jnp.square(x), p["value"])
 
     before = model(project, latent=6)
-    after, _ = absorb_projections(before)
+    after, *_ = absorb_projections(before)
     assert attentions(after) == [[(1, 4, 6), (1, 6), (1, 6)]]
     tokens = np.random.default_rng(1).integers(0, 11, (2, 7))
     assert difference(after(tokens), before(tokens)) <= 1e-5
