@@ -11,7 +11,10 @@ import numpy as np
 from xlathe import jaxpr as ir
 from xlathe.layouts import Layout
 
-_MOVES = "broadcast_in_dim concatenate copy copy_p expand_dims reshape slice split squeeze stop_gradient transpose"
+_MOVES = """
+broadcast_in_dim concatenate copy copy_p expand_dims reshape rev slice split squeeze stack stop_gradient tile
+transpose unstack
+"""
 MOVES = frozenset(_MOVES.split())
 _INDEXED = frozenset({"gather", "dynamic_slice"})  # a slice, where the index is a number in the program
 

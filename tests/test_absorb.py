@@ -103,6 +103,61 @@ def test_another_latent_for_values_is_kept_beside_the_keys() -> None:
     assert difference(after(tokens), before(tokens)) <= 1e-5
 
 
+def decoder(arrange: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]], bias: bool) -> Callable:
+    """Two key-value heads for four queries, a rotary part of two, one weight [6, 2 * (8 + 5)] for keys and values.
+
+    arrange: (product [b, t, 26], rotary [b, t, 2]) -> keys [b, t, 2, 10], the rotary part first, and values [b, t, 2,
+        5].
+    """
+
+    def forward(p: dict, tokens: jax.Array) -> jax.Array:
+        x = jnp.tanh(p["embed"][tokens])
+        b, t, _ = x.shape
+        position = jnp.arange(t)
+        q = (x @ p["query"]).reshape(b, t, 2, 2, 10)
+        k, v = arrange(x @ p["up"], jnp.sin(x[..., :2] * position[:, None]))
+        scores = jnp.einsum("btkgd,bskd->bkgts", q, k)
+        if bias:
+            slopes = 2.0 ** -jnp.arange(1, 5).reshape(2, 2)
+            scores = scores - slopes[:, :, None, None] * jnp.abs(position[:, None] - position)
+        scores = jnp.where(jnp.tri(t, dtype=bool), scores, -jnp.inf)
+        out = jnp.einsum("bkgts,bskd->btkgd", jax.nn.softmax(scores), v)
+        return out.reshape(b, t, -1) @ p["out"] @ p["embed"].T
+
+    return forward
+
+
+def head_by_head(up: jax.Array, rotary: jax.Array) -> tuple[jax.Array, jax.Array]:
+    heads = up.reshape(*up.shape[:2], 2, 13)
+    copies = jnp.broadcast_to(rotary[:, :, None], (*up.shape[:2], 2, 2))
+    return jnp.concatenate([copies, heads[..., :8]], axis=-1), heads[..., 8:]
+
+
+def values_first(up: jax.Array, rotary: jax.Array) -> tuple[jax.Array, jax.Array]:
+    v, k = jnp.split(up, [10], axis=-1)
+    k = jnp.concatenate([k.reshape(*up.shape[:2], 2, 8), jnp.stack([rotary, rotary], axis=2)], axis=-1)
+    return jnp.roll(k, 2, axis=-1), v.reshape(*up.shape[:2], 2, 5)
+
+
+def features_before_heads(up: jax.Array, rotary: jax.Array) -> tuple[jax.Array, jax.Array]:
+    turned = up.reshape(*up.shape[:2], 13, 2).transpose(0, 1, 3, 2)
+    return head_by_head(turned.reshape(up.shape), rotary)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias by head"])
+@pytest.mark.parametrize("arrange", [head_by_head, values_first, features_before_heads])
+def test_however_heads_are_arranged(arrange: Callable, bias: bool) -> None:
+    """Before: two keys of 10 and values of 5. Expected: one key of 6 + 2; the step equals the author's forward."""
+    rng = np.random.default_rng(2)
+    shapes = {"embed": (11, 6), "query": (6, 40), "up": (6, 26), "out": (20, 6)}
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    author = decoder(arrange, bias)
+    step = KVCache()(FuseAttention()(Canonicalize()(graphs.graph_of(author, **params))))
+    assert [step.aval(name).shape[2:] for name in step.names("state")] == [(1, 8)]
+    tokens = rng.integers(0, 11, (2, 7))
+    assert difference(step(tokens), author(params, tokens)) <= 1e-5
+
+
 def test_a_latent_kept_in_8_bits_is_read_in_8_bits() -> None:
     """Before: keys and values of a latent that is rounded in the model. Expected: the same from a cache of codes."""
 
