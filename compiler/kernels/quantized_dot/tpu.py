@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from xlathe.errors import OptionError
+from xlathe.kernels.quantized_dot import tpu_int4
 from xlathe.kernels.quantized_dot.coverage import uncovered
 from xlathe.kernels.tiles import round_up
 
@@ -29,22 +30,39 @@ def quantized_dot(
 
     Args:
       x: bfloat16 [..., k].
-      codes: int8 [n, k].
-      scale: float32 [n], one a row of codes.
+      codes: int8 [n, k]; or uint8 [n, k / 2], two a byte.
+      scale: float32 [n], one a row of codes; or bfloat16 [n, k / group].
       out_dtype: bfloat16 or float32.
-      zero: none; codes are symmetric.
+      zero: none; or with 4 bits uint8 [n, k / group].
       interpret: simulate the kernel, for tests.
-      options: the other attributes of the operation, which are those of 8-bit codes.
+      options: the other attributes of the operation.
 
     Returns:
-      out_dtype [..., n]. The products are exact, their sum is float32.
+      out_dtype [..., n]. Products with 8-bit codes are exact, 4-bit weights are rounded to bfloat16; sums are float32.
 
     Raises:
       OptionError: `uncovered` has a reason.
     """
     if reason := uncovered(x, codes, scale, *zero, out_dtype=out_dtype, **options):
         raise OptionError(f"quantized_dot on TPU: {reason}")
-    (n, depth), rows = codes.shape, math.prod(x.shape[:-1])
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    if options.get("bits", 8) == 4:
+        y = tpu_int4.product(
+            flat, codes, scale, *zero, group=options["group"], out_dtype=out_dtype, interpret=interpret
+        )
+    else:
+        y = _product(flat, codes, scale, out_dtype, interpret)
+    return y.reshape(*x.shape[:-1], codes.shape[0])
+
+
+def _product(
+    x: jax.Array,  # bfloat16 [rows, k]
+    codes: jax.Array,  # int8 [n, k]
+    scale: jax.Array,  # float32 [n]
+    out_dtype: str,
+    interpret: pltpu.InterpretParams | bool,
+) -> jax.Array:  # out_dtype [rows, n]
+    (n, depth), rows = codes.shape, x.shape[0]
     tile = (min(ROWS, round_up(rows, 16)), min(COLUMNS, round_up(n, 128)), min(DEPTH, round_up(depth, 128)))
     grid = (pl.cdiv(rows, tile[0]), pl.cdiv(n, tile[1]), pl.cdiv(depth, tile[2]))
     # Past the end of the codes a tile holds some integers, which zeros in x make harmless.
@@ -63,8 +81,8 @@ def quantized_dot(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=interpret,
         name="quantized_dot",
-    )(jnp.pad(x.reshape(rows, depth), [(0, more) for more in padding]), codes, scale[None])
-    return y[:rows].reshape(*x.shape[:-1], n)
+    )(jnp.pad(x, [(0, more) for more in padding]), codes, scale[None])
+    return y[:rows]
 
 
 def _accumulate(

@@ -1,0 +1,89 @@
+"""Operands for the kernels of quantized_dot in bfloat16, and how far from the truth a kernel may be."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xlathe.ops.quantized_dot import dequantize
+from xlathe.ops.quantized_dot import quantized_dot as operation
+
+Kernel = Callable[..., jax.Array]
+
+
+def operands(rows: int, n: int, k: int, *, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x and codes of 8 bits, with their scales."""
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.standard_normal((rows, k)), jnp.bfloat16)
+    codes = jnp.asarray(rng.integers(-127, 128, (n, k)), jnp.int8)
+    return x, codes, jnp.asarray(rng.uniform(0.5, 1.5, n), jnp.float32)
+
+
+def check(kernel: Kernel, sizes: tuple[int, int, int]) -> None:
+    """With codes of 8 bits products are exact, and only the order of sums is the kernel's."""
+    args = operands(*sizes)
+    actual, expected = kernel(*args, out_dtype="float32"), operation.body(*args, out_dtype="float32")
+    assert jnp.max(jnp.abs(actual - expected)) <= 1e-6 * jnp.max(jnp.abs(expected))
+
+
+def check_leading_axes_and_the_dtype_of_the_result(kernel: Kernel) -> None:
+    x, codes, scale = operands(6, 128, 128)
+    expected = operation.body(x, codes, scale, out_dtype="bfloat16")
+    actual = kernel(x.reshape(2, 3, 128), codes, scale, out_dtype="bfloat16")
+    assert actual.shape == (2, 3, 128) and actual.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(actual.reshape(6, 128), expected)
+
+
+def int4_operands(rows: int, n: int, k: int, group: int, *, zeros: bool, seed: int = 0) -> tuple[jax.Array, ...]:
+    """All codes and zero points, scales of both signs, and a few activations thirty times larger than others."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((rows, k)) * np.where(rng.random((rows, k)) < 0.02, 30.0, 1.0)
+    scale = rng.uniform(0.5, 1.5, (n, k // group)) * rng.choice([-1, 1], (n, k // group))
+    zero = [jnp.asarray(rng.integers(0, 16, scale.shape), jnp.uint8)] * zeros
+    codes = jnp.asarray(rng.integers(0, 256, (n, k // 2)), jnp.uint8)
+    return jnp.asarray(x, jnp.bfloat16), codes, jnp.asarray(scale, jnp.bfloat16), *zero
+
+
+def check_int4(kernel: Kernel, sizes: tuple[int, int, int], group: int, *, zeros: bool, out_dtype: str) -> None:
+    """At most twice as far from float32 as a product with the weight rounded to bfloat16, for each row of codes."""
+    args = int4_operands(*sizes, group, zeros=zeros)
+    exact = operation.body(*args, out_dtype="float32", bits=4, group=group)
+    weight = dequantize(*args[1:], group=group).astype(jnp.bfloat16)
+    plain = jnp.einsum("mk,nk->mn", args[0], weight, preferred_element_type=jnp.float32).astype(out_dtype)
+    actual = kernel(*args, out_dtype=out_dtype, bits=4, group=group)
+    assert actual.shape == plain.shape and actual.dtype == plain.dtype
+    error, allowed = (jnp.max(jnp.abs(y.astype(jnp.float32) - exact), axis=0) for y in (actual, plain))
+    assert jnp.all(error <= 2 * allowed)
+
+
+def check_int4_by_units(kernel: Kernel, n: int, k: int, group: int) -> None:
+    """Rows of the identity read the weight out, each rounded to bfloat16 once."""
+    args = int4_operands(1, n, k, group, zeros=True)[1:]
+    actual = kernel(jnp.eye(k, dtype=jnp.bfloat16), *args, out_dtype="float32", bits=4, group=group)
+    weight = dequantize(*args, group=group).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(actual.T, weight.astype(jnp.float32))
+
+
+INT4 = {"bits": 4, "group": 32}
+GOOD = {"x": "bfloat16 2 128", "codes": "int8 64 128", "scale": "float32 64"}
+GOOD_INT4 = {"x": "bfloat16 2 128", "codes": "uint8 64 64", "scale": "bfloat16 64 4", "zero": "uint8 64 4"}
+REFUSED: list[tuple[dict[str, str], dict[str, Any], str]] = [
+    ({"x": "float32 2 128"}, {}, r"found float32\[2, 128\], int8\[64, 128\], float32\[64\]"),
+    ({"codes": "uint8 64 128"}, {}, r"expected .* codes int8 .* found .* uint8\[64, 128\]"),
+    ({"codes": "int8 64 127"}, {}, r"found .* int8\[64, 127\]"),
+    ({"scale": "float32 63"}, {}, r"found .* float32\[63\]"),
+    ({"zero": "int8 64"}, {}, r"found .* int8\[64\]"),
+    ({"x": "bfloat16 0 128"}, {}, "no axis to be empty"),
+    ({}, {"out_dtype": "float16"}, "found float16"),
+    ({}, {"bits": 3}, "found 3 bits, group None"),
+    ({}, {"group": 32}, "found 8 bits, group 32"),
+    (GOOD_INT4, {"bits": 4}, "found 4 bits, group None"),
+    (GOOD_INT4, {"bits": 4, "group": 16}, "found 4 bits, group 16"),
+    (GOOD_INT4, INT4 | {"activations": "int8"}, "found them rounded to int8"),
+    (GOOD_INT4 | {"codes": "int8 64 64"}, INT4, r"expected .* codes uint8 .* found .* int8\[64, 64\]"),
+    (GOOD_INT4 | {"scale": "float32 64 4"}, INT4, r"found .* float32\[64, 4\]"),
+    (GOOD_INT4 | {"zero": "uint8 64 2"}, INT4, r"found .* uint8\[64, 2\]"),
+    (GOOD_INT4 | {"x": "bfloat16 2 144", "codes": "uint8 64 72"}, INT4, r"found bfloat16\[2, 144\]"),
+]
