@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from xlathe.errors import OptionError
 from xlathe.kernels.hopper import tiled
-from xlathe.kernels.quantized_dot import coverage
+from xlathe.kernels.quantized_dot import coverage, gpu_sm90_int4
 from xlathe.kernels.tiles import round_up
 
 DEPTH = 128  # of a tile: one line of 128 bytes of codes
@@ -32,23 +32,40 @@ def quantized_dot(
     It computes codes x^T: wgmma wants 64 rows or more, and a weight always has them.
 
     Args:
-      x: bfloat16 [..., k]; k is a multiple of 128.
-      codes: int8 [n, k]; n is a multiple of 64.
-      scale: float32 [n], one a row of codes.
+      x: bfloat16 [..., k]; k is a multiple of 128, with 4 bits of 256.
+      codes: int8 [n, k]; or uint8 [n, k / 2], two a byte; n is a multiple of 64.
+      scale: float32 [n], one a row of codes; or bfloat16 [n, k / group].
       out_dtype: bfloat16 or float32.
-      zero: none; codes are symmetric.
+      zero: none; or with 4 bits uint8 [n, k / group].
       interpret: simulate the kernel, for tests.
-      options: the other attributes of the operation, which are those of 8-bit codes.
+      options: the other attributes of the operation.
 
     Returns:
-      out_dtype [..., n]. The products are exact, their sum is float32.
+      out_dtype [..., n]. Products with 8-bit codes are exact, 4-bit weights are rounded to bfloat16; sums are float32.
 
     Raises:
       OptionError: `uncovered` has a reason.
     """
     if reason := uncovered(x, codes, scale, *zero, out_dtype=out_dtype, **options):
         raise OptionError(f"quantized_dot on Hopper: {reason}")
-    (n, depth), rows = codes.shape, math.prod(x.shape[:-1])
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    if options.get("bits", 8) == 4:
+        y = gpu_sm90_int4.product(
+            flat, codes, scale, *zero, group=options["group"], out_dtype=out_dtype, interpret=interpret
+        )
+    else:
+        y = _product(flat, codes, scale, out_dtype, interpret)
+    return y.reshape(*x.shape[:-1], codes.shape[0])
+
+
+def _product(
+    x: jax.Array,  # bfloat16 [rows, k]
+    codes: jax.Array,  # int8 [n, k]
+    scale: jax.Array,  # float32 [n]
+    out_dtype: str,
+    interpret: plgpu.InterpretGPUParams | None,
+) -> jax.Array:  # out_dtype [rows, n]
+    (n, depth), rows = codes.shape, x.shape[0]
     tile = min(128, round_up(rows, 8))
     columns = 128 if rows > FEW and n % 128 == 0 else 64
     stages = min(depth // DEPTH, 6 if rows <= FEW else 3)
@@ -68,16 +85,17 @@ def quantized_dot(
         ],
         interpret=interpret,
         kernel_name="quantized_dot",
-    )(jnp.pad(x.reshape(rows, depth), [(0, -rows % tile), (0, 0)]), codes, scale)
-    return y[:, :rows].T.reshape(*x.shape[:-1], n)
+    )(jnp.pad(x, [(0, -rows % tile), (0, 0)]), codes, scale)
+    return y[:, :rows].T
 
 
 def uncovered(x: jax.Array, codes: jax.Array, *others: jax.Array, **options: Any) -> str | None:
     """Says why the kernel does not compute this product; None where it does."""
     if reason := coverage.uncovered(x, codes, *others, **options):
         return reason
-    if codes.shape[0] % 64 or codes.shape[1] % DEPTH:
-        return f"expected codes [n, k] with n a multiple of 64 and k of {DEPTH}; found {codes.shape}"
+    (n, width), bits = codes.shape, options.get("bits", 8)
+    if n % 64 or width % DEPTH:
+        return f"expected n a multiple of 64 and k of {DEPTH * 8 // bits}; found {n} and {width * 8 // bits}"
     return None
 
 
