@@ -100,7 +100,7 @@ def _gpu_sm90_kernels() -> Mapping[str, Kernel]:
     return {
         "attention": Kernel(attention.attention, attention.uncovered),
         "cached_attention": _of_derived_caches(Kernel(cached_attention.cached_attention, cached_attention.uncovered)),
-        "quantized_dot": _of_8_bits(Kernel(quantized_dot.quantized_dot, quantized_dot.uncovered)),
+        "quantized_dot": Kernel(quantized_dot.quantized_dot, quantized_dot.uncovered),
     }
 
 
@@ -112,17 +112,8 @@ def _tpu_kernels() -> Mapping[str, Kernel]:
     return {
         "attention": Kernel(attention.attention, attention.uncovered),
         "cached_attention": _of_derived_caches(Kernel(cached_attention.cached_attention, cached_attention.uncovered)),
-        "quantized_dot": _of_8_bits(Kernel(quantized_dot.quantized_dot, quantized_dot.uncovered)),
+        "quantized_dot": Kernel(quantized_dot.quantized_dot, quantized_dot.uncovered),
     }
-
-
-def _of_8_bits(kernel: Kernel) -> Kernel:
-    """Restricts a kernel of quantized_dot to codes of 8 bits."""
-
-    def uncovered(*operands: Any, bits: int = 8, **options: Any) -> str | None:
-        return kernel.uncovered(*operands, **options) if bits == 8 else f"expected codes of 8 bits; found {bits}"
-
-    return Kernel(kernel.compute, uncovered)
 
 
 def _of_derived_caches(kernel: Kernel) -> Kernel:

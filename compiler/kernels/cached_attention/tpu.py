@@ -11,13 +11,13 @@ from jax.experimental.pallas import tpu as pltpu
 from xlathe.errors import OptionError
 from xlathe.kernels.attention.tpu import matmul
 from xlathe.kernels.cached_attention import coverage
+from xlathe.kernels.cached_attention.tpu_blocks import Stream, slots_of_block
 from xlathe.kernels.online_softmax import LOWEST, Rows, absorb, finish
 from xlathe.kernels.tiles import round_up
 from xlathe.ops.attention import cap_scores
 
-QUERIES, SLOTS = 256, 256  # of a tile of scores: query heads of all tokens that share a key, and slots; at most these
-
-uncovered = functools.partial(coverage.uncovered, head_sizes=(64, 128, 256), dtypes=("bfloat16", "float32"))
+QUERIES = 256  # of a tile of scores: query heads of all tokens that share a key; at most these
+PAGE, ENTRIES = 1024, 1 << 16  # of a page, and of a table, which lies in scalar memory; at most these
 
 
 def cached_attention(
@@ -26,22 +26,23 @@ def cached_attention(
     values: jax.Array,
     rows: jax.Array,
     positions: jax.Array,
-    *,
+    *more: jax.Array,
     interpret: pltpu.InterpretParams | bool = False,
     **options: Any,
 ) -> jax.Array:
     """`xlathe.ops.cached_attention`, a tile of tokens by a block of slots of one row at a time.
 
-    A block is read once for all tokens and heads of a tile; blocks that none of its tokens sees are not read. A token
-    that sees no slot, as padding in a row that the cache lacks, gets zeros; in the reference body it gets the mean of
-    what the others see. Neither is used.
+    A block is read once for all tokens and heads of a tile, while the block before it is computed with; blocks that none
+    of its tokens sees are not read. A token that sees no slot, as padding in a row that the cache lacks, gets zeros; in
+    the reference body it gets the mean of what the others see. Neither is used.
 
     Args:
       q: bfloat16 or float32 [n, k, g, d]; d is 64, 128 or 256.
-      keys: the same [r, s, k, d].
-      values: the same [r, s, k, e]; e is 64, 128 or 256.
+      keys: the same [r, s, k, d]; or int8; paged [p, page, k, d], a page of at most 1024 slots.
+      values: the same [r, s, k, e]; or int8; paged [p, page, k, e]; e is 64, 128 or 256.
       rows: int32 [n].
       positions: int32 [n].
+      more: of int8 the scales of keys and of values, float32 [r, s, k] or [p, page, k]; paged the table int32 [r, c].
       interpret: simulate the kernel, for tests.
       options: the attributes of the operation.
 
@@ -51,102 +52,115 @@ def cached_attention(
     Raises:
       OptionError: `uncovered` has a reason.
     """
-    if reason := uncovered(q, keys, values, rows, positions, **options):
+    if reason := uncovered(q, keys, values, rows, positions, *more, **options):
         raise OptionError(f"cached_attention on TPU: {reason}")
-    (n, heads, g, d), (r, s), e = q.shape, keys.shape[:2], values.shape[3]
+    (n, heads, g, d), e, cache = q.shape, values.shape[3], coverage.cache_of(keys, values, *more, **options)
     tokens = min(round_up(n, 16), round_up(max(1, QUERIES // g), 16))
-    tiles, slots = pl.cdiv(n, tokens), min(SLOTS, round_up(s, 16))
-    more = tiles * tokens - n
-    rows, positions = (jnp.pad(x, (0, more), constant_values=-1).reshape(tiles, tokens) for x in (rows, positions))
+    tiles, slots = pl.cdiv(n, tokens), slots_of_block(cache)
+    pad = functools.partial(jnp.pad, pad_width=(0, tiles * tokens - n), constant_values=-1)
+    rows, positions = (pad(x).reshape(tiles, tokens) for x in (rows, positions))
     # One line a query head, those of a token beside each other: [tiles, k, tokens * g, d].
-    lines = jnp.pad(q, [(0, more), *[(0, 0)] * 3]).reshape(tiles, tokens, heads, g, d)
+    lines = jnp.pad(q, [(0, tiles * tokens - n), *[(0, 0)] * 3]).reshape(tiles, tokens, heads, g, d)
     lines = lines.transpose(0, 2, 1, 3, 4).reshape(tiles, heads, tokens * g, d)
     places = [jnp.repeat(x, g, axis=1) for x in (rows, positions)]
-    table = coverage.reach(rows, positions, options["window"], (r, s), slots)
-    entries = (table.row, table.first, table.stop)
-
-    def of_tile(i: Any, *_: Any) -> tuple[Any, ...]:
-        return i, 0, 0
-
-    def of_slots(i: Any, entry: Any, step: Any, row: Any, first: Any, stop: Any) -> tuple[Any, ...]:
-        return row[i, entry], jnp.minimum(first[i, entry] + step, jnp.maximum(stop[i, entry], 1) - 1), 0, 0
-
+    reach = coverage.reach(rows, positions, options["window"], cache.sizes, slots)
+    kept = (cache.keys, cache.values, *cache.scales)
+    down, across = (pl.BlockSpec((None, *shape), lambda i, *_: (i, 0, 0)) for shape in ((tokens * g, 1), (1, tokens * g)))
+    of_lines = [pl.BlockSpec((None, heads, tokens * g, width), lambda i, *_: (i, 0, 0, 0)) for width in (d, e)]
     out = pl.pallas_call(
-        functools.partial(_attend, scale=options["scale"], softcap=options["softcap"], window=options["window"], s=s),
+        functools.partial(_attend, scale=options["scale"], softcap=options["softcap"], window=options["window"]),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=(tiles, r, pl.cdiv(s, slots)),
-            in_specs=[
-                *[pl.BlockSpec((None, tokens * g, 1), of_tile)] * 2,
-                *[pl.BlockSpec((None, 1, tokens * g), of_tile)] * 2,
-                pl.BlockSpec((None, heads, tokens * g, d), lambda i, *_: (i, 0, 0, 0)),
-                pl.BlockSpec((None, slots, heads, d), of_slots),
-                pl.BlockSpec((None, slots, heads, e), of_slots),
+            num_scalar_prefetch=2,
+            grid=(tiles,),
+            in_specs=[[down] * 2, [across] * 2, of_lines[0], tuple(pl.BlockSpec(memory_space=pl.ANY) for _ in kept)],
+            out_specs=of_lines[1],
+            scratch_shapes=[
+                [pltpu.VMEM((heads, tokens * g, width), jnp.float32) for width in (1, 1, e)],
+                tuple(pltpu.VMEM((2, slots, *x.shape[2:]), x.dtype) for x in kept),
+                pltpu.SemaphoreType.DMA((2,)),
             ],
-            out_specs=pl.BlockSpec((None, heads, tokens * g, e), lambda i, *_: (i, 0, 0, 0)),
-            scratch_shapes=[pltpu.VMEM((heads, tokens * g, width), jnp.float32) for width in (1, 1, e)],
         ),
         out_shape=jax.ShapeDtypeStruct((tiles, heads, tokens * g, e), options["out_dtype"]),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=interpret,
         name="cached_attention",
-    )(*entries, *(x[:, :, None] for x in places), *(x[:, None] for x in places), lines, keys, values)
+    )(reach[:3], cache.table, [x[:, :, None] for x in places], [x[:, None] for x in places], lines, kept)
     by_token = out.reshape(tiles, heads, tokens, g, e).transpose(0, 2, 1, 3, 4)
     return by_token.reshape(tiles * tokens, heads, g, e)[:n]
 
 
+def uncovered(*operands: jax.Array, **options: Any) -> str | None:
+    """Says why the kernel does not compute this attention; None where it does."""
+    dtypes = ("bfloat16", "float32")
+    if reason := coverage.uncovered(*operands, head_sizes=(64, 128, 256), dtypes=dtypes, **options):
+        return reason
+    cache = coverage.cache_of(*operands[1:3], *operands[5:], **options)
+    if any(table.size > ENTRIES or cache.keys.shape[1] > PAGE for table in cache.table):
+        shape = cache.table[0].shape
+        return f"expected a table of at most {ENTRIES} pages of at most {PAGE} slots; found {shape} of {cache.keys.shape[1]}"
+    return None
+
+
 def _attend(
-    row: jax.Ref,  # int32 [tiles, r]
-    first: jax.Ref,  # int32 [tiles, r]
-    stop: jax.Ref,  # int32 [tiles, r]
-    rows_down: jax.Ref,  # int32 [lines, 1]
-    positions_down: jax.Ref,  # int32 [lines, 1]
-    rows_across: jax.Ref,  # int32 [1, lines]
-    positions_across: jax.Ref,  # int32 [1, lines]
+    entries: tuple[jax.Ref, ...],  # row, first and stop of `Reach`, int32 [tiles, r]
+    table: tuple[jax.Ref, ...],  # none; or int32 [r, c]
+    down: list[jax.Ref],  # rows and positions, int32 [lines, 1]
+    across: list[jax.Ref],  # the same [1, lines]
     q: jax.Ref,  # [k, lines, d]
-    keys: jax.Ref,  # [slots, k, d]
-    values: jax.Ref,  # [slots, k, e]
+    kept: tuple[jax.Ref, ...],  # see `Stream`
     out: jax.Ref,  # [k, lines, e]
-    highest: jax.Ref,  # float32 [k, lines, 1]
-    total: jax.Ref,  # float32 [k, lines, 1]
-    weighted: jax.Ref,  # float32 [k, lines, e]
+    state: list[jax.Ref],  # as `Rows`, float32 [k, lines, 1 | 1 | e]
+    buffers: tuple[jax.Ref, ...],  # see `Stream`
+    arrived: jax.Ref,
     *,
     scale: float,
     softcap: float | None,
     window: int | None,
-    s: int,
 ) -> None:
-    i, entry, step = (pl.program_id(axis) for axis in range(3))
-    block, slots, lines = first[i, entry] + step, keys.shape[0], q.shape[1]
+    row, first, stop = (x.at[pl.program_id(0)] for x in entries)
+    stream = Stream(kept, table, buffers, arrived)
+    state[0][...] = jnp.full_like(state[0], LOWEST)
+    for sums in state[1:]:
+        sums[...] = jnp.zeros_like(sums)
 
-    @pl.when((entry == 0) & (step == 0))
-    def _start() -> None:
-        highest[...] = jnp.full_like(highest, LOWEST)
-        total[...] = jnp.zeros_like(total)
-        weighted[...] = jnp.zeros_like(weighted)
+    def seen(places: list[jax.Ref], slots: jax.Array, entry: Any) -> jax.Array:
+        """bool [lines, slots] or [slots, lines]"""
+        rows, positions = (x[...] for x in places)
+        keep = (rows == row[entry]) & (slots <= positions)
+        return keep if window is None else keep & (slots > positions - window)
 
-    def seen(rows: jax.Array, positions: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
-        slot = block * slots + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
-        keep = (rows == row[i, entry]) & (slot <= positions) & (slot < s)
-        return keep if window is None else keep & (slot > positions - window)
+    def look(entry: Any, block: Any, step: Any) -> Any:
+        buffer = jax.lax.rem(step, 2)
+        last = block + 1 == stop[entry]
+        following = jnp.minimum(entry + last, row.shape[0] - 1)
+        upcoming = jnp.where(last, first[following], block + 1)
 
-    @pl.when(block < stop[i, entry])
-    def _look() -> None:
-        keep = seen(rows_down[...], positions_down[...], (lines, slots), 1)
-        by_slot = seen(rows_across[...], positions_across[...], (slots, lines), 0)
-        # Slots that no token sees may hold NaN, which a weight of zero would not silence.
+        @pl.when((following > entry) & (upcoming < stop[following]) | ~last)
+        def _fetch() -> None:
+            stream.start(row[following], upcoming, 1 - buffer)
+
+        stream.wait(row[entry], block, buffer)
+        keep = seen(down, stream.positions(row[entry], block, 1), entry)
+        by_slot = seen(across, stream.positions(row[entry], block, 0), entry)
         used = jnp.max(by_slot.astype(jnp.float32), axis=1, keepdims=True) > 0  # [slots, 1]
         for head in range(q.shape[0]):
-            value = jnp.where(used, values[:, head].astype(jnp.float32), 0.0).astype(values.dtype)
-            scores = cap_scores(matmul(q[head], keys[:, head], (1, 1)), scale, softcap)
-            rows = Rows(highest[head], total[head], weighted[head])
+            key, value = (x[buffer, :, head] for x in buffers)
+            # Slots that no token sees may hold NaN, which a weight of zero would not silence.
+            value = jnp.where(used, value.astype(jnp.float32), 0.0).astype(value.dtype)
+            scores = cap_scores(matmul(q[head], key, (1, 1)), scale, softcap)
+            rows = Rows(*(x[head] for x in state))
             rows = absorb(rows, scores, keep, functools.partial(_weigh, value))
-            highest[head], total[head], weighted[head] = rows
+            for x, number in zip(state, rows, strict=True):
+                x[head] = number
+        return step + 1
 
-    @pl.when((entry == pl.num_programs(1) - 1) & (step == pl.num_programs(2) - 1))
-    def _finish() -> None:
-        for head in range(q.shape[0]):
-            out[head] = finish(Rows(highest[head], total[head], weighted[head])).astype(out.dtype)
+    def of_row(entry: Any, step: Any) -> Any:
+        return jax.lax.fori_loop(first[entry], stop[entry], functools.partial(look, entry), step)
+
+    pl.when(first[0] < stop[0])(lambda: stream.start(row[0], first[0], 0))
+    jax.lax.fori_loop(0, row.shape[0], of_row, 0)
+    for head in range(q.shape[0]):
+        out[head] = finish(Rows(*(x[head] for x in state))).astype(out.dtype)
 
 
 def _weigh(values: jax.Array, weights: jax.Array) -> jax.Array:
