@@ -99,7 +99,7 @@ def _gpu_sm90_kernels() -> Mapping[str, Kernel]:
 
     return {
         "attention": Kernel(attention.attention, attention.uncovered),
-        "cached_attention": _of_derived_caches(Kernel(cached_attention.cached_attention, cached_attention.uncovered)),
+        "cached_attention": Kernel(cached_attention.cached_attention, cached_attention.uncovered),
         "quantized_dot": Kernel(quantized_dot.quantized_dot, quantized_dot.uncovered),
     }
 
@@ -111,7 +111,7 @@ def _tpu_kernels() -> Mapping[str, Kernel]:
 
     return {
         "attention": Kernel(attention.attention, attention.uncovered),
-        "cached_attention": _of_derived_caches(Kernel(cached_attention.cached_attention, cached_attention.uncovered)),
+        "cached_attention": Kernel(cached_attention.cached_attention, cached_attention.uncovered),
         "quantized_dot": Kernel(quantized_dot.quantized_dot, quantized_dot.uncovered),
     }
 

@@ -14,45 +14,59 @@ from xlathe.kernels.cached_attention.gpu_sm90 import cached_attention
 SIMULATED = simulated_gpu(cached_attention)
 
 
+LAYOUTS = pytest.mark.parametrize("page", [None, 16], ids=["contiguous", "pages"])
+
+
 @pytest.mark.parametrize("name", cases.CASES)
-def test_as_good_as_the_reference(name: str) -> None:
+@LAYOUTS
+def test_as_good_as_the_reference(name: str, page: int | None) -> None:
     (n, r, s, *rest), window, softcap = cases.CASES[name]
-    cases.check(SIMULATED, ((n, r, -(-s // 64) * 64, *rest), window, softcap), "bfloat16")
+    case = (n, r, s if page else -(-s // 64) * 64, *rest), window, softcap
+    cases.check(cases.kept(SIMULATED, page=page), case, "bfloat16")
 
 
-def test_only_seen_slots_count() -> None:
-    cases.check_only_seen_slots_count(SIMULATED, "bfloat16")
+@pytest.mark.parametrize("page", [8, 64, 128])
+def test_pages_of_other_sizes(page: int) -> None:
+    cases.check(cases.kept(SIMULATED, page=page), ((6, 2, 200, 1, 2, 64, 64), None, None), "bfloat16")
 
 
-def test_same_bits_in_any_company() -> None:
-    cases.check_same_bits_in_any_company(SIMULATED, "bfloat16")
+@LAYOUTS
+def test_only_seen_slots_count(page: int | None) -> None:
+    cases.check_only_seen_slots_count(cases.kept(SIMULATED, page=page), "bfloat16")
 
 
-def test_padding() -> None:
-    cases.check_padding(SIMULATED, "bfloat16")
+@LAYOUTS
+def test_same_bits_in_any_company(page: int | None) -> None:
+    cases.check_same_bits_in_any_company(cases.kept(SIMULATED, page=page), "bfloat16")
 
 
-SIZES = {"decode of 8 rows": (8, 8, 4), "decode of 8 rows, 7 heads a key": (8, 2, 7), "512 new tokens": (512, 8, 4)}
+@LAYOUTS
+def test_padding(page: int | None) -> None:
+    cases.check_padding(cases.kept(SIMULATED, page=page), "bfloat16")
 
 
+def test_a_page_that_is_missing() -> None:
+    cases.check_a_page_that_is_missing(SIMULATED, "bfloat16", 16)
+
+
+@pytest.mark.parametrize("page", [None, 16, 128], ids=["contiguous", "pages of 16", "pages of 128"])
 @pytest.mark.parametrize("head", [64, 128])
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("sizes", cases.SIZES.values(), ids=cases.SIZES)
 @pytest.mark.parametrize("name", GPUS)
 def test_compiles(
     name: str,
     sizes: tuple[int, int, int],
     head: int,
+    page: int | None,
     note: Callable[[str], None],
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    n, k, g = sizes
-    q, cache, places = f"bfloat16 {n} {k} {g} {head}", f"bfloat16 8 2048 {k} {head}", f"int32 {n}"
-    kernel = functools.partial(cached_attention, **cases.options("bfloat16", 512, 50.0))
-    plan = gpu_plan(name, capfd, kernel, *avals(q, cache, cache, places, places))
+    arrays, options = cases.serving(sizes, head, page)
+    plan = gpu_plan(name, capfd, functools.partial(cached_attention, **options), *avals(*arrays))
     assert plan.spilled == 0
-    note(f"cached_attention {name} {q}, cache {cache}: {plan}")
+    note(f"cached_attention {name} {arrays[0]}, cache {arrays[1]}: {plan}")
 
 
 REFUSED = [

@@ -13,28 +13,54 @@ from tests.kernels.plans import TPUS, avals, tpu_plan
 from xlathe.errors import OptionError
 from xlathe.kernels.cached_attention.coverage import reach
 from xlathe.kernels.cached_attention.tpu import cached_attention
+from xlathe.ops.cached_attention import cached_attention as operation
 
 SIMULATED = functools.partial(
     cached_attention, interpret=pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 )
 
 
+LAYOUTS = pytest.mark.parametrize("page", [None, 16], ids=["contiguous", "pages"])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", cases.CASES)
-def test_as_good_as_the_reference(name: str, dtype: str) -> None:
-    cases.check(SIMULATED, cases.CASES[name], dtype)
+@LAYOUTS
+def test_as_good_as_the_reference(name: str, dtype: str, page: int | None) -> None:
+    cases.check(cases.kept(SIMULATED, page=page), cases.CASES[name], dtype)
 
 
-def test_only_seen_slots_count() -> None:
-    cases.check_only_seen_slots_count(SIMULATED, "float32")
+@pytest.mark.parametrize("page", [10, 320])
+def test_pages_of_any_size(page: int) -> None:
+    cases.check(cases.kept(SIMULATED, page=page), cases.CASES["mixed rows and a window"], "float32")
 
 
-def test_same_bits_in_any_company() -> None:
-    cases.check_same_bits_in_any_company(SIMULATED, "float32")
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, "bfloat16") for name in cases.CASES), ("mixed rows and a window", "float32")]
+)
+@LAYOUTS
+def test_int8_is_as_good_as_the_reference(name: str, dtype: str, page: int | None) -> None:
+    kernel, body = (cases.kept(f, page=page, quantized=True) for f in (SIMULATED, operation.body))
+    cases.check(kernel, cases.CASES[name], dtype, body=body)
 
 
-def test_padding() -> None:
-    cases.check_padding(SIMULATED, "float32")
+@LAYOUTS
+def test_only_seen_slots_count(page: int | None) -> None:
+    cases.check_only_seen_slots_count(cases.kept(SIMULATED, page=page), "float32")
+
+
+@LAYOUTS
+def test_same_bits_in_any_company(page: int | None) -> None:
+    cases.check_same_bits_in_any_company(cases.kept(SIMULATED, page=page), "float32")
+
+
+@LAYOUTS
+def test_padding(page: int | None) -> None:
+    cases.check_padding(cases.kept(SIMULATED, page=page), "float32")
+
+
+def test_a_page_that_is_missing() -> None:
+    cases.check_a_page_that_is_missing(SIMULATED, "float32", 16)
 
 
 def test_blocks_that_no_token_sees_are_left_out() -> None:
@@ -47,18 +73,28 @@ def test_blocks_that_no_token_sees_are_left_out() -> None:
     assert window.first[0].tolist() == [0, 1, 4]
 
 
-SIZES = {"decode of 8 rows": (8, 8, 4), "decode of 8 rows, 7 heads a key": (8, 2, 7), "512 new tokens": (512, 8, 4)}
-
-
 @pytest.mark.parametrize("head", [64, 128])
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("sizes", cases.SIZES.values(), ids=cases.SIZES)
 @pytest.mark.parametrize("name", TPUS)
 def test_compiles(name: str, sizes: tuple[int, int, int], head: int, note: Callable[[str], None]) -> None:
-    n, k, g = sizes
-    q, cache, places = f"bfloat16 {n} {k} {g} {head}", f"bfloat16 8 2048 {k} {head}", f"int32 {n}"
-    kernel = functools.partial(cached_attention, **cases.options("bfloat16", 512, 50.0))
-    vmem, temporary = tpu_plan(name, kernel, *avals(q, cache, cache, places, places))
-    note(f"cached_attention {name} {q}, cache {cache}: {vmem:,} bytes of VMEM, {temporary:,} of temporaries")
+    compiles(name, *cases.serving(sizes, head), note)
+
+
+PAGED = [((8, 8, 4), 128, 16), ((512, 8, 4), 64, 16), ((8, 2, 7), 128, 10)]
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["floats", "int8"])
+@pytest.mark.parametrize(("sizes", "head", "page"), [*PAGED, ((8, 8, 4), 128, None)])
+@pytest.mark.parametrize("name", TPUS)
+def test_other_layouts_compile(
+    name: str, sizes: tuple[int, int, int], head: int, page: int | None, quantized: bool, note: Callable[[str], None]
+) -> None:
+    compiles(name, *cases.serving(sizes, head, page, quantized), note)
+
+
+def compiles(name: str, arrays: list[str], options: dict[str, object], note: Callable[[str], None]) -> None:
+    vmem, temporary = tpu_plan(name, functools.partial(cached_attention, **options), *avals(*arrays))
+    note(f"cached_attention {name} {arrays[0]}, cache {arrays[1]}: {vmem:,} bytes of VMEM, {temporary:,} of temporaries")
 
 
 @pytest.mark.parametrize(("changed", "options", "found"), cases.REFUSED)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.kernels.plans import target_here
-from tests.kernels.programs import CONFIG, chosen_for, programs
+from tests.kernels.programs import CONFIG, SCHEMES, chosen_for, programs
 from xlathe.errors import OptionError, XlatheError
 from xlathe.exported import export_unit
 from xlathe.offline import compile_for, compiler_is_installed
@@ -14,27 +14,31 @@ from xlathe.target import TARGETS, find_target
 NAMES = [target.name for target in TARGETS if target.chip is not None]
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", NAMES)
-def test_every_operation_of_a_decode_step_is_a_kernel(name: str) -> None:
-    assert chosen_for(name) == {"quantized_dot: kernel": 7 * CONFIG.layers, "cached_attention: kernel": CONFIG.layers}
+def test_every_operation_of_a_decode_step_is_a_kernel(name: str, scheme: str) -> None:
+    record = chosen_for(name, scheme)
+    assert record.hits == {"quantized_dot: kernel": 7 * CONFIG.layers, "cached_attention: kernel": CONFIG.layers}
+    assert not record.notes
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", ["tpu-v5e", "h100"])
-def test_programs_compile(name: str, note: Callable[[str], None]) -> None:
+def test_programs_compile(name: str, scheme: str, note: Callable[[str], None]) -> None:
     target = target_here(name)
-    for unit in programs(name):
+    for unit in programs(name, scheme):
         avals = unit.signature.avals
         plan = compile_for(target, unit.function, *avals, donate_argnums=(len(avals) - 1,)).memory_analysis()
         assert plan.alias_size_in_bytes > 0  # the cache is updated where it is
         note(
-            f"{unit.signature.name} {name}: {plan.argument_size_in_bytes:,} bytes of arguments, "
+            f"{unit.signature.name} {name}, {scheme}: {plan.argument_size_in_bytes:,} bytes of arguments, "
             f"{plan.temp_size_in_bytes:,} of temporaries"
         )
 
 
 @pytest.mark.parametrize(("name", "call"), [("tpu-v5e", "tpu_custom_call"), ("h100", "mosaic_gpu_v2")])
 def test_programs_are_exported_without_a_compiler(name: str, call: str) -> None:
-    decode = programs(name)[0]
+    decode = programs(name, "int8")[0]
     exported = export_unit(decode, find_target(name).platform)
     assert f"@{call}(" in exported.mlir_module()
     assert [a.shape for a in exported.in_avals][-1] == decode.signature.avals[-1][-1].shape

@@ -141,15 +141,20 @@ def _attend(
 
         stream.wait(row[entry], block, buffer)
         keep = seen(down, stream.positions(row[entry], block, 1), entry)
-        by_slot = seen(across, stream.positions(row[entry], block, 0), entry)
-        used = jnp.max(by_slot.astype(jnp.float32), axis=1, keepdims=True) > 0  # [slots, 1]
+        factors = [x[buffer].T for x in buffers[2:]]  # of the scores and of the weights, if int8: [k, slots]
+        # Slots that no token sees may hold NaN, which a weight of zero would not silence.
+        if factors:
+            factors[1] = jnp.where(_any(keep, 0), factors[1], 0.0)
+        else:
+            used = _any(seen(across, stream.positions(row[entry], block, 0), entry), 1)
         for head in range(q.shape[0]):
-            key, value = (x[buffer, :, head] for x in buffers)
-            # Slots that no token sees may hold NaN, which a weight of zero would not silence.
-            value = jnp.where(used, value.astype(jnp.float32), 0.0).astype(value.dtype)
-            scores = cap_scores(matmul(q[head], key, (1, 1)), scale, softcap)
-            rows = Rows(*(x[head] for x in state))
-            rows = absorb(rows, scores, keep, functools.partial(_weigh, value))
+            key, value = (x[buffer, :, head] for x in buffers[:2])
+            of_key, of_value = (x[head : head + 1] for x in factors) if factors else (1.0, 1.0)
+            if not factors:
+                value = jnp.where(used, value.astype(jnp.float32), 0.0)
+            scores = cap_scores(matmul(q[head], key.astype(q.dtype), (1, 1)) * of_key, scale, softcap)
+            weigh = functools.partial(_weigh, value.astype(q.dtype), of_value)
+            rows = absorb(Rows(*(x[head] for x in state)), scores, keep, weigh)
             for x, number in zip(state, rows, strict=True):
                 x[head] = number
         return step + 1
@@ -163,5 +168,9 @@ def _attend(
         out[head] = finish(Rows(*(x[head] for x in state))).astype(out.dtype)
 
 
-def _weigh(values: jax.Array, weights: jax.Array) -> jax.Array:
-    return matmul(weights.astype(values.dtype), values, (1, 0))
+def _any(keep: jax.Array, axis: int) -> jax.Array:
+    return jnp.max(keep.astype(jnp.float32), axis=axis, keepdims=True) > 0
+
+
+def _weigh(values: jax.Array, factor: jax.Array | float, weights: jax.Array) -> jax.Array:
+    return matmul((weights * factor).astype(values.dtype), values, (1, 0))
