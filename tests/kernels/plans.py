@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from xlathe.offline import compile_for, compiler_is_installed
@@ -59,6 +60,12 @@ def simulated_gpu(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
             return kernel(*operands, interpret=plgpu.InterpretGPUParams(detect_races=True), **options)
 
     return run
+
+
+def simulated_tpu(kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The kernel in the simulator of Mosaic TPU, where a race is an error and memory that was not written to is NaN."""
+    params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    return functools.partial(kernel, interpret=params)
 
 
 @dataclasses.dataclass(frozen=True)

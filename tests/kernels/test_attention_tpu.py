@@ -6,15 +6,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from tests.kernels.attention_cases import GOOD, REFUSED, check, mask_of, operands, options_of
-from tests.kernels.plans import TPUS, avals, tpu_plan
+from tests.kernels.plans import TPUS, avals, simulated_tpu, tpu_plan
 from xlathe.errors import OptionError
 from xlathe.kernels.attention.coverage import visible_blocks
 from xlathe.kernels.attention.tpu import attention
 
-SIMULATED = functools.partial(attention, interpret=pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan"))
+SIMULATED = simulated_tpu(attention)
 CASES = {
     "causal": ((1, 20, 20, 1, 2, 64, 64), "causal", None),
     "a window over several blocks": ((1, 600, 600, 1, 2, 64, 128), 100, 5.0),

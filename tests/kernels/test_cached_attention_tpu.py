@@ -6,18 +6,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from tests.kernels import cached_attention_cases as cases
-from tests.kernels.plans import TPUS, avals, tpu_plan
+from tests.kernels.plans import TPUS, avals, simulated_tpu, tpu_plan
 from xlathe.errors import OptionError
 from xlathe.kernels.cached_attention.coverage import reach
 from xlathe.kernels.cached_attention.tpu import cached_attention
 from xlathe.ops.cached_attention import cached_attention as operation
 
-SIMULATED = functools.partial(
-    cached_attention, interpret=pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-)
+SIMULATED = simulated_tpu(cached_attention)
 
 
 LAYOUTS = pytest.mark.parametrize("page", [None, 16], ids=["contiguous", "pages"])
@@ -94,7 +91,7 @@ def test_other_layouts_compile(
 
 def compiles(name: str, arrays: list[str], options: dict[str, object], note: Callable[[str], None]) -> None:
     vmem, temporary = tpu_plan(name, functools.partial(cached_attention, **options), *avals(*arrays))
-    note(f"cached_attention {name} {arrays[0]}, cache {arrays[1]}: {vmem:,} bytes of VMEM, {temporary:,} of temporaries")
+    note(f"cached_attention {name} {arrays[0]}, cache {arrays[1]}: {vmem:,} of VMEM, {temporary:,} of temporaries")
 
 
 @pytest.mark.parametrize(("changed", "options", "found"), cases.REFUSED)

@@ -6,16 +6,13 @@ from typing import Any
 
 import jax
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from tests.kernels import quantized_dot_cases as cases
-from tests.kernels.plans import TPUS, avals, tpu_plan
+from tests.kernels.plans import TPUS, avals, simulated_tpu, tpu_plan
 from xlathe.errors import OptionError
 from xlathe.kernels.quantized_dot.tpu import quantized_dot
 
-SIMULATED = functools.partial(
-    quantized_dot, interpret=pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-)
+SIMULATED = simulated_tpu(quantized_dot)
 
 
 @pytest.mark.parametrize("sizes", [(1, 128, 128), (3, 300, 344), (17, 130, 2200), (270, 128, 256)])

@@ -32,9 +32,9 @@ def cached_attention(
 ) -> jax.Array:
     """`xlathe.ops.cached_attention`, a tile of tokens by a block of slots of one row at a time.
 
-    A block is read once for all tokens and heads of a tile, while the block before it is computed with; blocks that none
-    of its tokens sees are not read. A token that sees no slot, as padding in a row that the cache lacks, gets zeros; in
-    the reference body it gets the mean of what the others see. Neither is used.
+    A block is read once for all tokens and heads of a tile, while the block before it is computed with; blocks that
+    none of its tokens sees are not read. A token that sees no slot, as padding in a row that the cache lacks, gets
+    zeros; in the reference body it gets the mean of what the others see. Neither is used.
 
     Args:
       q: bfloat16 or float32 [n, k, g, d]; d is 64, 128 or 256.
@@ -65,7 +65,8 @@ def cached_attention(
     places = [jnp.repeat(x, g, axis=1) for x in (rows, positions)]
     reach = coverage.reach(rows, positions, options["window"], cache.sizes, slots)
     kept = (cache.keys, cache.values, *cache.scales)
-    down, across = (pl.BlockSpec((None, *shape), lambda i, *_: (i, 0, 0)) for shape in ((tokens * g, 1), (1, tokens * g)))
+    shapes = ((None, tokens * g, 1), (None, 1, tokens * g))
+    down, across = (pl.BlockSpec(shape, lambda i, *_: (i, 0, 0)) for shape in shapes)
     of_lines = [pl.BlockSpec((None, heads, tokens * g, width), lambda i, *_: (i, 0, 0, 0)) for width in (d, e)]
     out = pl.pallas_call(
         functools.partial(_attend, scale=options["scale"], softcap=options["softcap"], window=options["window"]),
@@ -96,8 +97,8 @@ def uncovered(*operands: jax.Array, **options: Any) -> str | None:
         return reason
     cache = coverage.cache_of(*operands[1:3], *operands[5:], **options)
     if any(table.size > ENTRIES or cache.keys.shape[1] > PAGE for table in cache.table):
-        shape = cache.table[0].shape
-        return f"expected a table of at most {ENTRIES} pages of at most {PAGE} slots; found {shape} of {cache.keys.shape[1]}"
+        found = f"{cache.table[0].shape} of {cache.keys.shape[1]}"
+        return f"expected a table of at most {ENTRIES} pages of at most {PAGE} slots; found {found}"
     return None
 
 

@@ -28,13 +28,14 @@ def uncovered(
     if x.ndim < 1 or not all(array.size for array in operands):
         return f"expected no axis to be empty; found {_texts(operands)}"
     n, k = codes.shape[0], x.shape[-1]
+    expected: list[tuple[str, tuple[float, ...]]]
     if group is None:
         form = "codes int8 [n, k], scale float32 [n]"
         expected = [("int8", (n, k)), ("float32", (n,))]
     else:
-        shape = (n, k / group)
         form = f"codes uint8 [n, k / 2], scale bfloat16 [n, k / {group}] and zero uint8 like it, or none"
-        expected = [("uint8", (n, k / 2)), ("bfloat16", shape), *[("uint8", shape)] * (len(zero) == 1)]
+        expected = [("uint8", (n, k / 2)), ("bfloat16", (n, k / group))]
+        expected += [("uint8", (n, k / group))] * (len(zero) == 1)
     if [(str(array.dtype), array.shape) for array in operands[1:]] != expected or x.dtype != "bfloat16":
         return f"expected x bfloat16 [..., k], {form}; found {_texts(operands)}"
     return None

@@ -27,9 +27,9 @@ def product(
 ) -> jax.Array:  # out_dtype [rows, n]
     """x w^T, where the weight w becomes bfloat16 tile by tile, in shared memory.
 
-    The two codes of a byte stay apart, as low and high halves of the weight's columns; x is put into that order instead,
-    for it is small. Scales are turned around, so that those of a group lie beside each other: a loop over tokens does
-    that once.
+    The two codes of a byte stay apart, as low and high halves of the weight's columns; x is put into that order
+    instead, for it is small. Scales are turned around, so that those of a group lie beside each other: a loop over
+    tokens does that once.
     """
     (n, width), rows = codes.shape, x.shape[0]
     tile, steps = min(128, round_up(rows, 8)), width // WIDTH
@@ -87,7 +87,7 @@ def _multiply(
             pairs, factor = code_tiles[stage].astype(jnp.uint16), _spread(scales.at[stage], half)
             middle = (_spread(zeros[0].at[stage], half) if zeros else MIDDLE) + 128
             for side, code in enumerate((pairs & 15, pairs >> 4)):
-                # The bits of 128 with those of a code are 128 + code; a conversion is an instruction for each, and slow.
+                # The bits of 128 with those of a code are 128 + code; conversions take an instruction for each code.
                 above = jax.lax.bitcast_convert_type(code | 0x4300, jnp.bfloat16)
                 # Differences have 5 bits and are exact; products are rounded once, as those of float32 would be.
                 weights[side] = (above - middle) * factor
