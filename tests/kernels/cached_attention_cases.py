@@ -154,6 +154,7 @@ REFUSED = [
     ({}, {"probs_dtype": "float32"}, "found bfloat16, float32"),
     ({"keys": "bfloat16 2 0 2 64", "values": "bfloat16 2 0 2 64"}, {}, "no axis to be empty"),
     ({}, {"layout": "ring"}, "found a ring"),
+    ({}, {"shared": 32}, "expected values of their own"),
     ({}, {"layout": "paged"}, "no mask beside the window, and no bias"),
     ({"table": "int32 2"}, {"layout": "paged"}, r"expected a table int32 \[r, c\]; found int32\[2\]"),
     ({"table": "uint32 2 4"}, {"layout": "paged"}, r"found uint32\[2, 4\]"),

@@ -55,6 +55,7 @@ def uncovered(
     out_dtype: str,
     layout: str = "contiguous",
     quantized: bool = False,
+    shared: int | None = None,
 ) -> str | None:
     """Says why no kernel for heads of `head_sizes` in `dtypes` computes `xlathe.ops.cached_attention` of this; or None.
 
@@ -62,6 +63,8 @@ def uncovered(
     """
     if masked or biased or len(more) != 2 * quantized + (layout == "paged"):
         return "expected no mask beside the window, and no bias"
+    if shared is not None:
+        return "expected values of their own; found some that are part of the keys"
     if layout == "ring":
         return "expected a contiguous or a paged cache; found a ring"
     cache = cache_of(keys, values, *more, layout=layout, quantized=quantized)
