@@ -16,6 +16,7 @@ from tests.variants import DECODERS, forward
 from xlathe import jaxpr as ir
 from xlathe.errors import OptionError, PassError
 from xlathe.graph import Graph
+from xlathe.kernels import native
 from xlathe.ops.attention import attention
 from xlathe.ops.cached_attention import cached_attention
 from xlathe.ops.write_slots import quantize_heads
@@ -318,20 +319,28 @@ def test_what_a_layout_has_no_room_for_is_not_compiled() -> None:
         xlathe.compile(paged, max_len=44)
 
 
+needs_library = pytest.mark.skipif(native.library() is None, reason="the package was built without a C++ compiler")
+_FLOATS = "expected a contiguous cache of floats; found"
+
+
 @pytest.mark.parametrize(
-    ("layout", "sizes", "found"),
+    ("target", "layout", "sizes", "reason"),
     [
-        (RING, {}, "ring, float32"),
-        (INT8, {"slots": 32}, "contiguous, int8"),
-        (in_8_bits(PAGED), {"pages": 9, "row_pages": 4}, "paged, int8"),
+        ("tpu-v5e", RING, {}, "expected a contiguous or a paged cache; found a ring"),
+        ("h100", RING, {}, "expected a contiguous or a paged cache; found a ring"),
+        pytest.param("cpu", INT8, {"slots": 32}, f"{_FLOATS} contiguous, int8", marks=needs_library),
+        pytest.param(
+            "cpu", in_8_bits(PAGED), {"pages": 9, "row_pages": 4}, f"{_FLOATS} paged, int8", marks=needs_library
+        ),
     ],
     ids=str,
 )
-def test_kernels_read_contiguous_floats_alone(layout: CacheLayout, sizes: dict[str, int], found: str) -> None:
+def test_layouts_without_a_kernel_are_told(
+    target: str, layout: CacheLayout, sizes: dict[str, int], reason: str
+) -> None:
     fixed = Specialize(tokens=4, selected=4, rows=2, **sizes)(laid_out("window_7", layout))
-    record = LowerKernels("tpu-v5e")(fixed).history[-1]
-    reason = f"cached_attention: expected a contiguous cache of floats; found {found}"
-    assert record.notes == (f"2 by the reference body, {reason}",)
+    record = LowerKernels(target)(fixed).history[-1]
+    assert record.notes == (f"2 by the reference body, cached_attention: {reason}",)
 
 
 def greedy(graph: Graph, prompt: list[int], count: int) -> tuple[int, ...]:
