@@ -94,7 +94,17 @@ def compiles(name: str, arrays: list[str], options: dict[str, object], note: Cal
     note(f"cached_attention {name} {arrays[0]}, cache {arrays[1]}: {vmem:,} of VMEM, {temporary:,} of temporaries")
 
 
-@pytest.mark.parametrize(("changed", "options", "found"), cases.REFUSED)
+TOO_LARGE = [
+    ({"table": "int32 1025 2"}, {"layout": "paged"}, r"at most 131072 entries.*found \(1025, 2\) and 64"),
+    (
+        {"keys": "bfloat16 2 1040 2 64", "values": "bfloat16 2 1040 2 64", "table": "int32 2 4"},
+        {"layout": "paged"},
+        r"at most 1024 slots; found \(2, 4\) and 1040",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changed", "options", "found"), [*cases.REFUSED, *TOO_LARGE])
 def test_refused_operands(changed: dict[str, str], options: dict[str, object], found: str) -> None:
     kernel = functools.partial(cached_attention, **(cases.options("bfloat16") | options))
     with pytest.raises(OptionError, match=found):

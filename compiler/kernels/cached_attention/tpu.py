@@ -17,7 +17,7 @@ from xlathe.kernels.tiles import round_up
 from xlathe.ops.attention import cap_scores
 
 QUERIES = 256  # of a tile of scores: query heads of all tokens that share a key; at most these
-PAGE, ENTRIES = 1024, 1 << 16  # of a page, and of a table, which lies in scalar memory; at most these
+PAGE, ENTRIES = 1024, 1 << 17  # slots of a page, and entries of a table, half of scalar memory; at most these
 
 
 def cached_attention(
@@ -96,9 +96,11 @@ def uncovered(*operands: jax.Array, **options: Any) -> str | None:
     if reason := coverage.uncovered(*operands, head_sizes=(64, 128, 256), dtypes=dtypes, **options):
         return reason
     cache = coverage.cache_of(*operands[1:3], *operands[5:], **options)
-    if any(table.size > ENTRIES or cache.keys.shape[1] > PAGE for table in cache.table):
-        found = f"{cache.table[0].shape} of {cache.keys.shape[1]}"
-        return f"expected a table of at most {ENTRIES} pages of at most {PAGE} slots; found {found}"
+    for table in cache.table:
+        (r, c), page = table.shape, cache.keys.shape[1]
+        if r * round_up(c, 128) > ENTRIES or page > PAGE:
+            limits = f"a table of at most {ENTRIES} entries, rows padded to 128, and pages of at most {PAGE} slots"
+            return f"expected {limits}; found {table.shape} and {page}"
     return None
 
 
