@@ -116,6 +116,20 @@ def test_missing_file(saved, name):
         xl.load_graph(saved)
 
 
+def test_a_place_that_cannot_be_written(graph, tmp_path):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "g"):
+        with pytest.raises(xl.GraphFileError, match=r"file.* cannot be written: "):
+            graph.save(place)
+
+
+@pytest.mark.parametrize("place", [None, 3])
+def test_what_is_no_path(graph, place):
+    for use in (graph.save, xl.load_graph):
+        with pytest.raises(xl.GraphFileError, match=f"expected the path of a directory, got {place}"):
+            use(place)
+
+
 def test_missing_directory(tmp_path):
     with pytest.raises(xl.GraphFileError, match="cannot be read"):
         xl.load_graph(tmp_path / "nowhere")

@@ -197,6 +197,9 @@ def test_a_program_that_returns_no_token_is_an_error(program: Program) -> None:
 def test_options_that_are_out_of_range(program: Program, graph: Graph) -> None:
     with pytest.raises(OptionError, match="temperature"):
         program.generate([[1]], max_tokens=2, temperature=-1.0)
+    for name in ("max_batch", "unit", "gamma"):
+        with pytest.raises(OptionError, match=f"{name} must be at most 2147483647, got 1099511627776"):
+            compile(graph, draft="ngram", **{name: 2**40})
     with pytest.raises(OptionError, match="max_batch must be an integer of at least 1, got 0"):
         compile(graph, max_batch=0)
     for options in ({"unit": 2.5}, {"max_len": 0}, {"max_len": "8"}, {"max_batch": None}, {"unit": True}):
