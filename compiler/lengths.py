@@ -72,7 +72,8 @@ def _sizes_asked_for(asked: Sequence[tuple[ir.Dim, int]], max_len: int) -> Itera
         rows = range(1, MOST_ROWS) if "b" in names else (2,)
         lengths = range(1, max_len + 1) if "t" in names else (min(5, max_len),)
         sizes = ((b, t) for b in rows for t in lengths)
-        yield from itertools.islice((s for s in sizes if ir.substitute(dim, dict(zip("bt", s, strict=True))) == number), 1)
+        holds = (size for size in sizes if ir.substitute(dim, dict(zip("bt", size, strict=True))) == number)
+        yield from itertools.islice(holds, 1)
 
 
 def _told(size: Size) -> str:
