@@ -32,13 +32,14 @@ def native_library() -> Extension:
     """All CPU kernels in one library. It is optional: where it does not compile, setup goes on without it."""
     jaxlib = importlib.util.find_spec("jaxlib")
     headers = [f"-isystem{folder}/include" for folder in (jaxlib and jaxlib.submodule_search_locations) or []]
+    flags = os.environ.get("CXXFLAGS", "").split()  # last, so that whoever builds has the last word
     return Extension(
         "xlathe.kernels.libxlathe_cpu",
         sources=sorted(map(str, KERNELS.rglob("*.cc"))),
         depends=sorted(map(str, KERNELS.rglob("*.h"))),
         include_dirs=[str(KERNELS)],
         # No -march: a kernel picks its instruction set at run time. No contraction: each rounding is written.
-        extra_compile_args=["-std=c++17", "-O3", "-g0", "-ffp-contract=off", *headers],
+        extra_compile_args=["-std=c++17", "-O3", "-g0", "-ffp-contract=off", *headers, *flags],
         language="c++",
         optional=True,
     )

@@ -93,10 +93,15 @@ def trace_aligned(
         raise _error(f"the programs at sizes {sizes} agree, but not for every size: {error}", inconclusive) from error
 
 
+def flatten(trace: ir.Jaxpr) -> ir.Jaxpr:
+    """Shows what calls and loops run, for `same_program`."""
+    return ir.retrace(trace, _flattened)
+
+
 def same_program(traces: Sequence[ir.Jaxpr], fit: Fit) -> bool:
-    """Says whether traces at `fit.sizes` run the same operations, on numbers that follow from the sizes."""
+    """Says whether flattened traces at `fit.sizes` run the same operations, on numbers that follow from the sizes."""
     try:
-        _align([ir.retrace(t, _flattened) for t in traces], fit, TraceError("no branch"))
+        _align(traces, fit, TraceError("no branch"))
         for group in zip(*(t.consts for t in traces), strict=True):
             _longest(group)
     except (TraceError, ValueError):

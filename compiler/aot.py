@@ -25,6 +25,7 @@ from xlathe.target import find_target
 
 STOP_TOKENS = 8  # stop token ids that a program takes; unused places hold -1
 
+_LARGEST = 2**31 - 1  # positions, rows and counts of tokens are int32
 _CACHE_SIZES = {"r": "rows", "s": "slots", "p": "pages", "c": "row_pages"}  # how `Specialize` calls them
 
 
@@ -215,6 +216,8 @@ def _size(name: str, value: Any) -> int:
     size = as_integer(value)
     if size is None or size < 1:
         raise OptionError(f"compile: {name} must be an integer of at least 1, got {value!r}")
+    if size > _LARGEST:
+        raise OptionError(f"compile: {name} must be at most {_LARGEST}, got {size}")
     return size
 
 

@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 
 from xlathe import bundle_check as check
 from xlathe.aot import Signature, served_state, units
-from xlathe.errors import BundleError, OptionError, XlatheError, did_you_mean
+from xlathe.errors import BundleError, OptionError, XlatheError, as_path, did_you_mean
 from xlathe.exported import custom_calls, export_unit, load_program
 from xlathe.graph import Graph
 from xlathe.graph_file import DTYPE_NAMES, WeightFile
@@ -58,7 +58,7 @@ def save_bundle(program: Program, directory: PathLike) -> None:
     """
     if program.step is None:
         raise BundleError("a program that was loaded from a bundle cannot be saved again: copy its directory")
-    folder = Path(directory).resolve()
+    folder = as_path(directory, BundleError).resolve()
     check.replaceable(folder)
     fresh, old = (folder.with_name(f".{folder.name}.{role}-{uuid.uuid4().hex}") for role in ("new", "old"))
     try:
@@ -82,7 +82,7 @@ def load_bundle(directory: PathLike, *, verify: str = "structure") -> Program:
     if verify not in ("structure", "all"):
         raise OptionError(f"load: no verify={verify!r}{did_you_mean(str(verify), ['structure', 'all'])}")
     start = time.perf_counter()
-    folder = Path(directory)
+    folder = as_path(directory, BundleError)
     manifest = check.read_manifest(folder)
     check.usable_here(folder, manifest)
     check.sizes(folder, manifest)

@@ -2,6 +2,8 @@
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 
 class XlatheError(Exception):
@@ -34,6 +36,14 @@ class BundleError(XlatheError):
 
 class RequestError(XlatheError, ValueError):
     """A generation request does not fit the compiled program."""
+
+
+def as_path(value: Any, kind: type[XlatheError]) -> Path:
+    """Returns a path; raises `kind` for what is none."""
+    try:
+        return Path(value)
+    except TypeError:
+        raise kind(f"expected the path of a directory, got {value!r}") from None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xlathe import jaxpr as ir
-from xlathe.errors import PassError, RequestError
+from xlathe.errors import OptionError, PassError, RequestError
 
 Kind = Literal["weight", "const", "arg", "state"]
 
@@ -278,3 +278,9 @@ class Graph:
         from xlathe.report import describe
 
         return describe(self)
+
+
+def check_graph(value: Any, taker: str) -> None:
+    """Raises OptionError where `value`, given to `taker`, is no graph."""
+    if not isinstance(value, Graph):
+        raise OptionError(f"{taker} takes a graph (xl.trace makes one of a model), got {type(value).__name__}")

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from xlathe.errors import GraphFileError
+from xlathe.errors import GraphFileError, as_path
 from xlathe.graph import Graph, Origin, Record, Weights
 from xlathe.parser import parse
 from xlathe.printer import to_text
@@ -39,18 +39,25 @@ DTYPE_NAMES = {  # by their names in safetensors
 def save_graph(graph: Graph, directory: str | os.PathLike[str]) -> None:
     """Writes a graph, its weights prepared, into a directory (made if need be).
 
-    Raises GraphFileError for an equation or a dtype that has no form in the files.
+    Raises GraphFileError for an equation, a name or a dtype that has no form in the files, and where they cannot be
+    written.
     """
-    text = to_text(graph)
+    folder, text = as_path(directory, GraphFileError), to_text(graph)
     prepared = graph.weights.prepare(list(graph.names("weight", "const")))
     arrays = {name: np.asarray(array, order="C") for name, array in prepared.items()}
     for name, array in arrays.items():
         if array.dtype.name not in DTYPE_NAMES.values():
             raise GraphFileError(f"{name} is {array.dtype.name}, which a weight file cannot hold")
-    folder = Path(directory)
+    try:
+        _write(graph, text, arrays, folder)
+    except (OSError, SafetensorError) as error:
+        raise GraphFileError(f"{folder} cannot be written: {error}") from None
+
+
+def _write(graph: Graph, text: str, arrays: Mapping[str, np.ndarray], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PROGRAM).write_text(text, encoding="utf-8")
-    save_file(arrays, folder / WEIGHTS)
+    save_file(dict(arrays), folder / WEIGHTS)
     shutil.copymode(folder / PROGRAM, folder / WEIGHTS)  # which safetensors writes for its owner alone
     meta = {
         "format": FORMAT,
@@ -69,7 +76,7 @@ def load_graph(directory: str | os.PathLike[str]) -> Graph:
 
     Raises GraphFileError, naming the file and the line or array, for anything missing or malformed.
     """
-    folder = Path(directory)
+    folder = as_path(directory, GraphFileError)
     meta = _meta(folder / META)
     try:
         jaxpr, inputs = parse(_read(folder / PROGRAM))

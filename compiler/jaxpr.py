@@ -8,7 +8,7 @@ Every upstream fact relied upon here is asserted by name in `tests/test_jax_surf
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -47,6 +47,11 @@ _AUTHORS_FOLDERS = tuple(os.path.join(_OWN, name) + os.sep for name in ("models"
 def trace(function: Callable[..., Any], *avals: Any) -> Jaxpr:
     """Traces `function` at the given avals (anything with `.shape` and `.dtype`) to a jaxpr with flat inputs."""
     return jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals))
+
+
+def trace_settings() -> Hashable:
+    """Returns all of JAX's configuration that a trace depends on (64-bit numbers, precision of products, meshes)."""
+    return config.trace_context()
 
 
 def call_body(eqn: JaxprEqn) -> Jaxpr | None:
@@ -203,6 +208,30 @@ def source_line(eqn: JaxprEqn) -> str:
 
 def is_symbolic(dim: Dim) -> bool:
     return isinstance(dim, DimExpr)
+
+
+@contextlib.contextmanager
+def asked_equalities() -> Iterator[list[tuple[DimExpr, int]]]:
+    """Lists which sizes a model asks to equal which numbers while it is traced; those that JAX asks are not listed.
+
+    JAX answers no where it cannot tell, since hashing asks too: `if t == 16` is followed for no length.
+    """
+    asked: list[tuple[DimExpr, int]] = []
+    plain, library = DimExpr.__eq__, os.path.dirname(jax.__file__)
+
+    def noted(self: DimExpr, other: Any) -> bool:
+        caller = sys._getframe(1)
+        if caller.f_code is DimExpr.__ne__.__code__ and caller.f_back is not None:
+            caller = caller.f_back
+        if isinstance(other, int | np.integer) and not caller.f_code.co_filename.startswith(library):
+            asked.append((self, int(other)))
+        return plain(self, other)
+
+    DimExpr.__eq__ = noted  # type: ignore[method-assign]
+    try:
+        yield asked
+    finally:
+        DimExpr.__eq__ = plain  # type: ignore[method-assign]
 
 
 def dim_vars(dim: Dim) -> frozenset[str]:

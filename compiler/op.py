@@ -1,9 +1,11 @@
 """High-level operations: functions with a reference body, carried through a jaxpr as one equation."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
+import jax
 from jax.extend.core import Primitive, create_call_primitive
 
 from xlathe import jaxpr as ir
@@ -28,9 +30,8 @@ class Op:
         return self.primitive.bind(*operands, call_jaxpr=jaxpr, **attributes)[0]
 
     def _trace_body(self, operands: Sequence[Any], attributes: dict[str, Any]) -> ir.Jaxpr:
-        """Without calls of jitted functions: putting sizes in inlines them, and bodies are compared after that too."""
-        body = ir.trace(lambda *xs: self.body(*xs, **attributes), *map(ir.aval_of, operands))
-        return ir.inline_calls(body, lambda eqn: eqn.primitive.name in ir.INLINED)
+        types = tuple((aval.shape, aval.dtype) for aval in map(ir.aval_of, operands))
+        return _trace_once(self.body, types, tuple(attributes.items()), ir.trace_settings())
 
     def recognizes(self, eqn: ir.JaxprEqn) -> bool:
         """Says whether the equation is this operation and its body still is what the attributes mean."""
@@ -38,6 +39,19 @@ class Op:
             return False
         expected = self._trace_body([a.aval for a in eqn.invars], ir.attributes(eqn))
         return str(expected) == str(ir.call_body(eqn))
+
+
+@functools.lru_cache(maxsize=4096)
+def _trace_once(
+    body: Callable[..., Any], types: tuple[Any, ...], attributes: tuple[tuple[str, Any], ...], settings: Hashable
+) -> ir.Jaxpr:
+    """The layers of a model, and the sizes it is compiled for, share most of their bodies.
+
+    Without calls of jitted functions: putting sizes in inlines them, and bodies are compared after that too.
+    """
+    avals = [jax.ShapeDtypeStruct(*each) for each in types]
+    traced = ir.trace(lambda *xs: body(*xs, **dict(attributes)), *avals)
+    return ir.inline_calls(traced, lambda eqn: eqn.primitive.name in ir.INLINED)
 
 
 def op(name: str) -> Callable[[Callable[..., Any]], Op]:

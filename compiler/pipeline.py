@@ -19,8 +19,8 @@ from typing import Any, ClassVar, final
 import numpy as np
 
 from xlathe import jaxpr as ir
-from xlathe.errors import PassError, XlatheError, did_you_mean
-from xlathe.graph import Graph, Record
+from xlathe.errors import OptionError, PassError, XlatheError, did_you_mean
+from xlathe.graph import Graph, Record, check_graph
 from xlathe.instruments import Dump, Instrument, PrintAfterChange
 from xlathe.pass_text import parse_passes, pass_name, print_pass
 from xlathe.verify import check_equal, check_structure
@@ -73,6 +73,7 @@ class Pass(abc.ABC):
     @final
     def __call__(self, graph: Graph, context: Context = Context()) -> Graph:
         """Checks `needs`, applies the pass, checks `gives`, and appends its record to the graph's history."""
+        check_graph(graph, str(self))
         self._check(self.needs, graph, "needs")
         start = time.perf_counter()
         result, record = self.apply(graph, context)
@@ -139,9 +140,14 @@ class Pipeline:
     expect: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        given = tuple(self.passes) if isinstance(self.passes, Iterable) else None
+        if given is None or not all(isinstance(each, Pass | Pipeline) for each in given):
+            raise OptionError(
+                f"a pipeline is a list of passes (Canonicalize(), not its class or its name), got {self.passes!r}"
+            )
         flat: list[Pass] = []
         expect: dict[str, int] = {}
-        for each in self.passes:
+        for each in given:
             flat.extend(each.passes if isinstance(each, Pipeline) else [each])  # type: ignore[arg-type]
             expect |= each.expect if isinstance(each, Pipeline) else {}
         object.__setattr__(self, "passes", tuple(flat))
@@ -179,6 +185,7 @@ class Pipeline:
         Raises what the failing pass raises, with the pass and its place; PassError where a result is
         malformed, differs more than promised, or an expected rule found too little.
         """
+        check_graph(graph, "a pipeline")
         context = Context(calibration, seed, progress, limit)
         watching: list[Instrument] = [Dump(Path(dump))] if dump is not None else []
         watching += [PrintAfterChange()] if print_after_change else []

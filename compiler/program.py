@@ -15,7 +15,7 @@ from xlathe.decode.speculative import Memory, Speculation
 from xlathe.decode.text import TextStream
 from xlathe.decode.units import NO_TOKEN, Rows
 from xlathe.errors import OptionError, RequestError, XlatheError
-from xlathe.graph import Graph
+from xlathe.graph import Graph, check_graph
 from xlathe.integers import as_integer
 from xlathe.request import Limits, Prompts, Request, Stops
 from xlathe.step import first_state
@@ -156,10 +156,12 @@ def compile(
     `xlathe.decode.drafters.NGram()`, which looks them up in the text so far. rule: `match` gives the text that plain
     decoding gives, `ratio` text of the same law; see `xlathe.decode.accept`.
 
-    Raises OptionError for sizes that are no positive integers, for an unknown target, and for a draft that does not go
-    with the graph; RequestError for a max_len beyond the graph's, DeriveError where no step can be derived.
+    Raises OptionError for what is no graph, for sizes that are no positive integers of 32 bits, for an unknown target,
+    and for a draft that does not go with the graph; RequestError for a max_len beyond the graph's, DeriveError where no
+    step can be derived.
     """
     start = time.perf_counter()
+    check_graph(graph, "compile")
     slots = graph.max_len if max_len is None else max_len
     buckets = Buckets.of(max_batch, slots, unit, chunks, None if draft is None else gamma)
     if buckets.slots > graph.max_len:

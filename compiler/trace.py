@@ -28,12 +28,15 @@ class Source:
 
     names, arrays: one a leaf; trained: whether the leaf is a weight (else a mask, a table or a statistic);
     forward: (leaves, tokens [b, t]) -> logits [b, t, vocab].
+    left_behind: (leaves, tokens) -> what the names hold after a forward, where it could have written them; but for what
+        is sown, which is never read, and counters of random keys, which `_check_deterministic` is about.
     """
 
     names: tuple[str, ...]
     arrays: tuple[Any, ...]
     trained: tuple[bool, ...]
     forward: Callable[[list[Any], Any], Any]
+    left_behind: Callable[[list[Any], Any], Mapping[str, Any]] = lambda leaves, tokens: {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +54,14 @@ def trace(model: Any, params: Any = None, *, max_len: int, tokenizer: Any = None
     max_len: the longest row that the graph must serve; bounds the symbolic length.
 
     Raises TraceError: where the model cannot be traced with symbolic sizes nor aligned from two lengths, does not
-        return [b, t, vocab], computes something else at short lengths, or draws random numbers.
+        return [b, t, vocab], computes something else at short lengths, draws random numbers or writes variables.
     """
     if not isinstance(max_len, int | np.integer) or max_len < 1:
         raise TraceError(f"max_len must be a whole number of at least 1, got {max_len!r}")
     max_len = int(max_len)
     source = _source(model, params)
     jaxpr, constants = _trace_sizes(source, max_len)
+    _check_nothing_written(source)
     names = [*source.names, *(f"const/{i}" for i in range(len(constants)))]
     kinds = ["weight" if trained else "const" for trained in source.trained] + ["const"] * len(constants)
     inputs = [Input(name, kind) for name, kind in zip(names, kinds, strict=True)]  # type: ignore[arg-type]
@@ -97,18 +101,25 @@ def _nnx_source(module: "nnx.Module") -> Source:
     paths = [path for path, _ in flat]
     variables = [variable for _, variable in flat]  # an array kept by `nnx.data` stands for itself
 
-    def forward(leaves: list[Any], tokens: Any) -> Any:
+    def run(leaves: list[Any], tokens: Any) -> tuple["nnx.Module", Any]:
         replaced = [
             v.replace(leaf) if isinstance(v, nnx.Variable) else leaf for v, leaf in zip(variables, leaves, strict=True)
         ]
-        return nnx.merge(definition, nnx.from_flat_state(zip(paths, replaced, strict=True)))(tokens)
+        copy = nnx.merge(definition, nnx.from_flat_state(zip(paths, replaced, strict=True)))
+        return copy, copy(tokens)
+
+    def left_behind(leaves: list[Any], tokens: Any) -> dict[str, Any]:
+        copy, _ = run(leaves, tokens)
+        state = nnx.to_flat_state(nnx.state(copy, nnx.Not(nnx.Any(nnx.Intermediate, nnx.RngState))))
+        return {"/".join(map(str, path)): nnx.as_pure(variable) for path, variable in state}
 
     arrays = tuple(v.get_value() if isinstance(v, nnx.Variable) else v for v in variables)
     return Source(
         tuple("/".join(map(str, path)) for path in paths),
         arrays,
         tuple(isinstance(variable, nnx.Param) for variable in variables),
-        forward,
+        lambda leaves, tokens: run(leaves, tokens)[1],
+        left_behind,
     )
 
 
@@ -139,14 +150,16 @@ def _trace_sizes(source: Source, max_len: int) -> tuple[ir.Jaxpr, list[np.ndarra
 
     rows, length = symbolic_sizes(max_len)
     try:
-        jaxpr, constants = hoist_constants(at(rows, length))
+        with ir.asked_equalities() as asked:
+            symbolic = at(rows, length)
+        jaxpr, constants = hoist_constants(symbolic)
     except TraceError:
         raise
     except Exception as inconclusive:  # symbolic sizes fail in as many ways as there are Python idioms
         jaxpr, constants = trace_aligned(at, rows, length, max_len, inconclusive)
     _check_logits(jaxpr)
     _check_deterministic(jaxpr)
-    check_lengths(at, jaxpr, source.arrays, constants, max_len)
+    check_lengths(at, jaxpr, source.arrays, constants, max_len, asked)
     return jaxpr, constants
 
 
@@ -177,8 +190,32 @@ def _check_logits(jaxpr: ir.Jaxpr) -> None:
         raise TraceError(f"the model must return logits [b, t, vocab] for tokens [b, t]; it returns {shapes}")
 
 
+def _check_nothing_written(source: Source) -> None:
+    """Raises TraceError where a forward changes a variable: by data flow, as transformations return what they take."""
+    names: list[str] = []
+
+    def after(*operands: Any) -> list[Any]:
+        left = source.left_behind(list(operands[:-1]), operands[-1])
+        names.extend(left)
+        return list(left.values())
+
+    avals = [jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a)) for a in source.arrays]
+    traced = ir.trace(after, *avals, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    jaxpr = ir.inline_calls(traced, lambda eqn: eqn.primitive.name in ir.INLINED)
+    before = dict(zip(source.names, jaxpr.invars, strict=False))
+    for name, value in zip(names, jaxpr.outvars, strict=True):
+        if value is not before.get(name):
+            raise TraceError(
+                f"the model writes {name!r} in its forward: expected logits that are a function of weights and tokens "
+                "alone. Trace it in evaluation mode (model.eval()), and leave caching to the pass KVCache"
+            )
+
+
 def _check_names(inputs: Sequence[Input]) -> None:
     names = [item.name for item in inputs]
+    for name in names:
+        if not name.isprintable() or not name:
+            raise TraceError(f"a weight is called {name!r}: expected a name of printable characters")
     twice = sorted({repr(name) for name in names if names.count(name) > 1})
     if twice:
         raise TraceError(

@@ -16,7 +16,7 @@ ZOO = {variant.name: variant for variant in DECODERS + REFUSED}
 @functools.cache
 def traced(name: str) -> xl.Graph:
     """The graph of a decoder, or a look-alike, of the zoo."""
-    function, weights = _authored(name)
+    function, weights = as_function(ZOO[name].build())
     return xl.trace(function, weights, max_len=ZOO[name].max_len)
 
 
@@ -24,17 +24,6 @@ def eager(graph: xl.Graph, ids: np.ndarray) -> jax.Array:
     """Logits of a forward graph, one operation at a time: the zoo shares what is compiled."""
     sizes = {"b": ids.shape[0], "t": ids.shape[1]}
     return ir.evaluate_at(graph.jaxpr, graph.bind_names({**graph.weights, "tokens": ids}), sizes)[0]
-
-
-def author(variant: Variant, ids: np.ndarray) -> jax.Array:
-    """Logits of the author's own code, one operation at a time."""
-    function, weights = _authored(variant.name)
-    return function(weights, ids)
-
-
-@functools.cache
-def _authored(name: str) -> tuple[Callable, object]:
-    return as_function(ZOO[name].build())
 
 
 def tokens(variant: Variant, b: int, t: int, seed: int = 0) -> np.ndarray:

@@ -359,6 +359,13 @@ def test_a_failed_rename_puts_the_older_bundle_back(tmp_path: Path) -> None:
     assert (tmp_path / "bundle" / "old").exists()
 
 
+@pytest.mark.parametrize("place", [None, 3])
+def test_what_is_no_path(programs: dict[str, Program], place: Any) -> None:
+    for use in (programs["int8"].save, xl.load):
+        with pytest.raises(xl.BundleError, match=f"expected the path of a directory, got {place}"):
+            use(place)
+
+
 def test_a_loaded_program_is_not_saved_again(saved: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(xl.BundleError, match="copy its directory"):
         xl.load(saved["int8"]).save(tmp_path / "again")

@@ -9,8 +9,9 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models
 
 import xlathe as xl
-from tests.graphs import graph_of, traced
-from xlathe.passes import Canonicalize, FuseAttention, KVCache, Quantize
+from tests.graphs import ZOO, graph_of
+from tests.passes.decoding import fused
+from xlathe.passes import Canonicalize, KVCache, Quantize
 from xlathe.printer import to_text
 from xlathe.report import count_parameters
 
@@ -57,7 +58,7 @@ def test_history_and_tokenizer_read_back(tmp_path):
 
 def test_quantized_step_reads_back(tmp_path):
     """Expected: weights are saved as the recipes made them, and the step computes the same bits."""
-    graph = KVCache()(Quantize()(FuseAttention()(Canonicalize()(traced("multi_query")))))
+    graph = KVCache()(Quantize()(fused(ZOO["multi_query"])))
     graph.save(tmp_path)
     read = xl.load_graph(tmp_path)
     assert to_text(read) == to_text(graph) and read.is_step and not read.weights.recipes
@@ -69,7 +70,7 @@ def test_quantized_step_reads_back(tmp_path):
 def test_int4_step_reads_back(options, tmp_path):
     """Expected: packed codes and bfloat16 scales come back as they were, and so do the bits of the logits."""
     quantize = Quantize("int4", weights="layers/.*", **options)
-    graph = KVCache()(quantize(FuseAttention()(Canonicalize()(traced("multi_query")))))
+    graph = KVCache()(quantize(fused(ZOO["multi_query"])))
     graph.save(tmp_path)
     read = xl.load_graph(tmp_path)
     assert to_text(read) == to_text(graph) and count_parameters(read) == count_parameters(graph)
@@ -80,7 +81,7 @@ def test_int4_step_reads_back(options, tmp_path):
 
 def test_sizes_are_reported_the_same_when_read_back(tmp_path):
     """Expected: scales are no parameters, whether a graph was saved once, twice or never, also quantized in between."""
-    whole = FuseAttention()(Canonicalize()(traced("multi_query")))
+    whole = fused(ZOO["multi_query"])
     first = Quantize(weights="layers/0/.*")(whole)
     read = saved_and_read(first, tmp_path / "first")
     both = saved_and_read(Quantize()(read), tmp_path / "both")
@@ -113,6 +114,20 @@ def test_missing_file(saved, name):
     (saved / name).unlink()
     with pytest.raises(xl.GraphFileError, match=name):
         xl.load_graph(saved)
+
+
+def test_a_place_that_cannot_be_written(graph, tmp_path):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "g"):
+        with pytest.raises(xl.GraphFileError, match=r"file.* cannot be written: "):
+            graph.save(place)
+
+
+@pytest.mark.parametrize("place", [None, 3])
+def test_what_is_no_path(graph, place):
+    for use in (graph.save, xl.load_graph):
+        with pytest.raises(xl.GraphFileError, match=f"expected the path of a directory, got {place}"):
+            use(place)
 
 
 def test_missing_directory(tmp_path):

@@ -276,3 +276,21 @@ def test_parameters_are_those_of_jax(word):
         assert sampled()[word] <= expected
     else:
         assert sampled()[word] == expected
+
+
+def test_a_trace_depends_on_what_the_settings_tell():
+    """`trace_settings` is the key of traces that are kept."""
+    usual = ir.trace_settings()
+    assert usual == ir.trace_settings() and hash(usual) == hash(ir.trace_settings())
+    for changed in (jax.enable_x64(True), jax.default_matmul_precision("highest")):
+        with changed:
+            assert ir.trace_settings() != usual
+
+
+def test_equality_of_sizes_that_is_not_known_is_denied_and_can_be_heard():
+    (t,) = jax.export.symbolic_shape("t")
+    with ir.asked_equalities() as asked:
+        assert not t == 16 and t != 2 * 4 and t not in (5, 7)  # noqa: SIM201
+        jnp.broadcast_shapes((1, 3), (2, 3))
+    assert asked == [(t, 16), (t, 8), (t, 5), (t, 7)]
+    assert t != 9 and len(asked) == 4

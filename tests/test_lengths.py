@@ -26,13 +26,20 @@ BRANCHES = {
     "one row": lambda b, t: 2 if b == 1 else 1,
     "a known length": lambda b, t: 3 if t in (5, 8) else 1,
     "lengths above nine": lambda b, t: 2 if t > 9 else 1,
+    "one length": lambda b, t: 2 if t == 11 else 1,
+    "one of some lengths": lambda b, t: 2 if t in (6, 12) else 1,
+    "the longest length": lambda b, t: 2 if t == 16 else 1,
+    "all but one length": lambda b, t: 2 if t + 1 != 12 else 1,
+    "multiples of seven": lambda b, t: 2 if t % 7 == 0 else 1,
+    "seven rows": lambda b, t: 2 if b == 7 else 1,
+    "so many tokens": lambda b, t: 2 if b * t == 39 else 1,
     "a bounded length": lambda b, t: 0.1 * min(t, 12),
 }
 
 
 @pytest.mark.parametrize("name", BRANCHES)
 def test_a_branch_on_the_sizes_is_refused(name):
-    with pytest.raises(TraceError, match=r"on \d row\(s\) of \d token\(s\)"):
+    with pytest.raises(TraceError, match=r"on \d row\(s\) of \d+ token\(s\)"):
         graph_of(scaled(BRANCHES[name]), e=E)
 
 
@@ -46,6 +53,25 @@ def test_a_branch_that_changes_nothing_is_kept(max_len):
 
     ids = RNG.integers(0, 11, (2, 1), dtype=np.int32)
     assert relative(graph_of(model, max_len=max_len, e=E)(ids), model({"e": jnp.asarray(E)}, ids)) < 1e-5
+
+
+def test_a_whole_table_is_not_sliced():
+    """Expected: two programs, one for the longest length alone, that compute the same."""
+
+    def model(params, ids):
+        t = ids.shape[1]
+        table = params["table"] if t == len(params["table"]) else params["table"][:t]
+        return (params["e"][ids] + table) @ params["e"].T
+
+    table = RNG.normal(size=(16, 4)).astype(np.float32)
+    ids = RNG.integers(0, 11, (2, 16), dtype=np.int32)
+    found = graph_of(model, e=E, table=table)(ids)
+    assert relative(found, model({"e": jnp.asarray(E), "table": table}, ids)) < 1e-5
+
+
+def test_one_length_too_long_to_compare():
+    with pytest.raises(TraceError, match=r"another program on 2 row\(s\) of 5000 token\(s\) alone, .* too many"):
+        graph_of(scaled(lambda b, t: 2 if t == 5000 else 1), max_len=5001, e=E)
 
 
 def test_a_loop_over_stacked_weights_is_no_branch():

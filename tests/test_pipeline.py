@@ -141,6 +141,22 @@ def test_structure_is_checked_without_verify():
         xl.Pipeline([Broken()])(graph())
 
 
+@pytest.mark.parametrize("given", [None, 3, [3], [Canonicalize], "canonicalize"])
+def test_what_is_no_list_of_passes(given):
+    with pytest.raises(xl.OptionError, match="a pipeline is a list of passes"):
+        xl.Pipeline(given)
+
+
+@pytest.mark.parametrize("taker", [xl.Pipeline([]), Canonicalize(), xl.compile])
+def test_what_is_no_graph(taker):
+    with pytest.raises(xl.OptionError, match=r"takes a graph .* got NoneType"):
+        taker(None)
+
+
+def test_a_pipeline_of_a_generator():
+    assert xl.Pipeline(each for each in [Canonicalize()]).passes == (Canonicalize(),)
+
+
 def test_needs_and_gives():
     with pytest.raises(xl.PassError, match=r"Promises needs: an operation xlathe.attention"):
         xl.Pipeline([Promises()])(graph())

@@ -10,9 +10,9 @@ from jax import lax
 
 import xlathe as xl
 from tests.graphs import ZOO, eager, graph_of, tokens, traced
+from tests.passes.decoding import fused
 from xlathe import jaxpr as ir
 from xlathe.parser import parse
-from xlathe.passes import Canonicalize, FuseAttention
 from xlathe.printer import diff, dim_text, to_text
 
 E = np.random.default_rng(0).normal(size=(11, 4)).astype(np.float32)
@@ -53,7 +53,7 @@ def test_round_trip_keeps_every_bit(name):
 @pytest.mark.parametrize("name", ["multi_query", "alibi_keys", "soft_cap"])
 def test_operations_are_printed_by_name(name):
     """Expected: `xlathe.attention` is one line with its attributes, and is made anew from them."""
-    graph = FuseAttention()(Canonicalize()(traced(name)))
+    graph = fused(ZOO[name])
     assert to_text(again(graph)) == to_text(graph)
     (first, _) = [line for line in lines(graph) if " = attention(" in line]
     assert "scale=" in first and "softcap=" in first
@@ -94,7 +94,7 @@ def test_text():
 
 def test_text_runs():
     """A person may run the file: the program as Python gives the graph's logits."""
-    graph = FuseAttention()(Canonicalize()(traced("rope_half")))
+    graph = fused(ZOO["rope_half"])
     ids = tokens(ZOO["rope_half"], 2, 9)
     space = {}
     exec(compile(to_text(graph), "graph.py", "exec"), space)

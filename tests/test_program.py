@@ -36,11 +36,12 @@ def talking(program: Program) -> Program:
 
 
 def greedy(graph: Graph, prompt: list[int], count: int) -> tuple[int, ...]:
-    """The oracle: a full forward for every token."""
-    ids = list(prompt)
-    for _ in range(count):
-        ids.append(int(np.argmax(np.asarray(graph(np.asarray([ids], np.int32)))[0, -1])))
-    return tuple(ids[len(prompt) :])
+    """The oracle: a full forward for every token, of one length that it is compiled for."""
+    ids = np.zeros((1, 48), np.int32)
+    ids[0, : len(prompt)] = prompt
+    for i in range(len(prompt), len(prompt) + count):
+        ids[0, i] = np.argmax(graph(ids)[0, i - 1])
+    return tuple(ids[0, len(prompt) : len(prompt) + count].tolist())
 
 
 def test_greedy_tokens_are_those_of_full_forwards(graph: Graph, program: Program) -> None:
@@ -196,6 +197,9 @@ def test_a_program_that_returns_no_token_is_an_error(program: Program) -> None:
 def test_options_that_are_out_of_range(program: Program, graph: Graph) -> None:
     with pytest.raises(OptionError, match="temperature"):
         program.generate([[1]], max_tokens=2, temperature=-1.0)
+    for name in ("max_batch", "unit", "gamma"):
+        with pytest.raises(OptionError, match=f"{name} must be at most 2147483647, got 1099511627776"):
+            compile(graph, draft="ngram", **{name: 2**40})
     with pytest.raises(OptionError, match="max_batch must be an integer of at least 1, got 0"):
         compile(graph, max_batch=0)
     for options in ({"unit": 2.5}, {"max_len": 0}, {"max_len": "8"}, {"max_batch": None}, {"unit": True}):

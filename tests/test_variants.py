@@ -1,6 +1,5 @@
 """The zoo's own claims: decoders are causal and use their context, look-alikes deserve to be refused."""
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -17,7 +16,6 @@ def tokens(b: int, t: int, variant: Variant) -> np.ndarray:
     return np.random.default_rng(7).integers(0, variant.vocab, (b, t), dtype=np.int32)
 
 
-@functools.cache
 def numpy_forward(build: Variant | Callable[[], object]) -> Callable[[np.ndarray], np.ndarray]:
     run = forward(build)
     return lambda ids: np.asarray(run(ids), np.float32)

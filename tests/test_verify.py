@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 import xlathe as xl
-from tests.graphs import graph_of, traced
+from tests.graphs import ZOO, graph_of, traced
+from tests.passes.decoding import fused
 from xlathe import jaxpr as ir
 from xlathe.graph import Input, Weights
-from xlathe.passes import Canonicalize, FuseAttention, KVCache
+from xlathe.passes import KVCache
 from xlathe.verify import check_equal, check_structure, compare, perplexity
 
 RNG = np.random.default_rng(0)
@@ -104,7 +105,7 @@ def test_coarser_floats_get_a_few_units_of_their_last_place():
 
 
 def test_well_formed_graphs_pass():
-    forward = FuseAttention()(Canonicalize()(traced("multi_query")))
+    forward = fused(ZOO["multi_query"])
     for each in (traced("multi_query"), forward, KVCache()(forward)):
         check_structure(each)
 
@@ -152,7 +153,7 @@ def test_malformed_graph(name):
 
 
 def test_malformed_step():
-    step = KVCache()(FuseAttention()(Canonicalize()(traced("multi_query"))))
+    step = KVCache()(fused(ZOO["multi_query"]))
     missing = ir.trace(lambda *xs: ir.evaluate(step.jaxpr, xs)[:-1], *(v.aval for v in step.jaxpr.invars))
     with pytest.raises(xl.PassError, match="returns its new states"):
         check_structure(step.replace(jaxpr=missing))

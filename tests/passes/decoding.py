@@ -75,6 +75,12 @@ def feed(graph: Graph, pieces: Sequence[Piece], count: int, state: State) -> tup
     return np.asarray(logits, np.float32)[: len(pieces)], state
 
 
+def in_one_batch(texts: Sequence[np.ndarray]) -> np.ndarray:
+    """Pads texts to one length: an oracle is compiled once, and what follows a text does not change its logits."""
+    longest = max(map(len, texts))
+    return np.stack([np.pad(text, (0, longest - len(text))) for text in texts]).astype(np.int32)
+
+
 def difference(found: jax.Array, expected: jax.Array) -> float:
     """max |difference| over max |expected|; NaN where anything is NaN."""
     a, b = np.asarray(found, np.float32), np.asarray(expected, np.float32)

@@ -16,7 +16,7 @@ def test_matched_in_every_layer(variant: Variant) -> None:
     graph = fused(variant)
     assert graph.history[-1].hits == {"attention": variant.layers}
     assert sum(e.primitive.name == "xlathe.attention" for e in graph.jaxpr.eqns) == variant.layers
-    tokens = np.random.default_rng(0).integers(0, variant.vocab, (2, 11))
+    tokens = np.random.default_rng(0).integers(0, variant.vocab, (3, 12), dtype=np.int32)
     assert difference(graph(tokens), forward(variant)(tokens)) <= variant.rtol
 
 

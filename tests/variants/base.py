@@ -1,5 +1,6 @@
 """What a variant is, how to run its author's code, and the plain parts that several authors share."""
 
+import functools
 import inspect
 import math
 import re
@@ -60,11 +61,11 @@ class Variant:
         return Path(inspect.getfile(self.author)).name, first + offset
 
 
+@functools.cache
 def forward(build: Variant | Callable[[], Any]) -> Callable[[jax.Array | np.ndarray], jax.Array]:
-    """The author's own code with its weights, compiled for the sizes it is called with: the oracle."""
+    """The author's own code with its weights, compiled once for each of the sizes it is called with: the oracle."""
     function, weights = as_function(build.build() if isinstance(build, Variant) else build())
-    # Compilation takes longer than the run, and is faster without optimization.
-    compiled = jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+    compiled = jax.jit(function)
     return lambda tokens: compiled(weights, tokens)
 
 
