@@ -80,6 +80,15 @@ def to_step(graph: Graph) -> Graph:
     return graph
 
 
+def fix_step(
+    step: Graph, target: str | None, rows: int, slots: int, tokens: int, selected: int, *, kernels: bool = True
+) -> Graph:
+    """Returns a step graph for so many rows of so many slots, and tokens a call; kernels: as for `units`."""
+    sizes = {_CACHE_SIZES[name]: size for name, size in cache_sizes(step, rows, slots).items()}
+    fixed = Specialize(tokens=tokens, selected=selected, **sizes)(step)
+    return LowerKernels(find_target(target).name)(fixed) if kernels else fixed
+
+
 def find_speculation(
     graph: Graph, draft: Graph | NGram | str | None, rule: str, buckets: Buckets
 ) -> Speculation | None:
@@ -144,9 +153,7 @@ def units(
 
         def fix(graph: Graph, *, tokens: int, selected: int, rows: int = r) -> Graph:
             _check_rings(graph, buckets)
-            sizes = cache_sizes(graph, rows, buckets.slots)
-            cache = {_CACHE_SIZES[name]: size for name, size in sizes.items()}
-            return _lowered(graph, target, kernels, tokens=tokens, selected=selected, **cache)
+            return fix_step(graph, target, rows, buckets.slots, tokens, selected, kernels=kernels)
 
         state = tuple(served_state(step, buckets, r, speculation).values())
         decode = decode_signature(r, buckets.unit, step.vocab, weights, state)
@@ -219,11 +226,6 @@ def _size(name: str, value: Any) -> int:
     if size > _LARGEST:
         raise OptionError(f"compile: {name} must be at most {_LARGEST}, got {size}")
     return size
-
-
-def _lowered(step: Graph, target: str | None, kernels: bool, **sizes: int) -> Graph:
-    fixed = Specialize(**sizes)(step)
-    return LowerKernels(find_target(target).name)(fixed) if kernels else fixed
 
 
 def _floats(*shape: int) -> Any:

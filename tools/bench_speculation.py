@@ -4,23 +4,19 @@ It completes held-out files, one row at a time. All ways take turns on each prom
 meets them alike.
 """
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 from absl import app, flags
 from rich.console import Console
-from rich.table import Table
 
 from xlathe.graph import Graph
-from xlathe.models import demo
-from xlathe.program import Program, Stats, compile
+from xlathe.program import Program, compile
 from xlathe.tools.console import bar
-from xlathe.tools.demo import held_out_windows
-from xlathe.tools.source import DEMO, DEMO_LENGTH, preset, stop_tokens
+from xlathe.tools.results import speculation_sheet
+from xlathe.tools.source import DEMO, DEMO_LENGTH, preset, stop_tokens, trace_demo
+from xlathe.tools.speculation import Drafted, in_turns, judge
 from xlathe.tools.stages import machine
-from xlathe.trace import trace
+from xlathe.tools.text import held_out_windows
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("config", "float32", "preset of the pipeline of target and draft")
@@ -32,78 +28,37 @@ flags.DEFINE_multi_integer("gamma", [2, 4], "tokens drafted at once")
 PROMPT_TOKENS = 128
 
 
-@dataclasses.dataclass(frozen=True)
-class Way:
-    """A program, and what it told of each completion."""
-
-    name: str
-    program: Program
-    runs: list[Stats]
-
-    @property
-    def speeds(self) -> np.ndarray:
-        """Tokens a second of each completion."""
-        return np.array([run.new_tokens / run.decode_seconds for run in self.runs])
-
-    @property
-    def acceptance(self) -> np.ndarray:
-        """Mean over completions, by place."""
-        return np.mean([run.acceptance for run in self.runs], axis=0)
-
-
-def ways(target: Graph, draft: Graph) -> list[Way]:
+def programs(target: Graph, draft: Graph) -> dict[tuple[str, int], Program]:
     """Compiles plain decoding, and each drafter with each gamma."""
-    drafters: list[tuple[str, dict[str, Any]]] = [("plain", {})]
-    drafters += [(f"draft model, gamma {g}", {"draft": draft, "gamma": g}) for g in FLAGS.gamma]
-    drafters += [(f"n-gram, gamma {g}", {"draft": "ngram", "gamma": g}) for g in FLAGS.gamma]
     stops = stop_tokens(DEMO)
-    return [Way(name, compile(target, stop_tokens=stops, **options), []) for name, options in drafters]
+    found = {("plain", 0): compile(target, stop_tokens=stops)}
+    drafters: dict[str, Graph | str] = {"model": draft, "n-gram": "ngram"}
+    for name, drafter in drafters.items():
+        for gamma in FLAGS.gamma:
+            found[name, gamma] = compile(target, stop_tokens=stops, draft=drafter, gamma=gamma)
+    return found
 
 
-def measure(compiled: Sequence[Way], console: Console) -> int:
-    """Times every way on every prompt; returns how many of its completions differ from those of the first."""
-    options = {"max_tokens": FLAGS.new_tokens, "temperature": FLAGS.temperature}
+def measure(compiled: dict[tuple[str, int], Program], console: Console) -> list[Drafted]:
+    """Times all of them on every prompt; the first is what others are compared with."""
     prompts = held_out_windows(FLAGS.prompts * DEMO_LENGTH)[:, :PROMPT_TOKENS].tolist()
-    different = 0
+    options = {"max_tokens": FLAGS.new_tokens, "temperature": FLAGS.temperature}
     with bar(console, "measure") as progress:
-        for way in compiled:  # the first call does not count
-            way.program.generate([prompts[0]], **options)
-        for i, prompt in enumerate(prompts):
-            progress("measure", i / len(prompts))
-            found = [way.program.generate([prompt], **options)[0] for way in compiled]
-            different += sum(completion.tokens != found[0].tokens for completion in found)
-            for way, completion in zip(compiled, found, strict=True):
-                way.runs.append(completion.stats)
-    return different
-
-
-def table(compiled: Sequence[Way]) -> Table:
-    """Medians over completions; the ratio is that of the speeds on the same prompt."""
-    result = Table("", "tokens/s", "/ plain", "tokens\na step", "acceptance by place")
-    for way in compiled:
-        result.add_row(
-            way.name,
-            f"{np.median(way.speeds):.0f}",
-            f"{np.median(way.speeds / compiled[0].speeds):.2f}",
-            f"{np.mean([run.tokens_per_step for run in way.runs]):.2f}",
-            " ".join(f"{share:.2f}" for share in way.acceptance) if way is not compiled[0] else "",
-        )
-    return result
+        plain, *drafted = in_turns(list(compiled.values()), prompts, progress, **options)
+    _, *ways = compiled
+    return [judge(FLAGS.config, *way, plain, found) for way, found in zip(ways, drafted, strict=True)]
 
 
 def main(_: Sequence[str]) -> None:
     console = Console()
-    loaded = map(demo.load, ("target", "draft"))
-    graphs = [trace(model, max_len=DEMO_LENGTH, tokenizer=tokenizer) for model, tokenizer in loaded]
     with bar(console, "compile"):
-        compiled = ways(*map(preset(FLAGS.config), graphs))
-    different = measure(compiled, console)
+        compiled = programs(*(preset(FLAGS.config)(trace_demo(name)) for name in ("target", "draft")))
     console.print(machine())
-    console.print(
-        f"{FLAGS.config} target and draft, temperature {FLAGS.temperature}: {FLAGS.prompts} prompts of "
-        f"{PROMPT_TOKENS} tokens, {FLAGS.new_tokens} new ones; {different} completions differ from the plain ones"
+    caption = (
+        f"temperature {FLAGS.temperature}; {FLAGS.prompts} held-out prompts of {PROMPT_TOKENS} tokens, "
+        f"{FLAGS.new_tokens} new ones"
     )
-    console.print(table(compiled))
+    console.print(speculation_sheet(measure(compiled, console), caption).as_table())
 
 
 if __name__ == "__main__":

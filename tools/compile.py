@@ -18,13 +18,14 @@ def define(values: flags.FlagValues) -> None:
 
 def run(options: Options, source: str, destination: str) -> None:
     from xlathe.program import compile
+    from xlathe.tools.text import find_calibration
 
     console = make_console()
     pipeline = find_pipeline(options)
     graph = open_graph(source)
     if pipeline is not None:
         with bar(console, "passes") as progress:
-            graph = pipeline(graph, progress=progress)
+            graph = pipeline(graph, calibration=find_calibration(options, source, graph), progress=progress)
     with bar(console, "compile"):
         program = compile(
             graph,

@@ -2,20 +2,18 @@
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from absl import flags
 
-from xlathe.errors import OptionError
 from xlathe.tools.command import Options, Verb
 from xlathe.tools.console import bar, make_console
-from xlathe.tools.source import DEMO, DEMO_LENGTH, open_graph, preset, stop_tokens
+from xlathe.tools.source import DEMO, DEMO_LENGTH, preset, stop_tokens, trace_demo
+from xlathe.tools.text import held_out_windows, training_rows
 
-if TYPE_CHECKING:
-    import numpy as np
-
-# Presets of xlathe.configs in the order of the table; the first is what the others are compared with.
-PIPELINES = ("float32", "int8")
+# Presets of xlathe.configs in the order of the tables; the first is what the others are compared with.
+PIPELINES = ("float32", "int8", "int4", "int4_a8", "pruned", "int8_cache")
+# Who drafts for which of them, and how many tokens at once.
+DRAFTINGS = (("float32", "n-gram", 2), ("float32", "n-gram", 4), ("float32", "model", 2), ("int8", "n-gram", 2))
 
 
 def define(values: flags.FlagValues) -> None:
@@ -25,56 +23,46 @@ def define(values: flags.FlagValues) -> None:
         "eval_tokens", 8192, f"held-out tokens, in windows of {DEMO_LENGTH}", flag_values=values
     )
     flags.DEFINE_string("json", None, "file for the measured figures", flag_values=values)
+    flags.DEFINE_string("html", None, "file for a page of the tables and plots", flag_values=values)
 
 
 def run(options: Options) -> None:
     from xlathe.report import count_parameters
-    from xlathe.tools.results import quality_table, speed_table, write_json
-    from xlathe.tools.stages import Task, machine, run_stages
+    from xlathe.tools.page import write_page
+    from xlathe.tools.results import sheets
+    from xlathe.tools.stages import Drafting, Task, machine, run_stages
 
     start = time.perf_counter()
     console = make_console()
-    with bar(console, "read held-out text"):
-        windows = held_out_windows(options["eval_tokens"])
+    with bar(console, "read text"):
+        windows, calibration = held_out_windows(options["eval_tokens"]), training_rows()
     console.print(f"A code model of Python's standard library, on {machine()}", soft_wrap=True)
     with bar(console, "trace"):
         began = time.perf_counter()
-        graph = open_graph(DEMO)
+        graph, draft = trace_demo("target"), trace_demo("draft")
         seconds = time.perf_counter() - began
     console.print(
         f"trace: {len(graph.jaxpr.eqns)} equations over tokens {graph.aval('tokens').str_short()}, "
         f"{len(graph.names('weight'))} weights, {count_parameters(graph):,} parameters; {seconds:.1f} s",
         soft_wrap=True,
     )
-    task = Task(graph, windows, options["prompt"], options["max_tokens"], stop_tokens(DEMO))
-    results, conditions = run_stages(task, [(name, preset(name)) for name in PIPELINES], console)
+    console.print(
+        f"calibration: the first {DEMO_LENGTH} tokens of {', '.join(calibration.names)}, none of them held out",
+        soft_wrap=True,
+    )
+    task = Task(
+        graph, draft, windows, calibration, options["prompt"], options["max_tokens"], stop_tokens(DEMO)
+    )
+    pipelines = [(name, preset(name)) for name in PIPELINES]
+    report = run_stages(task, pipelines, [Drafting(*each) for each in DRAFTINGS], console)
     console.print()
-    console.print(quality_table(results, conditions), "", speed_table(results, conditions))
-    console.print(f"\n{time.perf_counter() - start:.0f} s in all")
+    for sheet in sheets(report):
+        console.print(sheet.as_table(), "")
+    console.print(f"{time.perf_counter() - start:.0f} s in all")
     if options["json"]:
-        write_json(Path(options["json"]), results, conditions)
-
-
-def held_out_windows(count: int) -> "np.ndarray":
-    """Returns int32 [count // DEMO_LENGTH, DEMO_LENGTH] of held-out text, spread evenly over all of it.
-
-    Raises OptionError for fewer than two windows, and for more than there are.
-    """
-    import numpy as np
-
-    from xlathe.models import demo
-    from xlathe.models.demo import corpus
-
-    texts = corpus.held_out_files()
-    tokens = corpus.encode_files(texts, demo.tokenizer()) if texts else np.zeros(0, np.int32)
-    rows = tokens[: len(tokens) // DEMO_LENGTH * DEMO_LENGTH].reshape(-1, DEMO_LENGTH)
-    wanted = count // DEMO_LENGTH
-    if not 2 <= wanted <= len(rows):
-        raise OptionError(
-            f"--eval_tokens={count}: expected at least {2 * DEMO_LENGTH} and at most {rows.size}, "
-            f"the held-out tokens in the library of this Python"
-        )
-    return rows[np.linspace(0, len(rows) - 1, wanted).astype(int)]
+        report.write_json(Path(options["json"]))
+    if options["html"]:
+        write_page(Path(options["html"]), report)
 
 
 VERB = Verb(

@@ -10,6 +10,7 @@ from xlathe.errors import OptionError
 from xlathe.tools.command import Options, UsageError, Verb
 from xlathe.tools.console import bar, make_console
 from xlathe.tools.source import is_bundle, open_graph
+from xlathe.tools.text import encode, read_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,18 +25,18 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(options: Options, source: str) -> None:
-    from xlathe.tools.measure import bits_per_byte, held_out_loss, perplexity_of, quality
+    from xlathe.tools.measure import bits_per_byte, held_out_loss, perplexity_of, qualities
 
     if options["text"] is None:
         raise UsageError("which text? --text=FILE")
     console = make_console()
-    text = _read(Path(options["text"]))
+    text = read_text(Path(options["text"]))
     with bar(console, "load"):
         model = open_model(source)
         reference = open_model(options["reference"]) if options["reference"] else None
     tokens, windows = _windows(text, model, reference)
     with bar(console, "evaluate") as progress:
-        measured = quality(reference.predict, model.predict, windows, progress) if reference else None
+        measured = qualities(reference.predict, [model.predict], windows, progress)[0] if reference else None
         loss = measured.loss if measured else held_out_loss(model.predict, windows, progress)
     lines = [
         f"{source}: {windows.size:,} tokens of {options['text']} in {len(windows)} windows",
@@ -72,19 +73,12 @@ def open_model(source: str) -> Opened:
     return Opened(source, graph, graph.tokenizer, graph.max_len)
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise OptionError(f"{path} is no text in UTF-8: {error}") from None
-
-
 def _windows(text: str, model: Opened, reference: Opened | None) -> tuple[int, "np.ndarray"]:
     """Returns the number of tokens of the text, and int32 [n, length], n >= 2: all but a rest shorter than a window."""
     import numpy as np
 
     both = [model] if reference is None else [model, reference]
-    encoded = [_encode(text, each.tokenizer, each.source) for each in both]
+    encoded = [encode(text, each.tokenizer, each.source, "evaluating a text") for each in both]
     if encoded[0] != encoded[-1]:
         raise OptionError(f"the tokenizers of {' and '.join(each.source for each in both)} differ on the text")
     tokens = np.asarray(encoded[0], np.int32)
@@ -92,12 +86,6 @@ def _windows(text: str, model: Opened, reference: Opened | None) -> tuple[int, "
     if length < 2:
         raise OptionError(f"the text has {len(tokens)} tokens, expected at least 4")
     return len(tokens), tokens[: len(tokens) // length * length].reshape(-1, length)
-
-
-def _encode(text: str, tokenizer: "Tokenizer | None", source: str) -> list[int]:
-    if tokenizer is None:
-        raise OptionError(f"{source} has no tokenizer, which evaluating a text needs")
-    return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 VERB = Verb("eval", "perplexity of a bundle, a graph directory or the demo on a text", ("SOURCE",), define, run)

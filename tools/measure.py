@@ -37,22 +37,41 @@ class Speed:
     read_limit: float
 
 
-def quality(reference: Model, model: Model, windows: np.ndarray, progress: Progress) -> Quality:
-    """Compares two models on windows int32 [n, length], n >= 2.
+def qualities(
+    reference: Model, models: Sequence[Model], windows: np.ndarray, progress: Progress
+) -> list[Quality]:
+    """Compares models with the one that they came from on windows int32 [n, length], n >= 2.
 
     Tokens of one window resemble each other, so that the standard errors are those of the mean over windows
     (clustered standard errors, https://arxiv.org/abs/2411.00640).
     """
-    comparisons: list[Comparison] = []
+    compared: list[list[Comparison]] = [[] for _ in models]
     for i, window in enumerate(windows):
-        progress("evaluate", i / len(windows))
-        comparisons.append(compare(reference, model, window[None]))
-    loss = over_windows([math.log(c.perplexity_b.mean) for c in comparisons])
+        known = _Known(reference.vocab, np.asarray(reference(window[None])))
+        for j, model in enumerate(models):
+            progress("measure quality", (i + j / len(models)) / len(windows))
+            compared[j].append(compare(known, model, window[None]))
+    return [_quality(each) for each in compared]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    """A model whose logits [1, t, vocab] of one window are known."""
+
+    vocab: int
+    logits: np.ndarray
+
+    def __call__(self, tokens: np.ndarray) -> np.ndarray:
+        return self.logits
+
+
+def _quality(windows: Sequence[Comparison]) -> Quality:
+    loss = over_windows([math.log(each.perplexity_b.mean) for each in windows])
     return Quality(
         loss,
         perplexity_of(loss),
-        over_windows([c.kl.mean for c in comparisons]),
-        over_windows([c.same_top1.mean for c in comparisons]),
+        over_windows([each.kl.mean for each in windows]),
+        over_windows([each.same_top1.mean for each in windows]),
     )
 
 
@@ -86,7 +105,7 @@ def speeds(
     prompt: Sequence[int],
     new_tokens: int,
     rounds: int,
-    progress: Callable[[str, float], None],
+    progress: Progress,
 ) -> list[Speed]:
     """Times programs, each with the bytes of its weights, on one row.
 

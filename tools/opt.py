@@ -21,6 +21,8 @@ def define(values: flags.FlagValues) -> None:
 def run(options: Options, source: str, destination: str) -> None:
     import dataclasses
 
+    from xlathe.tools.text import find_calibration
+
     console = make_console()
     pipeline = find_pipeline(options)
     if pipeline is None:
@@ -31,6 +33,7 @@ def run(options: Options, source: str, destination: str) -> None:
     with bar(console, "passes") as progress:
         result = pipeline(
             graph,
+            calibration=find_calibration(options, source, graph),
             progress=progress,
             dump=options["dump"],
             print_after_change=options["print_after_change"],

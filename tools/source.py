@@ -20,11 +20,14 @@ DEMO_LENGTH = 512  # the context that the demo's models were trained with
 
 
 def define_pipeline(values: flags.FlagValues) -> None:
-    """Adds the flags that `find_pipeline` reads."""
+    """Adds the flags that `find_pipeline` and `xlathe.tools.text.find_calibration` read."""
     flags.DEFINE_string(
         "passes", None, "a pipeline, 'canonicalize,quantize{scheme=int8}'", flag_values=values
     )
     flags.DEFINE_string("config", None, "a pipeline by the name of its preset, int8", flag_values=values)
+    flags.DEFINE_string(
+        "calibration", None, "file of the text that passes calibrate on; the demo has its own", flag_values=values
+    )
 
 
 def find_pipeline(options: Options) -> "Pipeline | None":
@@ -56,14 +59,19 @@ def parse_passes(text: str) -> "Pipeline":
 def open_graph(source: str) -> "Graph":
     """Traces the demo's target model, or loads the graph directory `source`."""
     if source == DEMO:
-        from xlathe.models import demo
-        from xlathe.trace import trace
-
-        model, tokenizer = demo.load("target")
-        return trace(model, max_len=DEMO_LENGTH, tokenizer=tokenizer)
+        return trace_demo("target")
     from xlathe.graph_file import load_graph
 
     return load_graph(source)
+
+
+def trace_demo(name: str) -> "Graph":
+    """Traces the demo's model `target` or `draft`."""
+    from xlathe.models import demo
+    from xlathe.trace import trace
+
+    model, tokenizer = demo.load(name)
+    return trace(model, max_len=DEMO_LENGTH, tokenizer=tokenizer)
 
 
 def stop_tokens(source: str) -> tuple[int, ...]:

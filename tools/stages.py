@@ -1,10 +1,11 @@
 """The stages of `xlathe demo`: each does its work, and tells in a line or two what came out."""
 
 import dataclasses
+import datetime
 import os
 import platform
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -20,22 +21,37 @@ from xlathe.program import Program, compile
 from xlathe.report import count_parameters, weight_bytes
 from xlathe.step import state_bytes
 from xlathe.tools.console import bar
-from xlathe.tools.measure import Quality, Speed, quality, speeds
-from xlathe.tools.results import Conditions, Result
+from xlathe.tools.measure import Quality, Speed, qualities, speeds
+from xlathe.tools.results import Conditions, Report, Result
+from xlathe.tools.served import Served
+from xlathe.tools.speculation import Drafted, in_turns, judge
+from xlathe.tools.text import TrainingRows
 
 ROUNDS = 5  # of measuring speed: half a window as the prompt, a quarter of its length as the answer
+REMOVED = "removed "  # how the note of a pruning pass begins
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafting:
+    """A drafter, `n-gram` or `model`, that proposes gamma tokens to a pipeline's program."""
+
+    pipeline: str
+    drafter: str
+    gamma: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
     """What the demo does with every pipeline.
 
-    graph: as traced; windows: held-out int32 [n, length], 2 <= n, 4 <= length <= the graph's max_len;
-    prompt: completed by up to max_tokens tokens.
+    graph, draft: as traced; windows: held-out int32 [n, length], 2 <= n, 4 <= length <= the graphs' max_len;
+    calibration: what passes may look at; prompt: completed by up to max_tokens tokens.
     """
 
     graph: Graph
+    draft: Graph
     windows: np.ndarray
+    calibration: TrainingRows
     prompt: str
     max_tokens: int
     stop_tokens: tuple[int, ...]
@@ -43,34 +59,39 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """A pipeline's way through all stages but the measurement of speed."""
+    """A pipeline's way through all stages before anything is measured."""
 
     name: str
-    passes: str
-    shaped: Graph
+    pipeline: Pipeline
+    step: Graph
     program: Program
     disk_bytes: int
-    quality: Quality
+    completion: str
 
 
 def run_stages(
-    task: Task, pipelines: Sequence[tuple[str, Pipeline]], console: Console
-) -> tuple[list[Result], Conditions]:
-    """Takes a graph through every pipeline, and measures the speeds of all in turns.
+    task: Task, pipelines: Sequence[tuple[str, Pipeline]], draftings: Sequence[Drafting], console: Console
+) -> Report:
+    """Takes a graph through every pipeline, measures all in turns, and lets some be drafted for.
 
     The result of the first pipeline is what the quality of all is compared with.
     """
-    built: list[Built] = []
-    for name, pipeline in pipelines:
-        console.print(f"\n{name}: {pipeline}", style="bold", soft_wrap=True)
-        built.append(_build(task, name, pipeline, built[0].shaped if built else None, console))
+    built = [_build(task, name, pipeline, console) for name, pipeline in pipelines]
     windows, length = task.windows.shape
     prompt, new_tokens = task.windows[0, : length // 2].tolist(), length // 4
+    with bar(console, "measure quality") as progress:
+        served = [Served(each.step) for each in built]
+        judged = qualities(served[0], served, task.windows, progress)
     with bar(console, "measure speed") as progress:
-        programs = [(each.program, weight_bytes(each.shaped)) for each in built]
-        measured = speeds(programs, prompt, new_tokens, ROUNDS, progress)
-    results = [_result(task, each, speed) for each, speed in zip(built, measured, strict=True)]
-    return results, Conditions(machine(), windows, length, ROUNDS, len(prompt), new_tokens)
+        programs = [(each.program, weight_bytes(each.step)) for each in built]
+        timed = speeds(programs, prompt, new_tokens, ROUNDS, progress)
+    results = [_result(task, *found) for found in zip(built, judged, timed, strict=True)]
+    today, names = datetime.date.today().isoformat(), task.calibration.names
+    return Report(
+        Conditions(today, machine(), task.prompt, names, windows, length, ROUNDS, len(prompt), new_tokens),
+        tuple(results),
+        tuple(_speculate(task, built, draftings, console)),
+    )
 
 
 def machine() -> str:
@@ -80,31 +101,27 @@ def machine() -> str:
     return f"{os.cpu_count()} cores of {platform.machine()}, {kernels}, jax {jax.__version__}"
 
 
-def _build(task: Task, name: str, pipeline: Pipeline, reference: Graph | None, console: Console) -> Built:
+def _build(task: Task, name: str, pipeline: Pipeline, console: Console) -> Built:
+    console.print(f"\n{name}: {pipeline}", style="bold", soft_wrap=True)
     with bar(console, "passes") as progress:
-        shaped = pipeline(task.graph, progress=progress)
-        step = to_step(shaped)
-    derived = () if shaped.is_step else step.history[-1:]
-    for record in (*shaped.history, *derived):
+        step = to_step(pipeline(task.graph, calibration=list(task.calibration.tokens[:, None]), progress=progress))
+    for record in step.history:
         console.print(_told(record), soft_wrap=True)
-    cached = state_bytes(step, rows=1, slots=step.max_len)
-    console.print(f"  cache: {len(step.names('state'))} derived arrays, {cached / step.max_len:,.0f} bytes a token")
+    console.print(f"  cache: {len(step.names('state'))} derived arrays, {_cache_bytes(step):,.0f} bytes a token")
     with bar(console, "compile"):
-        program = compile(step, max_batch=1, max_len=task.graph.max_len, stop_tokens=task.stop_tokens)
+        program = compile(step, stop_tokens=task.stop_tokens)
     console.print(f"  compile: {', '.join(program.calls)} in {program.seconds:.1f} s", soft_wrap=True)
-    disk_bytes = _save(program, console)
-    _complete(program, task, console)
-    with bar(console, "evaluate") as progress:
-        measured = quality(reference or shaped, shaped, task.windows, progress)
-    told = f"  held out: perplexity {measured.perplexity}, KL divergence {measured.kl} nats a token"
-    console.print(told, soft_wrap=True)
-    return Built(name, str(pipeline), shaped, program, disk_bytes, measured)
+    return Built(name, pipeline, step, program, _save(program, console), _complete(program, task, console))
 
 
 def _told(record: Record) -> str:
     hits = ", ".join(f"{count} {rule}" for rule, count in record.hits.items())
     before, after = record.equations
     return f"  {record.name}: {before} -> {after} equations; {hits}; {record.seconds:.1f} s"
+
+
+def _cache_bytes(step: Graph) -> float:
+    return state_bytes(step, rows=1, slots=step.max_len) / step.max_len
 
 
 def _save(program: Program, console: Console) -> int:
@@ -117,23 +134,58 @@ def _save(program: Program, console: Console) -> int:
     return weights
 
 
-def _complete(program: Program, task: Task, console: Console) -> None:
+def _complete(program: Program, task: Task, console: Console) -> str:
     console.print("  complete:")
     console.print(task.prompt, end="", style="bold", soft_wrap=True)
+    text = ""
     for piece in program.stream(task.prompt, max_tokens=task.max_tokens):
         console.print(piece.text, end="", soft_wrap=True)
+        text += piece.text or ""
     console.print()
+    return text
 
 
-def _result(task: Task, built: Built, speed: Speed) -> Result:
-    size = weight_bytes(built.shaped)
+def _result(task: Task, built: Built, quality: Quality, speed: Speed) -> Result:
+    size = weight_bytes(built.step)
+    notes = (note for record in built.step.history for note in record.notes)
     return Result(
         name=built.name,
-        passes=built.passes,
+        passes=str(built.pipeline),
+        removed=", ".join(note.removeprefix(REMOVED) for note in notes if note.startswith(REMOVED)),
         disk_bytes=built.disk_bytes,
         read_bytes=size,
         bits_per_weight=8 * size / count_parameters(task.graph),
-        quality=built.quality,
+        cache_bytes=_cache_bytes(built.step),
+        quality=quality,
         speed=speed,
         compile_seconds=built.program.seconds,
+        completion=built.completion,
     )
+
+
+def _speculate(
+    task: Task, built: Sequence[Built], draftings: Sequence[Drafting], console: Console
+) -> Iterator[Drafted]:
+    """Decodes the beginnings of all windows with and without each drafter."""
+    if not draftings:
+        return
+    by_name = {each.name: each for each in built}
+    quarter = task.windows.shape[1] // 4
+    with bar(console, "compile drafters"):
+        plain = {each.pipeline: by_name[each.pipeline].program for each in draftings}
+        drafted = [_with_drafts(task, by_name[each.pipeline], each) for each in draftings]
+    with bar(console, "measure speculation") as progress:
+        prompts = task.windows[:, :quarter].tolist()
+        found = in_turns([*plain.values(), *drafted], prompts, progress, max_tokens=quarter)
+    texts = dict(zip(plain, found, strict=False))
+    for each, completions in zip(draftings, found[len(plain) :], strict=True):
+        yield judge(each.pipeline, each.drafter, each.gamma, texts[each.pipeline], completions)
+
+
+def _with_drafts(task: Task, built: Built, drafting: Drafting) -> Program:
+    """The draft model goes through the same pipeline as the model that it drafts for."""
+    if drafting.drafter == "n-gram":
+        draft: Graph | str = "ngram"
+    else:
+        draft = built.pipeline(task.draft, calibration=list(task.calibration.tokens[:, None]))
+    return compile(built.step, stop_tokens=task.stop_tokens, draft=draft, gamma=drafting.gamma)

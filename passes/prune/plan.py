@@ -57,6 +57,17 @@ class PrunePlan:
     before: Cost
     after: Cost
 
+    @property
+    def removed(self) -> str:
+        """What goes, in words: `6 of 24 key-value heads, 576 of 6,144 neurons`; a head goes with its queries."""
+        parts = []
+        for kind, what in (("heads", "key-value heads"), ("neurons", "neurons")):
+            groups = [group for group in self.groups if group.kind == kind]
+            size = sum(group.size for group in groups)
+            parts += [f"{size - sum(len(group.kept) for group in groups):,} of {size:,} {what}"] if groups else []
+        parts += [f"{len(self.layers)} of {len(self.influence)} layers"] if self.layers else []
+        return ", ".join(parts) or "nothing"
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as JSON."""
         Path(path).write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n")

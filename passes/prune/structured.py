@@ -11,7 +11,7 @@ from xlathe.graph import Graph, Record
 from xlathe.passes.prune.cost import cost
 from xlathe.passes.prune.depth import block_influence, without_layers
 from xlathe.passes.prune.groups import Groups
-from xlathe.passes.prune.plan import Group, PrunePlan
+from xlathe.passes.prune.plan import UNITS, Group, PrunePlan
 from xlathe.pipeline import APPROXIMATE, Context, Keeps, Pass, is_forward
 from xlathe.shrink import shrink
 
@@ -66,8 +66,9 @@ class PruneStructured(Pass):
         hits = {"heads": 0, "neurons": 0, "layers": len(plan.layers)}
         for group in plan.groups:
             hits[group.kind] += group.size - len(group.kept)
-        notes, rewrites = str(plan).splitlines()[-3:], [f"{group.kind} of {group.name}" for group in plan.groups]
-        return prune(graph, plan), Record("prune_structured", hits=hits, notes=tuple(notes), rewrites=tuple(rewrites))
+        notes = (f"removed {plan.removed}", *str(plan).splitlines()[-len(UNITS) :])
+        rewrites = tuple(f"{group.kind} of {group.name}" for group in plan.groups)
+        return prune(graph, plan), Record("prune_structured", hits=hits, notes=notes, rewrites=rewrites)
 
     def make_plan(self, graph: Graph, context: Context) -> PrunePlan:
         """Returns what this pass would do to the graph, without doing it."""

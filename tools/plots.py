@@ -1,0 +1,125 @@
+"""Plots as SVG to stand inside a page: text and shapes take their colors from the page's style."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH = 640  # of every plot, in user units; the page scales it
+CHARACTER = 7.2  # about the width of one, in the page's 13 units high type
+
+
+@dataclass(frozen=True)
+class Point:
+    """x and y are positive; low and high: the ends of y's error bar, positive too."""
+
+    name: str
+    x: float
+    y: float
+    low: float
+    high: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Bar:
+    """value and mark, the place of a tick across the bar, share one scale; text stands behind the bar."""
+
+    name: str
+    value: float
+    text: str
+    mark: float | None = None
+
+
+@dataclass(frozen=True)
+class LogScale:
+    """Maps positive numbers to places between start and end, by their logarithms."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        share = math.log(value / self.low) / math.log(self.high / self.low)
+        return self.start + share * (self.end - self.start)
+
+    def ticks(self) -> list[float]:
+        """The numbers 1, 2 and 5 times a power of ten; of many powers only each power itself."""
+        powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        digits = (1, 2, 5) if len(powers) <= 3 else (1,)
+        return [t for p in powers for d in digits if self.low <= (t := d * 10.0**p) <= self.high]
+
+
+def scatter(name: str, title: str, x_label: str, y_label: str, points: Sequence[Point]) -> str:
+    """Returns points with error bars on two logarithmic axes; no two names overlap."""
+    height, left, bottom = 340, 70, 290
+    xs, ys = [p.x for p in points], [e for p in points for e in (p.low, p.high)]
+    x = LogScale(min(xs) / 1.25, max(xs) * 1.25, left, WIDTH - 20)
+    y = LogScale(min(ys) / 2, max(ys) * 2, bottom, 30)
+    parts = []
+    for tick in x.ticks():
+        parts += [_line(x(tick), 30, x(tick), bottom, "grid"), _text(x(tick), bottom + 18, f"{tick:g}", "middle")]
+    for tick in y.ticks():
+        parts += [_line(left, y(tick), WIDTH - 20, y(tick), "grid"), _text(left - 8, y(tick) + 4, f"{tick:g}", "end")]
+    parts += [_text((left + WIDTH) / 2, bottom + 40, x_label, "middle"), _text(8, 16, y_label, "start")]
+    for point, place in zip(points, _spread([y(p.y) for p in points]), strict=True):
+        at = x(point.x)
+        parts += [_line(at, y(point.low), at, y(point.high), "error")]
+        circle = f'<circle class="point" cx="{at:.1f}" cy="{y(point.y):.1f}" r="5">'
+        parts += [f"{circle}<title>{escape(point.text)}</title></circle>"]
+        right = at + 12 + CHARACTER * len(point.name) < WIDTH
+        parts += [_text(at + 12 if right else at - 12, place + 4, point.name, "start" if right else "end")]
+    return _svg(name, title, "; ".join(p.text for p in points), height, parts)
+
+
+def bars(name: str, title: str, groups: Sequence[tuple[str, Sequence[Bar]]]) -> str:
+    """Returns horizontal bars from 0, one below the other; a group with a name begins with it."""
+    every = [bar for _, group in groups for bar in group]
+    left = 16 + CHARACTER * max(len(bar.name) for bar in every)
+    most = max(max(bar.value, bar.mark or 0) for bar in every)
+    unit = (WIDTH - left - 12 - CHARACTER * max(len(bar.text) for bar in every)) / most
+    parts, top = [], 8.0
+    for heading, group in groups:
+        if heading:
+            parts.append(_text(0, top + 16, heading, "start"))
+            top += 24
+        for bar in group:
+            parts += list(_bar(bar, left, top, unit))
+            top += 26
+        top += 6
+    told = "; ".join(f"{heading} {bar.name}: {bar.text}".strip() for heading, group in groups for bar in group)
+    return _svg(name, title, told, top, parts)
+
+
+def _bar(bar: Bar, left: float, top: float, unit: float) -> Iterator[str]:
+    yield _text(left - 8, top + 15, bar.name, "end")
+    yield f'<rect class="bar" x="{left:.1f}" y="{top:.1f}" width="{unit * bar.value:.1f}" height="20" rx="2"/>'
+    end = bar.value
+    if bar.mark is not None:
+        yield _line(left + unit * bar.mark, top - 2, left + unit * bar.mark, top + 22, "mark")
+        end = max(end, bar.mark)
+    yield _text(left + unit * end + 8, top + 15, bar.text, "start")
+
+
+def _spread(places: Sequence[float], apart: float = 17) -> list[float]:
+    """Moves places downwards until no two are closer than `apart`."""
+    moved, last = list(places), -math.inf
+    for i in sorted(range(len(places)), key=places.__getitem__):
+        last = moved[i] = max(places[i], last + apart)
+    return moved
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _svg(name: str, title: str, told: str, height: float, parts: Sequence[str]) -> str:
+    """name: of the element; told: the figures in words, for those who hear the page."""
+    opening = f'<svg role="img" viewBox="0 0 {WIDTH} {height:.0f}" aria-labelledby="{name}-title {name}-told">'
+    described = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-told">{escape(told)}</desc>'
+    return "\n".join([opening, described, *parts, "</svg>"])
