@@ -12,81 +12,97 @@ from scipy import stats
 from xlathe.decode.accept import RULES, accept, agree
 from xlathe.decode.logits import Sampling, sample
 
-Laws = dict[tuple[int, ...], np.ndarray]  # of the next token, by the tokens before it
+Laws = tuple[np.ndarray, ...]  # of the next token after every prefix: the i-th is float64 [vocab] * (i + 1)
 
 
-def laws_of(kind: str, vocab: int, length: int, seed: int) -> tuple[Laws, Laws]:
-    """Target and draft, each with a law of its own after every prefix of up to `length` tokens."""
+def laws_of(kind: str, vocab: int, gamma: int, seed: int) -> tuple[Laws, Laws]:
+    """Target and draft, each with a law of its own after every prefix of up to gamma tokens."""
     rng = np.random.default_rng(seed)
 
-    def law() -> np.ndarray:
-        weights = rng.exponential(size=vocab)
+    def laws(length: int) -> np.ndarray:
+        shape = (vocab,) * (length + 1)
+        weights = rng.exponential(size=shape)
+        some = np.arange(vocab) == rng.integers(vocab, size=(*shape[:-1], 1))  # one token of each law
         match kind:
             case "zeros":
-                weights *= rng.random(vocab) < 0.6
-                weights[rng.integers(vocab)] += 0.5
+                weights = weights * (rng.random(shape) < 0.6) + 0.5 * some
             case "ties":
-                weights = rng.integers(1, 3, vocab).astype(float)
+                weights = rng.integers(1, 3, shape).astype(float)
             case "points":
-                weights = (np.arange(vocab) == rng.integers(vocab)).astype(float)
-        return weights / weights.sum()
+                weights = some.astype(float)
+        return weights
 
-    prefixes = [p for n in range(length + 1) for p in itertools.product(range(vocab), repeat=n)]
-    p, q = ({prefix: law() for prefix in prefixes} for _ in range(2))
-    if kind == "equal":
-        q = p
+    p, q = ([laws(length) for length in range(gamma + 1)] for _ in range(2))
     if kind == "disjoint":
         half = np.arange(vocab) < vocab // 2
-        p = {prefix: np.where(half, x, 0) / x[half].sum() for prefix, x in p.items()}
-        q = {prefix: np.where(half, 0, x) / x[~half].sum() for prefix, x in q.items()}
-    return p, q
+        p, q = ([weights * side for weights in each] for each, side in ((p, half), (q, ~half)))
+    p, q = (tuple(w / w.sum(-1, keepdims=True) for w in each) for each in (p, q))
+    return p, p if kind == "equal" else q
 
 
-def probability(laws: Laws, path: tuple[int, ...], start: int = 0) -> float:
-    return float(np.prod([laws[path[:i]][path[i]] for i in range(start, len(path))]))
+def extend(beginnings: np.ndarray, laws: Laws, length: int) -> np.ndarray:
+    """Goes on to paths of so many tokens, each drawn from the law after those before it."""
+    for i in range(beginnings.ndim, length):
+        beginnings = beginnings[..., None] * laws[i]
+    return beginnings
 
 
-def emitted_law(rule: Callable, p: Laws, q: Laws, vocab: int, gamma: int) -> dict[tuple[int, ...], float]:
-    """The exact law of the first gamma + 1 tokens: all drafts, and for each u the two pieces on which nothing changes.
+def emitted_law(rule: Callable, p: Laws, q: Laws) -> np.ndarray:
+    """The exact law of the first gamma + 1 tokens, float64 [vocab] * (gamma + 1).
 
-    Tokens that a round leaves open are the target's own, drawn after what the round emitted.
+    Enumerated are all drafts and, for each u, the two pieces of [0, 1) on which nothing changes. Tokens that a round
+    leaves open are the target's own, drawn after what the round emitted.
     """
-    paths = [d for d in itertools.product(range(vocab), repeat=gamma) if probability(q, d) > 0]
-    cases = []
-    for d in paths:
-        edges = [min(1.0, p[d[:i]][d[i]] / q[d[:i]][d[i]]) for i in range(gamma)]
-        for pieces in itertools.product((False, True), repeat=gamma):
-            weight = probability(q, d) * np.prod([e if low else 1 - e for e, low in zip(edges, pieces, strict=True)])
-            u = [e / 2 if low else (1 + e) / 2 for e, low in zip(edges, pieces, strict=True)]
-            if weight > 0:
-                cases.append((d, u, weight))
-    laws_p = np.array([[p[d[:i]] for i in range(gamma + 1)] for d, _, _ in cases])
-    laws_q = np.array([[q[d[:i]] for i in range(gamma)] for d, _, _ in cases])
-    drafts, coins = np.array([d for d, _, _ in cases], np.int32), np.array([u for _, u, _ in cases])
-    counts, following = (np.asarray(x) for x in jax.jit(jax.vmap(rule))(laws_p, laws_q, drafts, coins))
+    vocab, gamma = len(p[0]), len(p) - 1
+    paths, lower = (np.array(list(itertools.product(range(n), repeat=gamma))) for n in (vocab, 2))
+    d, low = np.repeat(paths, len(lower), axis=0), np.tile(lower, (len(paths), 1)).astype(bool)
+    cases = np.arange(len(d))[:, None]
+    laws_p, laws_q = (
+        np.stack([np.broadcast_to(x[i][tuple(d[:, :i].T)], (len(d), vocab)) for i in range(n)], axis=1)
+        for x, n in ((p, gamma + 1), (q, gamma))
+    )
+    p_drafted, q_drafted = (x[cases, np.arange(gamma), d] for x in (laws_p, laws_q))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        edges = np.where(q_drafted > 0, np.minimum(1, p_drafted / q_drafted), p_drafted > 0)
+    weight = (q_drafted * np.where(low, edges, 1 - edges)).prod(1)
+    u = np.where(low, edges / 2, (1 + edges) / 2)
+    counts, following = (np.asarray(x) for x in rule(laws_p, laws_q, d.astype(np.int32), u))
     assert following.dtype == np.float64
-    found: dict[tuple[int, ...], float] = dict.fromkeys(itertools.product(range(vocab), repeat=gamma + 1), 0.0)
-    for (d, _, weight), count, law in zip(cases, counts, following, strict=True):
-        for token in range(vocab):
-            start = (*d[:count], token)
-            for rest in itertools.product(range(vocab), repeat=gamma - count):
-                path = start + rest
-                found[path] += weight * law[token] * probability(p, path, len(start))
+    np.testing.assert_allclose(following.sum(-1), 1, rtol=1e-12)  # also where the drafts cannot be
+    found = np.zeros((vocab,) * (gamma + 1))
+    for count in range(gamma + 1):
+        which, beginnings = counts == count, np.zeros((vocab,) * (count + 1))
+        mass = weight[which, None] * following[which]
+        *places, _ = np.broadcast_arrays(*d[which, :count].T[..., None], np.arange(vocab), mass)
+        np.add.at(beginnings, tuple(places), mass)
+        found += extend(beginnings, p, gamma + 1)
     return found
 
 
 KINDS = ["dense", "zeros", "ties", "points", "equal", "disjoint"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("vocab", "gamma"), [(6, 1), (4, 2), (3, 3)])
-def test_the_ratio_rule_has_the_law_of_the_target(kind: str, vocab: int, gamma: int) -> None:
+@pytest.mark.parametrize("gamma", [1, 2, 3])
+@pytest.mark.parametrize("vocab", [2, 3, 4, 5, 6])
+def test_the_ratio_rule_has_the_law_of_the_target(vocab: int, gamma: int) -> None:
     with jax.enable_x64(True):
-        p, q = laws_of(kind, vocab, gamma, seed=vocab)
-        found = emitted_law(accept, p, q, vocab, gamma)
-        for path, mass in found.items():
-            assert mass == pytest.approx(probability(p, path), abs=1e-15, rel=1e-12)
-            assert (mass > 0) == (probability(p, path) > 0)  # what cannot be never is
+        rule = jax.jit(jax.vmap(accept))
+        for kind in KINDS:
+            p, q = laws_of(kind, vocab, gamma, seed=vocab)
+            found, expected = emitted_law(rule, p, q), extend(p[0], p, gamma + 1)
+            np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-15, err_msg=kind)
+            np.testing.assert_array_equal(found > 0, expected > 0, err_msg=kind)  # what cannot be never is
+
+
+def test_the_laws_are_what_they_are_called() -> None:
+    laws = {kind: laws_of(kind, 6, 3, seed=0) for kind in KINDS}
+    last = {kind: (p[2], q[2]) for kind, (p, q) in laws.items()}
+    assert all((p > 0).all() and (q > 0).all() and (p != q).all() for p, q in [last["dense"]])
+    assert all(0 < (law == 0).mean() < 1 and (law > 0).any(-1).all() for law in last["zeros"])
+    assert (last["ties"][0] == last["ties"][1]).any() and (np.diff(last["ties"][0]) == 0).any()
+    assert all((np.sort(law) == [0, 0, 0, 0, 0, 1]).all() for law in last["points"])
+    assert (last["equal"][0] == last["equal"][1]).all()
+    assert not (last["disjoint"][0] * last["disjoint"][1]).any()
 
 
 def test_the_enumeration_sees_a_rule_that_is_wrong() -> None:
@@ -96,9 +112,9 @@ def test_the_enumeration_sees_a_rule_that_is_wrong() -> None:
 
     with jax.enable_x64(True):
         p, q = laws_of("dense", 4, 2, seed=0)
-        found = emitted_law(biased, p, q, 4, 2)
-        assert sum(found.values()) == pytest.approx(1)
-        assert max(abs(mass - probability(p, path)) for path, mass in found.items()) > 1e-3
+        found = emitted_law(jax.vmap(biased), p, q)
+        assert found.sum() == pytest.approx(1)
+        assert np.abs(found - extend(p[0], p, 3)).max() > 1e-3
 
 
 def test_at_the_edges_of_u() -> None:
