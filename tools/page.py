@@ -125,7 +125,7 @@ def _acceptance(report: Report) -> str:
         for d in report.drafted
     ]
     return _figure(
-        bars("acceptance", "Accepted drafts by place", groups),
+        bars("acceptance", "Accepted drafts by place", groups, most=1.0),
         "Accepted drafts of those offered, by their place: a draft after one that fell does not stand.",
     )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH = 640  # of every plot, in user units; the page scales it
-CHARACTER = 7.2  # about the width of one, in the page's 13 units high type
+CHARACTER = 8.2  # at most the width of one in the page's type, which is 13 units high, on average over a word
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,14 @@ def scatter(name: str, title: str, x_label: str, y_label: str, points: Sequence[
     return _svg(name, title, "; ".join(p.text for p in points), height, parts)
 
 
-def bars(name: str, title: str, groups: Sequence[tuple[str, Sequence[Bar]]]) -> str:
-    """Returns horizontal bars from 0, one below the other; a group with a name begins with it."""
+def bars(name: str, title: str, groups: Sequence[tuple[str, Sequence[Bar]]], most: float | None = None) -> str:
+    """Returns horizontal bars from 0, one below the other; a group with a name begins with it.
+
+    most: the value of a bar as wide as can be; default: the largest.
+    """
     every = [bar for _, group in groups for bar in group]
     left = 16 + CHARACTER * max(len(bar.name) for bar in every)
-    most = max(max(bar.value, bar.mark or 0) for bar in every)
+    most = most or max(max(bar.value, bar.mark or 0) for bar in every)
     unit = (WIDTH - left - 12 - CHARACTER * max(len(bar.text) for bar in every)) / most
     parts, top = [], 8.0
     for heading, group in groups:

@@ -188,4 +188,5 @@ def _with_drafts(task: Task, built: Built, drafting: Drafting) -> Program:
         draft: Graph | str = "ngram"
     else:
         draft = built.pipeline(task.draft, calibration=list(task.calibration.tokens[:, None]))
-    return compile(built.step, stop_tokens=task.stop_tokens, draft=draft, gamma=drafting.gamma)
+    chunks = (task.windows.shape[1] // 4,)  # the prompts are all of this length
+    return compile(built.step, chunks=chunks, stop_tokens=task.stop_tokens, draft=draft, gamma=drafting.gamma)

@@ -24,7 +24,9 @@ def block_influence(graph: Graph, context: Context) -> tuple[float, ...]:
     if not blocks:
         raise PassError("found no repeated layers between cuts of the residual stream")
     if not len(context.calibration):
-        raise OptionError("removing layers needs calibration tokens: pipeline(graph, calibration=batches)")
+        raise OptionError(
+            "removing layers needs calibration tokens: pipeline(graph, calibration=batches) or --calibration=FILE"
+        )
     exposed = ir.expose(graph.jaxpr, [var for block in blocks for var in block])
 
     @jax.jit

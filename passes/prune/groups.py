@@ -77,7 +77,10 @@ class Groups:
     def activation_scores(self, context: Context) -> dict[int, np.ndarray]:
         """L2 norm over calibration tokens of what an index feeds to the weights that sum over it."""
         if not len(context.calibration):
-            raise OptionError("score='activation' needs calibration tokens: pipeline(graph, calibration=batches)")
+            raise OptionError(
+                "score='activation' needs calibration tokens: pipeline(graph, calibration=batches) "
+                "or --calibration=FILE"
+            )
         stats = observe(self.graph, context.calibration, progress=context.progress).inputs
         layouts, _ = plan_weights(self.graph, list(self.graph.names("weight")))
         scores = {atom: np.zeros(int(self.dims.sizes[atom])) for atom in self.kinds}

@@ -1,10 +1,11 @@
 """Text does not change with speculation; only how many steps of the target it takes does."""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,16 @@ from flax import nnx
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import xlathe as xl
+from tests.passes.decoding import stepped
+from tests.variants import DECODERS
 from xlathe.aot import Buckets, find_speculation, served_arrays, served_state, to_step, units
-from xlathe.decode.drafters import PREFIX, NGram
+from xlathe.decode.drafters import PREFIX, Drafter, NGram, Propose, Read
+from xlathe.decode.logits import leave_only
+from xlathe.decode.speculative import Speculation
 from xlathe.decode.units import NO_TOKEN
 from xlathe.errors import OptionError
 from xlathe.models.llama import Llama, LlamaConfig
+from xlathe.passes import CacheLayout
 from xlathe.program import Program, _Run
 
 VOCAB, SLOTS, ROWS = 61, 48, 3
@@ -45,7 +51,9 @@ def traced(seed: int, scale: float = 1.0, vocab: int = VOCAB, max_len: int = 64)
 def built(target: xl.Graph, draft: Any = None, gamma: int = 4, rule: str = "match") -> Program:
     """Compiles for three rows alone, half of what `xl.compile` does."""
     buckets = Buckets((ROWS,), (8,), 10, SLOTS, gamma if draft is not None else 0)
-    speculation, step = find_speculation(target, draft, rule, buckets), to_step(target)
+    told = isinstance(draft, Told)
+    speculation = Speculation(draft, rule) if told else find_speculation(target, draft, rule, buckets)
+    step = to_step(target)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     compiled = units(step, buckets, "cpu", speculation=speculation)
@@ -54,11 +62,46 @@ def built(target: xl.Graph, draft: Any = None, gamma: int = 4, rule: str = "matc
         arrays=served_arrays(step, speculation),
         state_avals={ROWS: served_state(step, buckets, ROWS, speculation)},
         buckets=buckets,
-        vocab=VOCAB,
+        vocab=step.vocab,
         tokenizer=words,
         step=step,
         speculation=speculation,
     )
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Told(Drafter):
+    """Proposes what its arrays say: `text` int32 [r, s], drafts by position, and `offered`, how many a round at most.
+
+    What is drafted is data, so that one program serves drafts of every kind and number.
+    """
+
+    @property
+    def arrays(self) -> dict[str, jax.Array]:
+        return self.told(np.zeros((ROWS, SLOTS), np.int32), 0)
+
+    @staticmethod
+    def told(text: np.ndarray, offered: int) -> dict[str, jax.Array]:
+        return {f"{PREFIX}text": jnp.asarray(text, jnp.int32), f"{PREFIX}offered": jnp.int32(offered)}
+
+    def state_types(self, rows: int, slots: int) -> dict[str, Any]:
+        return {}
+
+    def reader(self, fix: Any, rows: int, tokens: int) -> Read:
+        return lambda arrays, args, state: state
+
+    def proposer(self, fix: Any, rows: int, vocab: int, gamma: int) -> Propose:
+        def propose(
+            arrays: Any, text: jax.Array, lengths: jax.Array, going: jax.Array, sampling: Any, state: Any
+        ) -> tuple[jax.Array, jax.Array, Any]:
+            each = jnp.arange(gamma)
+            known, places = arrays[f"{PREFIX}text"], lengths[:, None] + 1 + each
+            drafts = known.at[jnp.arange(rows)[:, None], places].get(mode="fill", fill_value=NO_TOKEN)
+            drafts = jnp.where(each < arrays[f"{PREFIX}offered"], drafts, NO_TOKEN)
+            return drafts, leave_only(drafts, vocab), state
+
+        return propose
 
 
 def quickly(function: Callable[..., Any], avals: tuple[Any, ...]) -> Callable[..., Any]:
@@ -134,6 +177,49 @@ def test_tokens_are_those_of_plain_decoding_by_look_up(
     for prompts in (PROMPTS, repeated):
         request = {"prompt": prompts, "max_tokens": LONGEST, **options}
         assert told(looking_up, **request) == told(plain, **request)
+
+
+GAMMA = max(GAMMAS)
+PAGED, RING = CacheLayout("paged", page=8), CacheLayout("ring", slack=GAMMA + 1)
+LAYOUTS = [CacheLayout(dtype="int8"), *(dataclasses.replace(x, dtype=d) for x in (PAGED, RING) for d in (None, "int8"))]
+
+
+@pytest.fixture(scope="module")
+def windowed() -> xl.Graph:
+    """A step that sees a window, as a ring needs; its logits prefer a few tokens."""
+    (variant,) = (v for v in DECODERS if v.name == "window_7")
+    return stepped(variant)
+
+
+@pytest.fixture(scope="module")
+def windowed_plain(windowed: xl.Graph) -> dict[str | None, Program]:
+    """Plain decoding over the cache as derived, by its dtype: layouts change how it is kept, not what is read."""
+    return {None: built(windowed), "int8": built(CacheLayout(dtype="int8")(windowed))}
+
+
+@pytest.mark.xdist_group("layouts")
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_tokens_are_those_of_plain_decoding_over_every_layout(
+    windowed: xl.Graph, windowed_plain: dict[str | None, Program], layout: CacheLayout
+) -> None:
+    program, rng = built(layout(windowed), Told(), GAMMA), np.random.default_rng(0)
+    for options in (GREEDY, SAMPLED):
+        request = {"prompt": PROMPTS, "max_tokens": LONGEST, **options}
+        expected = [c.tokens for c in windowed_plain[layout.dtype].generate(**request)]
+        assert min(len(set(tokens)) for tokens in expected) > 2
+        right = np.zeros((ROWS, SLOTS), np.int32)
+        for row, prompt, tokens in zip(right, PROMPTS, expected, strict=True):
+            row[len(prompt) : len(prompt) + len(tokens)] = tokens
+        coins = rng.random(right.shape) < 0.7
+        drafts = {"right": right, "wrong": (right + 1) % program.vocab, "random": np.where(coins, right, 0)}
+        for offered, (kind, text) in itertools.product(GAMMAS, drafts.items()):
+            arrays = program.arrays | Told.told(text, offered)
+            found = dataclasses.replace(program, arrays=arrays).generate(**request)
+            assert [c.tokens for c in found] == expected, (options, offered, kind)
+            stood = {"right": 1.0, "wrong": 0.0}.get(kind, found[0].stats.acceptance[0])
+            assert found[0].stats.acceptance[0] == stood
+            assert kind != "random" or 0 < stood < 1
+            assert kind == "random" or found[0].stats.acceptance == (stood,) * offered + (0.0,) * (GAMMA - offered)
 
 
 def test_look_up_drafts_what_is_repeated(plain: Program, looking_up: Program) -> None:

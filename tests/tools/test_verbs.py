@@ -53,6 +53,21 @@ def test_opt_prints_what_changed(tiny_folder, tmp_path, capsys):
     assert "--- 1: fuse_attention" in run(capsys, *words)
 
 
+def test_passes_calibrate_on_a_text_or_are_refused(tiny_folder, tmp_path, capsys):
+    assert main(["opt", str(tiny_folder), str(tmp_path / "pruned"), "--config=pruned"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "activation}: score='activation' needs calibration tokens" in line and "--calibration=FILE" in line
+    text = tmp_path / "text"
+    text.write_text("def read_file(path):\n    return path\n" * 20)
+    passes = "--passes=canonicalize,fuse_attention,prune_structured{neurons=0.5,score=activation}"
+    words = [str(tiny_folder), str(tmp_path / "pruned"), passes, f"--calibration={text}"]
+    assert "removed nothing" in run(capsys, "opt", *words)  # 32 neurons are kept in multiples of 32
+    assert "3 programs" in run(capsys, "compile", *words, "--max_len=24")
+    text.write_text("")
+    assert main(["opt", *words]) == 1
+    assert "the text has no tokens" in capsys.readouterr().err
+
+
 def test_inspect_reports_on_a_graph_or_prints_it(tiny, tiny_folder, capsys):
     assert run(capsys, "inspect", tiny_folder) == tiny.report() + "\n"
     assert "def graph(" in run(capsys, "inspect", tiny_folder, "--text")
