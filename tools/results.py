@@ -177,7 +177,7 @@ def speculation_sheet(drafted: Sequence[Drafted], caption: str) -> Sheet:
         "Speculation",
         f"{caption}; the ratio of speeds is a median over prompts; accepted are drafts, by their place; where the text "
         f"is the same, the KL divergence is the pipeline's own",
-        ("plain\ntokens/s", "drafted\ntokens/s", "ratio", "tokens\na step", "accepted %", "same\ntext"),
+        ("plain\ntok/s", "drafted\ntok/s", "ratio", "tokens\na step", "accepted %", "same\ntext"),
         tuple(
             (
                 d.name,

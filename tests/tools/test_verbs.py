@@ -60,9 +60,9 @@ def test_passes_calibrate_on_a_text_or_are_refused(tiny_folder, tmp_path, capsys
     text = tmp_path / "text"
     text.write_text("def read_file(path):\n    return path\n" * 20)
     passes = "--passes=canonicalize,fuse_attention,prune_structured{neurons=0.5,score=activation}"
-    words = [str(tiny_folder), str(tmp_path / "pruned"), passes, f"--calibration={text}"]
+    words = [str(tiny_folder), str(tmp_path / "out"), passes, f"--calibration={text}"]
     assert "removed nothing" in run(capsys, "opt", *words)  # 32 neurons are kept in multiples of 32
-    assert "3 programs" in run(capsys, "compile", *words, "--max_len=24")
+    assert "3 programs" in run(capsys, "compile", words[0], str(tmp_path / "bundle"), *words[2:], "--max_len=24")
     text.write_text("")
     assert main(["opt", *words]) == 1
     assert "the text has no tokens" in capsys.readouterr().err
