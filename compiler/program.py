@@ -153,8 +153,9 @@ def compile(
     stop_tokens: ids that end a row of every request.
 
     draft: proposes tokens that the target verifies, gamma at once: a graph with the same vocabulary, or `ngram` for
-    `xlathe.decode.drafters.NGram()`, which looks them up in the text so far, or any other `Drafter`. rule: `match` gives the text that plain
-    decoding gives, `ratio` text of the same law; see `xlathe.decode.accept`.
+    `xlathe.decode.drafters.NGram()`, which looks them up in the text so far, or any other
+    `Drafter`. rule: `match` gives the text that plain decoding gives, `ratio` text of the same law; see
+    `xlathe.decode.accept`.
 
     Raises OptionError for sizes that are no positive integers, for an unknown target, and for a draft that does not go
     with the graph; RequestError for a max_len beyond the graph's, DeriveError where no step can be derived.

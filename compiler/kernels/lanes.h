@@ -50,7 +50,8 @@ struct Lanes {
     return _mm_castsi128_ps(_mm_unpacklo_epi16(_mm_setzero_si128(), _mm_cvtsi64_si128(static_cast<int64_t>(v))));
   }
   static Int add_products(Bytes a, Bytes x, Bytes b, Bytes y, Int sums) {
-    const __m512i first = _mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sums), reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(x));
+    const __m512i first = _mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sums), reinterpret_cast<__m512i>(a),
+                                              reinterpret_cast<__m512i>(x));
     return reinterpret_cast<Int>(
         _mm512_dpbusd_epi32(first, reinterpret_cast<__m512i>(b), reinterpret_cast<__m512i>(y)));
   }
@@ -97,7 +98,8 @@ struct Lanes {
   }
   static Int add_products(Bytes a, Bytes x, Bytes b, Bytes y, Int sums) {
     const __m256i first = _mm256_maddubs_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(x));
-    const __m256i fours = _mm256_add_epi16(first, _mm256_maddubs_epi16(reinterpret_cast<__m256i>(b), reinterpret_cast<__m256i>(y)));
+    const __m256i second = _mm256_maddubs_epi16(reinterpret_cast<__m256i>(b), reinterpret_cast<__m256i>(y));
+    const __m256i fours = _mm256_add_epi16(first, second);
     return sums + reinterpret_cast<Int>(_mm256_madd_epi16(fours, _mm256_set1_epi16(1)));
   }
   static Float spread(__m128 v, int r) {

@@ -135,7 +135,7 @@ def test_equals_the_reference_body(k: int, activations: str | None, symmetric: b
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_whole_numbers_of_24_bits_are_as_good_as_floats(symmetric: bool) -> None:
-    """The error is half a step a column, 2**-24 of the largest in its block of 32, and 2**-24 an operation in floats."""
+    """The error is half a step a column, 2**-24 of the largest in its block of 32, and 2**-24 a float operation."""
     for scale in (1e-20, 1.0, 1e20):
         args = operands(5, 1056, 64, symmetric=symmetric)
         args.x[:] *= scale

@@ -63,7 +63,7 @@ inline void pack_block(const float* x, int64_t block, Int4Columns& packed) {
   }
 }
 
-// Copies x into panels: of each 128 columns those of the panel's first row, of its second, ...; zeros fill the last 128.
+// Copies x into panels: of each 128 columns those of the panel's first row, of its second, ...; zeros after the last.
 inline void pack_int4_panels(const float* x, int64_t k, const Panels& panels, Int4Columns* packed) {
   for (int64_t p = 0; p < panels.count; ++p) {
     for (int64_t at = 0; at < k; at += kInt4Step) {
