@@ -42,8 +42,9 @@ lint: $(STAMP)  ## check style, layering and types
 	$(BIN)/python setup.py --quiet build_py --build-lib build/typed
 	MYPYPATH=build/typed $(BIN)/mypy -p xlathe
 
-bench: $(STAMP)  ## measure the CPU kernels beside this machine's memory and XLA
-	$(BIN)/python -m xlathe.tools.bench_kernels $(ARGS)
+bench: $(STAMP)  ## measure the CPU kernels beside memory and XLA, and decoding with a 1B Llama (minutes, 5 GB)
+	$(BIN)/python -m xlathe.tools.bench_kernels
+	$(BIN)/python -m xlathe.tools.bench_decode
 
 clean:  ## remove everything that make has built, but the compilers of test-kernels
 	rm -rf .venv .venv-jax-* build $(LIBRARY)

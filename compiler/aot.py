@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from xlathe.decode.accept import RULES
-from xlathe.decode.drafters import DraftModel, Fix, NGram
+from xlathe.decode.drafters import Drafter, DraftModel, Fix, NGram
 from xlathe.decode.logits import Sampling
 from xlathe.decode.speculative import Memory, Speculation, SpeculativeUnit, reading_unit
 from xlathe.decode.units import Rows, decode_unit, prefill_unit
@@ -90,7 +90,7 @@ def fix_step(
 
 
 def find_speculation(
-    graph: Graph, draft: Graph | NGram | str | None, rule: str, buckets: Buckets
+    graph: Graph, draft: Graph | Drafter | str | None, rule: str, buckets: Buckets
 ) -> Speculation | None:
     """Returns how a program of a graph drafts; see `xlathe.compile`."""
     if draft is None:
@@ -105,8 +105,8 @@ def find_speculation(
         _check_draft(graph, draft, buckets)
         return Speculation(DraftModel(to_step(draft)), rule)
     drafter = NGram() if isinstance(draft, str) and draft == "ngram" else draft
-    if not isinstance(drafter, NGram):
-        raise OptionError(f"compile: draft must be a graph, 'ngram' or an NGram, got {draft!r}")
+    if not isinstance(drafter, Drafter):
+        raise OptionError(f"compile: draft must be a graph, 'ngram' or a Drafter, got {draft!r}")
     return Speculation(drafter, rule)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xlathe.aot import STOP_TOKENS, Buckets, find_speculation, served_arrays, served_state, to_step, units
-from xlathe.decode.drafters import NGram
+from xlathe.decode.drafters import Drafter
 from xlathe.decode.speculative import Memory, Speculation
 from xlathe.decode.text import TextStream
 from xlathe.decode.units import NO_TOKEN, Rows
@@ -141,7 +141,7 @@ def compile(
     unit: int = 32,
     chunks: Sequence[int] = (16, 128),
     stop_tokens: Sequence[int] = (),
-    draft: Graph | NGram | str | None = None,
+    draft: Graph | Drafter | str | None = None,
     gamma: int = 4,
     rule: str = "match",
 ) -> Program:
@@ -153,8 +153,9 @@ def compile(
     stop_tokens: ids that end a row of every request.
 
     draft: proposes tokens that the target verifies, gamma at once: a graph with the same vocabulary, or `ngram` for
-    `xlathe.decode.drafters.NGram()`, which looks them up in the text so far. rule: `match` gives the text that plain
-    decoding gives, `ratio` text of the same law; see `xlathe.decode.accept`.
+    `xlathe.decode.drafters.NGram()`, which looks them up in the text so far, or any other
+    `Drafter`. rule: `match` gives the text that plain decoding gives, `ratio` text of the same law; see
+    `xlathe.decode.accept`.
 
     Raises OptionError for what is no graph, for sizes that are no positive integers of 32 bits, for an unknown target,
     and for a draft that does not go with the graph; RequestError for a max_len beyond the graph's, DeriveError where no

@@ -7,7 +7,7 @@ evaluated at every pair of positions (`masks`), which also proves that no token 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, final
 
 import jax
@@ -160,12 +160,12 @@ class _Deriver:
 
     def _mask_terms(self, eqn: ir.JaxprEqn, queries: jax.Array, keys: jax.Array) -> Any:
         """Evaluates what may hide a key; a bias that is trained is no mask, whatever its value is today."""
-        static = Static(self.jaxpr, self.layouts, self._known(), self.graph.max_len, length=1)
         mask, bias = _split_terms(eqn)
-        trained = bias is not None and self._is_trained(bias)
+        terms = (mask, None if bias is None or self._is_trained(bias) else bias)
+        static = Static(self.jaxpr, self.layouts, self._known(terms), self.graph.max_len, length=1)
         spread = (queries.shape[0], keys.shape[0])
         values = []
-        for term in (mask, None if trained else bias):
+        for term in terms:
             value = None if term is None else self._term(static, term, Role(queries), Role(keys))
             values.append(None if value is None else jnp.broadcast_to(value, (*value.shape[:-2], *spread)))
         return values
@@ -174,9 +174,14 @@ class _Deriver:
         weights = {v for v, i in zip(self.jaxpr.invars, self.graph.inputs, strict=True) if i.kind == "weight"}
         return any(a in weights for e in self._upstream(atom) for a in e.invars if isinstance(a, ir.Var))
 
-    def _known(self) -> dict[ir.Var, Any]:
-        arrays = self.graph.arrays
-        return {v: arrays[i.name] for v, i in zip(self.jaxpr.invars, self.graph.inputs, strict=True) if i.kind != "arg"}
+    def _known(self, terms: Iterable[ir.Atom | None]) -> dict[ir.Var, Any]:
+        """Returns the inputs that terms are made from; others may be large, and take a recipe to make."""
+        atoms = [a for t in terms if t is not None for a in (t, *(a for e in self._upstream(t) for a in e.invars))]
+        read = {a for a in atoms if isinstance(a, ir.Var)}
+        inputs = zip(self.jaxpr.invars, self.graph.inputs, strict=True)
+        names = {v: i.name for v, i in inputs if i.kind != "arg" and v in read}
+        arrays = self.graph.weights.prepare(list(names.values()))
+        return {v: jnp.asarray(arrays[name]) for v, name in names.items()}
 
     @staticmethod
     def _term(static: Static, term: ir.Atom, queries: Role, keys: Role) -> jax.Array:

@@ -25,7 +25,7 @@
 
 #if defined(__x86_64__)
 
-XLATHE_TARGET_BEGIN("avx512f")
+XLATHE_TARGET_BEGIN("avx512f,avx512bw,avx512vnni")
 namespace xlathe::avx512 {
 #define XLATHE_LANES_AVX512
 #include "lanes.h"

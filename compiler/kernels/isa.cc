@@ -14,7 +14,10 @@ const std::vector<Named>& available() {
   static const std::vector<Named> isas = [] {
     std::vector<Named> found;
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f")) found.emplace_back("avx512", Isa::kAvx512);
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vnni")) {
+      found.emplace_back("avx512", Isa::kAvx512);
+    }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.emplace_back("avx2", Isa::kAvx2);
 #elif defined(__aarch64__)
     found.emplace_back("neon", Isa::kNeon);

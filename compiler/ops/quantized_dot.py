@@ -34,6 +34,10 @@ def quantized_dot(
     bits: 8, symmetric with one scale a row: (x codes^T) * scale; or 4, in groups: w is `dequantize` of them.
     activations: None, not rounded; or `int8`, rounded a block of 32, with a group that is a multiple of 32
     (`_rounded_product`).
+
+    Without rounding, the order of additions is a kernel's own. The one for CPUs holds x, with 4 bits, as whole numbers
+    of 24 bits a block of 32, so that 8 successive columns have an exact sum; a number of x is then off by at most
+    2**-24 of the largest in its block, where a product in floats is off by as much of itself (kernels/README.md).
     """
     if bits == 8:
         product = jnp.einsum("...k,nk->...n", x.astype(jnp.float32), codes.astype(jnp.float32))

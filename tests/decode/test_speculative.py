@@ -350,8 +350,8 @@ def test_loops_call_no_host_and_copy_no_cache(
         ({"draft": "ngram", "gamma": 0}, "gamma must be an integer of at least 1, got 0"),
         ({"draft": "ngram", "gamma": 2.0}, "gamma must be an integer of at least 1, got 2.0"),
         ({"draft": "ngram", "rule": "ration"}, "no rule 'ration'; did you mean 'ratio'"),
-        ({"draft": "bigram"}, "draft must be a graph, 'ngram' or an NGram, got 'bigram'"),
-        ({"draft": NGram}, "draft must be a graph, 'ngram' or an NGram, got <class"),
+        ({"draft": "bigram"}, "draft must be a graph, 'ngram' or a Drafter, got 'bigram'"),
+        ({"draft": NGram}, "draft must be a graph, 'ngram' or a Drafter, got <class"),
     ],
 )
 def test_drafts_that_do_not_fit(target: xl.Graph, options: dict[str, Any], message: str) -> None:

@@ -1,22 +1,21 @@
 // quantized_dot on CPU: y[M, N] = (x[M, K] @ codes[N, K].T) * scale[N], codes never expanded in memory.
 
-#include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <string>
-#include <vector>
 
 #include "xla/ffi/api/ffi.h"
 
 #include "../isa.h"
 #include "../shape.h"
+#include "panels.h"
 #include "split.h"
 
 namespace xlathe {
 
 struct QuantizedDot {
-  const float* x;       // [M, x_stride], zero from K to the next multiple of 16
-  int64_t x_stride;
+  const float* x;  // as `pack_panels` leaves it, x_width floats a row
+  int64_t x_width;
+  Panels panels;
   const int8_t* codes;  // [N, K]
   const float* scale;   // [N]
   float* y;             // [M, N]
@@ -32,14 +31,6 @@ namespace ffi = xla::ffi;
 
 namespace xlathe {
 namespace {
-
-// Copies x into rows padded with zeros to a multiple of 16, and by one cache line more so that rows of a
-// power-of-two length do not compete for the same cache sets.
-std::vector<float> pad_rows(const float* x, int64_t m, int64_t k, int64_t stride) {
-  std::vector<float> padded(m * stride);
-  for (int64_t i = 0; i < m; ++i) std::copy_n(x + i * k, k, padded.data() + i * stride);
-  return padded;
-}
 
 ffi::Error quantized_dot_int8(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, ffi::BufferR2<ffi::S8> codes,
                               ffi::BufferR1<ffi::F32> scale, ffi::ResultBufferR2<ffi::F32> y,
@@ -59,10 +50,11 @@ ffi::Error quantized_dot_int8(ffi::ThreadPool pool, ffi::BufferR2<ffi::F32> x, f
   }
   if (m == 0 || n == 0) return ffi::Error::Success();
 
-  const int64_t stride = (k + 15) / 16 * 16 + 16;
-  const std::vector<float> padded = pad_rows(x.typed_data(), m, k, stride);
-  const QuantizedDot op{
-      padded.data(), stride, codes.typed_data(), scale.typed_data(), y->typed_data(), m, n, k};
+  const Panels panels(m, XLATHE_SELECT(*isa, kPanel));
+  const int64_t width = (k + 15) / 16 * 16;
+  const auto packed = aligned_array<float>(m * width);
+  XLATHE_SELECT(*isa, pack_panels)(x.typed_data(), k, panels, packed.get());
+  const QuantizedDot op{packed.get(), width, panels, codes.typed_data(), scale.typed_data(), y->typed_data(), m, n, k};
   const auto rows = XLATHE_SELECT(*isa, rows);
   split_rows(pool, m, n, k, [&](int64_t n0, int64_t n1) { rows(op, n0, n1); });
   return ffi::Error::Success();

@@ -63,7 +63,8 @@ def quantized_dot_int4(
       codes: uint8 [N, K / 2], the earlier of two in the low half of a byte.
       scale: bfloat16 [N, K / group], for a group in `GROUPS`.
       zero: uint8 [N, K / group]; all 8 if it is not given.
-      activations: None, or `int8`: they are rounded in blocks of 32 and multiplied as integers.
+      activations: None: they are held as integers of 24 bits a block of 32, as exact as float32's products; or
+        `int8`: they are rounded in blocks of 32 and multiplied as integers.
       isa: instruction set; "auto" is the best of the CPU that runs the program. Others are for tests.
 
     Returns:

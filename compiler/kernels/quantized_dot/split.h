@@ -9,7 +9,7 @@
 
 namespace xlathe {
 
-constexpr int kTileN = 12;  // rows of codes that are worked on together
+constexpr int kTileN = 48;  // rows of codes that are worked on together
 constexpr int kCacheLine = 64;
 
 // Calls rows(n0, n1) for parts of 0 <= n < N, several at once where m * n * k multiply-adds pay for it.
