@@ -49,9 +49,7 @@ class Case:
         return sorted({(int(self.rows[i]), int(p)) for i in range(len(self.rows)) for p in self.seen(i)})
 
     def taken(self, tokens: list[int]) -> "Case":
-        return dataclasses.replace(
-            self, q=self.q[tokens], rows=self.rows[tokens], positions=self.positions[tokens]
-        )
+        return dataclasses.replace(self, q=self.q[tokens], rows=self.rows[tokens], positions=self.positions[tokens])
 
 
 def random_case(window: int | None = WINDOW) -> Case:
@@ -108,7 +106,8 @@ def written_out(
 ) -> np.ndarray:
     keys, values = case.keys.astype(np.float64), case.values.astype(np.float64)
     if codes:
-        keys, values = (x.astype(np.float64) * scale[..., None] for x, scale in map(quantized, (case.keys, case.values)))
+        pairs = [quantized(x) for x in (case.keys, case.values)]
+        keys, values = (x.astype(np.float64) * scale[..., None] for x, scale in pairs)
     out = np.zeros((*case.q.shape[:3], E))
     for i, h, g in np.ndindex(out.shape[:3]):
         seen = case.seen(i)

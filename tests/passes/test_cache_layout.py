@@ -176,7 +176,9 @@ def test_any_mixture_of_rows_equals_the_forward(name: str, layout: CacheLayout, 
     ],
     ids=str,
 )
-def test_8_bits_are_those_of_a_forward_with_rounded_keys_and_values(name: str, layout: CacheLayout, kernels: bool) -> None:
+def test_8_bits_are_those_of_a_forward_with_rounded_keys_and_values(
+    name: str, layout: CacheLayout, kernels: bool
+) -> None:
     graph = laid_out(name, layout, kernels)
     clear, expected = clear_texts(name)
     found = decode(graph, clear, mixed_schedule(), ROWS, SLOTS, unused(graph))

@@ -47,7 +47,7 @@ def cached_attention(
       mask: bool [k | 1, g | 1, n, s], False where a seen slot counts for nothing.
       bias: float32 [k | 1, g | 1, n, s], added to the scores.
       scales: of int8 keys and of int8 values, float32 [r, s, k]; paged [p, page, k].
-      table: where paged, int32 [r, c] with s = c * page: the page of the pool that holds a row's slots from i * page on.
+      table: where paged, int32 [r, c] with s = c * page: which page of the pool holds a row's slots from i * page on.
       layout: `contiguous`, `paged`, or `ring`, which has no mask and no bias.
       isa: instruction set; "auto" is the best of the CPU that runs the program. Others are for tests.
 
@@ -59,10 +59,9 @@ def cached_attention(
       XlatheError: the kernels were not built.
     """
     operands = {"q": q, "keys": keys, "values": values, "rows": rows, "positions": positions}
-    more = {"mask": mask, "bias": bias, "table": table}
-    if scales is not None:
-        more |= {"key scales": scales[0], "value scales": scales[1]}
-    given = {name: more[name] for name in _MORE if more.get(name) is not None}
+    key_scales, value_scales = (None, None) if scales is None else scales
+    more = {"mask": mask, "bias": bias, "key scales": key_scales, "value scales": value_scales, "table": table}
+    given = {name: array for name, array in more.items() if array is not None}  # in the order of the native kernel
     _check_options(softcap, window, layout, given)
     _check(operands | given, layout)
     native.register()
@@ -78,9 +77,6 @@ def cached_attention(
         biased=bias is not None,
         isa=isa,
     )
-
-
-_MORE = ("mask", "bias", "key scales", "value scales", "table")  # in the order of the native kernel
 
 
 def _check_options(softcap: float | None, window: int | None, layout: str, given: dict[str, jax.Array]) -> None:
