@@ -116,25 +116,6 @@ def _tpu_kernels() -> Mapping[str, Kernel]:
     }
 
 
-def _of_derived_caches(kernel: Kernel) -> Kernel:
-    """Restricts a kernel of cached_attention to caches as `KVCache` derives them."""
-
-    def uncovered(
-        *operands: Any,
-        layout: str = "contiguous",
-        quantized: bool = False,
-        shared: int | None = None,
-        **options: Any,
-    ) -> str | None:
-        if shared is not None:
-            return "expected values of their own; found some that are part of the keys"
-        if layout == "contiguous" and not quantized:
-            return kernel.uncovered(*operands, **options)
-        return f"expected a contiguous cache of floats; found {layout}, {operands[1].dtype}"
-
-    return Kernel(kernel.compute, uncovered)
-
-
 def _cached_attention_uncovered_on_cpu(*operands: Any, **options: Any) -> str | None:
     dtypes = {options[f"{stage}_dtype"] for stage in ("scores", "softmax", "probs", "out")}
     dtypes |= {str(array.dtype) for array in operands[: 1 if options.get("quantized") else 3]}
@@ -157,6 +138,7 @@ def _cached_attention_on_cpu(*operands: Any, **options: Any) -> jax.Array:
         scales=(more.pop(0), more.pop(0)) if options.get("quantized") else None,
         table=more.pop(0) if more else None,
         layout=options.get("layout", "contiguous"),
+        shared=options.get("shared"),
     )
 
 

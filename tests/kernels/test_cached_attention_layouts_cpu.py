@@ -147,6 +147,21 @@ def test_everything_before_with_mask_and_bias(layout: str, codes: bool, heads: t
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("width", [1, 16, 23, D])
+@pytest.mark.parametrize(("layout", "codes"), FORMS)
+def test_values_that_are_part_of_the_keys(layout: str, codes: bool, width: int, isa: str) -> None:
+    """As in latent attention: the same bits as from a copy, whose values are those features alone."""
+    case = random_case()
+    (q, keys, _, *places), options = stored(case, layout, codes)
+    if codes:
+        options["scales"] = (options["scales"][0],) * 2
+    found = cached_attention(q, keys, keys, *places, **options, shared=width, isa=isa)
+    expected = cached_attention(q, keys, keys[..., :width], *places, **options, isa=isa)
+    assert found.shape == (len(PLACES), K, G, width)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("codes", [False, True])
 def test_layouts_and_company_change_no_bit(codes: bool, isa: str) -> None:
     """A token alone in each layout, and in the reverse of the list, as in a tile with those beside it."""
@@ -241,6 +256,7 @@ def good(layout: str = "contiguous", codes: bool = False) -> tuple[list[np.ndarr
 @pytest.mark.parametrize(
     ("layout", "codes", "change", "found"),
     [
+        ("ring", False, {"shared": E + 1}, "expected shared up to 40 features; found 41"),
         ("ring", False, {"layout": "circle"}, "found circle with none of them"),
         ("paged", False, {"table": None}, "found paged with none of them"),
         ("ring", False, {"table": np.zeros((3, 25), np.int32)}, "found ring with table"),

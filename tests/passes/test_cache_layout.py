@@ -339,27 +339,11 @@ def test_what_a_layout_has_no_room_for_is_not_compiled() -> None:
         xlathe.compile(paged, max_len=44)
 
 
-needs_library = pytest.mark.skipif(native.library() is None, reason="the package was built without a C++ compiler")
-_FLOATS = "expected a contiguous cache of floats; found"
-
-
-@pytest.mark.parametrize(
-    ("target", "layout", "sizes", "reason"),
-    [
-        ("tpu-v5e", RING, {}, "expected a contiguous or a paged cache; found a ring"),
-        ("h100", RING, {}, "expected a contiguous or a paged cache; found a ring"),
-        pytest.param("cpu", INT8, {"slots": 32}, f"{_FLOATS} contiguous, int8", marks=needs_library),
-        pytest.param(
-            "cpu", in_8_bits(PAGED), {"pages": 9, "row_pages": 4}, f"{_FLOATS} paged, int8", marks=needs_library
-        ),
-    ],
-    ids=str,
-)
-def test_layouts_without_a_kernel_are_told(
-    target: str, layout: CacheLayout, sizes: dict[str, int], reason: str
-) -> None:
-    fixed = Specialize(tokens=4, selected=4, rows=2, **sizes)(laid_out("window_7", layout))
+@pytest.mark.parametrize("target", ["tpu-v5e", "h100"])
+def test_layouts_without_a_kernel_are_told(target: str) -> None:
+    fixed = Specialize(tokens=4, selected=4, rows=2)(laid_out("window_7", RING))
     record = LowerKernels(target)(fixed).history[-1]
+    reason = "expected a contiguous or a paged cache; found a ring"
     assert record.notes == (f"2 by the reference body, cached_attention: {reason}",)
 
 

@@ -10,10 +10,10 @@ constexpr int64_t kNowhere = -1;
 
 // Keys or values: numbers, or codes of 8 bits and what they are multiplied by.
 struct Kept {
-  const float* floats;  // [slots, k, width], or nullptr
-  const int8_t* codes;  // [slots, k, width], or nullptr
+  const float* floats;  // [slots, k, stride], or nullptr
+  const int8_t* codes;  // [slots, k, stride], or nullptr
   const float* scales;  // [slots, k], of codes
-  int64_t width;
+  int64_t stride, width;  // width: how many features of a head count, the first ones
 };
 
 // The slots of r rows, s a row. They are pages of a pool that a table names; without a table the row is its one page,

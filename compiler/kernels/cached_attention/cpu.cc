@@ -187,12 +187,12 @@ bool take_more(const ffi::RemainingArgs& more, ffi::AnyBuffer::Dimensions cache,
 }
 
 template <ffi::DataType kDtype>
-Kept kept(const ffi::BufferR4<kDtype>& buffer) {
-  const int64_t width = buffer.dimensions()[3];
+Kept kept(const ffi::BufferR4<kDtype>& buffer, int64_t width) {
+  const int64_t stride = buffer.dimensions()[3];
   if constexpr (kDtype == ffi::F32) {
-    return {buffer.typed_data(), nullptr, nullptr, width};
+    return {buffer.typed_data(), nullptr, nullptr, stride, width};
   } else {
-    return {nullptr, buffer.typed_data(), nullptr, width};
+    return {nullptr, buffer.typed_data(), nullptr, stride, width};
   }
 }
 
@@ -203,13 +203,13 @@ ffi::Error cached_attention(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> q, ffi
                             ffi::ResultBufferR4<ffi::F32> out, float scale, float softcap, int64_t window,
                             std::string_view layout, bool masked, bool biased, std::string_view isa_wanted) {
   const auto x = q.dimensions(), c = keys.dimensions(), v = values.dimensions(), y = out->dimensions();
-  CachedAttention op{q.typed_data(), kept(keys), kept(values), {}, {}, {}, out->typed_data(),
+  CachedAttention op{q.typed_data(), kept(keys, x[3]), kept(values, y[3]), {}, {}, {}, out->typed_data(),
                      x[0], x[1], x[2], scale, softcap};
-  if (!fits(c, {-1, -1, op.k, x[3]}) || !fits(v, {c[0], c[1], op.k, -1}) || !fits(y, {op.n, op.k, op.g, v[3]}) ||
-      rows.dimensions()[0] != op.n || positions.dimensions()[0] != op.n) {
+  if (!fits(c, {-1, -1, op.k, x[3]}) || !fits(v, {c[0], c[1], op.k, -1}) || !fits(y, {op.n, op.k, op.g, -1}) ||
+      y[3] > v[3] || rows.dimensions()[0] != op.n || positions.dimensions()[0] != op.n) {
     return ffi::Error::InvalidArgument(
         "cached_attention: expected q [n, k, g, d], keys [r, s, k, d], values [r, s, k, e], rows [n], "
-        "positions [n], out [n, k, g, e], and paged p, page for r, s; found q " + shape(x) + ", keys " + shape(c) +
+        "positions [n], out [n, k, g, e or less], and paged p, page for r, s; found q " + shape(x) + ", keys " + shape(c) +
         ", values " + shape(v) + ", rows " + shape(rows.dimensions()) + ", positions " +
         shape(positions.dimensions()) + ", out " + shape(y));
   }

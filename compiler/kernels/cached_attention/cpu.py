@@ -27,6 +27,7 @@ def cached_attention(
     scales: tuple[jax.Array, jax.Array] | None = None,
     table: jax.Array | None = None,
     layout: str = "contiguous",
+    shared: int | None = None,
     isa: str = "auto",
 ) -> jax.Array:
     """`xlathe.ops.cached_attention` in float32, reading only the slots that each token sees.
@@ -49,10 +50,11 @@ def cached_attention(
       scales: of int8 keys and of int8 values, float32 [r, s, k]; paged [p, page, k].
       table: where paged, int32 [r, c] with s = c * page: which page of the pool holds a row's slots from i * page on.
       layout: `contiguous`, `paged`, or `ring`, which has no mask and no bias.
+      shared: values are the first so many features of the operand, as where a latent is key and value; None for all.
       isa: instruction set; "auto" is the best of the CPU that runs the program. Others are for tests.
 
     Returns:
-      float32 [n, k, g, e].
+      float32 [n, k, g, e], or [n, k, g, shared].
 
     Raises:
       OptionError: a shape or dtype differs from the above, or window or softcap is not positive.
@@ -64,8 +66,11 @@ def cached_attention(
     given = {name: array for name, array in more.items() if array is not None}  # in the order of the native kernel
     _check_options(softcap, window, layout, given)
     _check(operands | given, layout)
+    width = values.shape[3] if shared is None else shared
+    if not 0 <= width <= values.shape[3]:
+        raise OptionError(f"cached_attention: expected shared up to {values.shape[3]} features; found {shared}")
     native.register()
-    result = jax.ShapeDtypeStruct((*q.shape[:3], values.shape[3]), jnp.float32)
+    result = jax.ShapeDtypeStruct((*q.shape[:3], width), jnp.float32)
     return jax.ffi.ffi_call(TARGET_F32 if scales is None else TARGET_INT8, result)(
         *operands.values(),
         *given.values(),

@@ -119,7 +119,7 @@ inline void read_block(const CachedAttention& op, const Kept& kept, int64_t row,
         __builtin_memset(copy, 0, width * sizeof(float));
         block.scales[i] = 0.0f;
       } else if (kept.codes != nullptr) {
-        const int8_t* codes = kept.codes + line * kept.width;
+        const int8_t* codes = kept.codes + line * kept.stride;
         int64_t c = 0;
         for (; c + Lanes::kWidth <= kept.width; c += Lanes::kWidth) Lanes::store(copy + c, Lanes::load(codes + c));
         for (; c < kept.width; ++c) copy[c] = codes[c];
@@ -128,7 +128,7 @@ inline void read_block(const CachedAttention& op, const Kept& kept, int64_t row,
       } else if (width == kept.width) {
         block.rows[i] = kept.floats + line * width;
       } else {
-        __builtin_memcpy(copy, kept.floats + line * kept.width, kept.width * sizeof(float));
+        __builtin_memcpy(copy, kept.floats + line * kept.stride, kept.width * sizeof(float));
         __builtin_memset(copy + kept.width, 0, (width - kept.width) * sizeof(float));
       }
     }
