@@ -84,7 +84,7 @@ def _cpu_kernels() -> Mapping[str, Kernel]:
         logging.log_first_n(logging.WARNING, "reference bodies run, which are slower: %s", 1, reason)
         return {}
     return {
-        "cached_attention": _of_derived_caches(Kernel(_cached_attention_on_cpu, _cached_attention_uncovered_on_cpu)),
+        "cached_attention": Kernel(_cached_attention_on_cpu, _cached_attention_uncovered_on_cpu),
         "quantized_dot": Kernel(_quantized_dot_on_cpu, quantized_dot_cpu.uncovered),
     }
 
@@ -116,33 +116,14 @@ def _tpu_kernels() -> Mapping[str, Kernel]:
     }
 
 
-def _of_derived_caches(kernel: Kernel) -> Kernel:
-    """Restricts a kernel of cached_attention to caches as `KVCache` derives them."""
-
-    def uncovered(
-        *operands: Any,
-        layout: str = "contiguous",
-        quantized: bool = False,
-        shared: int | None = None,
-        **options: Any,
-    ) -> str | None:
-        if shared is not None:
-            return "expected values of their own; found some that are part of the keys"
-        if layout == "contiguous" and not quantized:
-            return kernel.uncovered(*operands, **options)
-        return f"expected a contiguous cache of floats; found {layout}, {operands[1].dtype}"
-
-    return Kernel(kernel.compute, uncovered)
-
-
 def _cached_attention_uncovered_on_cpu(*operands: Any, **options: Any) -> str | None:
     dtypes = {options[f"{stage}_dtype"] for stage in ("scores", "softmax", "probs", "out")}
-    dtypes |= {str(array.dtype) for array in operands[:3]}
+    dtypes |= {str(array.dtype) for array in operands[: 1 if options.get("quantized") else 3]}
     return None if dtypes == {"float32"} else f"expected all in float32; found {', '.join(sorted(dtypes))}"
 
 
 def _cached_attention_on_cpu(*operands: Any, **options: Any) -> jax.Array:
-    q, keys, values, rows, positions, *terms = operands
+    q, keys, values, rows, positions, *more = operands
     return cached_attention_cpu.cached_attention(
         q,
         keys,
@@ -152,8 +133,12 @@ def _cached_attention_on_cpu(*operands: Any, **options: Any) -> jax.Array:
         scale=options["scale"],
         softcap=options["softcap"],
         window=options["window"],
-        mask=terms.pop(0) if options["masked"] else None,
-        bias=terms.pop(0).astype("float32") if options["biased"] else None,
+        mask=more.pop(0) if options["masked"] else None,
+        bias=more.pop(0).astype("float32") if options["biased"] else None,
+        scales=(more.pop(0), more.pop(0)) if options.get("quantized") else None,
+        table=more.pop(0) if more else None,
+        layout=options.get("layout", "contiguous"),
+        shared=options.get("shared"),
     )
 
 

@@ -19,6 +19,7 @@ TARGETS = (
     "xlathe.quantized_dot.int4",
     "xlathe.quantized_dot.int4_a8",
     "xlathe.cached_attention.f32",
+    "xlathe.cached_attention.int8",
 )
 _REBUILD = "run `make clean install` in the checkout, or `pip install --force-reinstall --no-deps xlathe`"
 

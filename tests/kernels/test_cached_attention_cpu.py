@@ -25,6 +25,15 @@ pytestmark = pytest.mark.skipif(native.library() is None, reason="built without 
 ISAS = native.available_isas() if native.library() else ()
 FUSED = tuple(isa for isa in ISAS if isa != "portable")  # multiply-adds rounded once
 DTYPES = {f"{stage}_dtype": "float32" for stage in ("scores", "softmax", "probs", "out")}
+ATTRIBUTES = {  # of the native kernel
+    "scale": np.float32(1),
+    "softcap": np.float32(0),
+    "window": np.int64(0),
+    "layout": "contiguous",
+    "masked": False,
+    "biased": False,
+    "isa": "auto",
+}
 Operands = tuple[np.ndarray, ...]
 
 
@@ -270,14 +279,6 @@ def test_refused_operands(args: Operands, options: dict[str, Any], found: str) -
 def test_native_code_refuses_operands_by_itself(args: Operands, options: dict[str, Any], message: str) -> None:
     """As a damaged or foreign program might call it, past the checks in Python."""
     native.register()
-    attributes = {
-        "scale": np.float32(1),
-        "softcap": np.float32(0),
-        "window": np.int64(0),
-        "masked": False,
-        "biased": False,
-        "isa": "auto",
-    }
     call = jax.ffi.ffi_call(TARGET_F32, jax.ShapeDtypeStruct((2, 2, 3, 4), jnp.float32))
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
-        call(*args, **(attributes | options))
+        call(*args, **(ATTRIBUTES | options))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,20 @@ from xlathe.passes.lower_kernels import LowerKernels
 from xlathe.passes.specialize import Specialize
 from xlathe.pipeline import Pipeline
 from xlathe.printer import to_text
-from xlathe.step import TABLE, State, empty_state
+from xlathe.program import Program
+from xlathe.step import TABLE, State, cache_sizes, empty_state
 
 VARIANTS = {variant.name: variant for variant in DECODERS}
 LENGTHS, ROWS, SLOTS, COUNT = (45, 31, 9), [2, 0, 3], 48, 5
 RING = CacheLayout("ring", slack=CHUNK)
 PAGED = CacheLayout("paged", page=8)
 INT8 = CacheLayout(dtype="int8")
+POOL = COUNT * SLOTS // PAGED.page + 3  # pages: three more than the rows need belong to nobody
+KERNELS = [
+    pytest.param(False, id="reference"),
+    pytest.param(True, id="kernels", marks=pytest.mark.skipif(not native.library(), reason="built without C++")),
+]
+HLO_DTYPES = {"float32": "f32", "int8": "s8"}
 CLEAR = 1e-4  # codes: float32 errors of two computations of a key move it by a quarter of that
 
 
@@ -46,8 +54,17 @@ def derived(name: str) -> Graph:
 
 
 @functools.cache
-def laid_out(name: str, layout: CacheLayout) -> Graph:
-    return layout(derived(name))
+def laid_out(name: str, layout: CacheLayout, kernels: bool = False) -> Graph:
+    return lowered(laid_out(name, layout)) if kernels else layout(derived(name))
+
+
+def lowered(graph: Graph) -> Graph:
+    """With the CPU kernels, for the sizes that `unused` states have; every attention gets one."""
+    sizes = {"r": ("rows", COUNT), "s": ("slots", SLOTS), "p": ("pages", POOL), "c": ("row_pages", SLOTS // PAGED.page)}
+    cache = dict(sizes[name] for name in cache_sizes(graph, COUNT, SLOTS))
+    result = LowerKernels("cpu")(Specialize(tokens=CHUNK, selected=CHUNK, **cache)(graph))
+    assert not [note for note in result.history[-1].notes if "cached_attention" in note]
+    return result
 
 
 def texts(name: str) -> list[np.ndarray]:
@@ -69,12 +86,9 @@ def mixed_schedule() -> list[dict[int, int]]:
 
 
 def unused(graph: Graph) -> State:
-    """States full of what must never be read: NaN, the largest codes, pages in no order; row 4 has no pages.
-
-    Three pages more than the rows need belong to nobody.
-    """
+    """States full of what must never be read: NaN, the largest codes, pages in no order; row 4 has no pages."""
     pages = SLOTS // PAGED.page
-    sizes = {"r": COUNT, "s": SLOTS, "c": pages, "p": COUNT * pages + 3}
+    sizes = {"r": COUNT, "s": SLOTS, "c": pages, "p": POOL}
     states = []
     for name in graph.names("state"):
         aval = graph.aval(name)
@@ -129,6 +143,7 @@ def clear_texts(name: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
     raise AssertionError("no such texts")
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
@@ -143,13 +158,14 @@ def clear_texts(name: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
     ],
     ids=str,
 )
-def test_any_mixture_of_rows_equals_the_forward(name: str, layout: CacheLayout) -> None:
-    graph = laid_out(name, layout)
+def test_any_mixture_of_rows_equals_the_forward(name: str, layout: CacheLayout, kernels: bool) -> None:
+    graph = laid_out(name, layout, kernels)
     found = decode(graph, texts(name), mixed_schedule(), ROWS, SLOTS, unused(graph))
     for logits, expected in zip(found, forward(VARIANTS[name])(in_one_batch(texts(name))), strict=True):
         assert difference(logits, expected[: len(logits)]) <= 1e-5
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
@@ -160,8 +176,10 @@ def test_any_mixture_of_rows_equals_the_forward(name: str, layout: CacheLayout) 
     ],
     ids=str,
 )
-def test_8_bits_are_those_of_a_forward_with_rounded_keys_and_values(name: str, layout: CacheLayout) -> None:
-    graph = laid_out(name, layout)
+def test_8_bits_are_those_of_a_forward_with_rounded_keys_and_values(
+    name: str, layout: CacheLayout, kernels: bool
+) -> None:
+    graph = laid_out(name, layout, kernels)
     clear, expected = clear_texts(name)
     found = decode(graph, clear, mixed_schedule(), ROWS, SLOTS, unused(graph))
     unrounded = forward(VARIANTS[name])(in_one_batch(clear))
@@ -170,14 +188,15 @@ def test_8_bits_are_those_of_a_forward_with_rounded_keys_and_values(name: str, l
         assert 1e-3 < difference(logits, exact[: len(text)]) < 2e-2  # what rounding costs
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize(
     ("name", "layout"),
     [("window_7", RING), ("window_7", in_8_bits(RING)), ("window_7", PAGED), ("repeat_gqa", in_8_bits(PAGED))],
     ids=str,
 )
-def test_rejected_tokens_are_forgotten(name: str, layout: CacheLayout) -> None:
+def test_rejected_tokens_are_forgotten(name: str, layout: CacheLayout, kernels: bool) -> None:
     """Each call reads one token that stands and seven that do not; the next goes on after the one that stands."""
-    graph, vocab = laid_out(name, layout), VARIANTS[name].vocab
+    graph, vocab = laid_out(name, layout, kernels), VARIANTS[name].vocab
     (text, *_), (expected, *_) = clear_texts(name)
     if layout.dtype is None:
         expected = forward(VARIANTS[name])(text[None])[0]
@@ -320,27 +339,11 @@ def test_what_a_layout_has_no_room_for_is_not_compiled() -> None:
         xlathe.compile(paged, max_len=44)
 
 
-needs_library = pytest.mark.skipif(native.library() is None, reason="the package was built without a C++ compiler")
-_FLOATS = "expected a contiguous cache of floats; found"
-
-
-@pytest.mark.parametrize(
-    ("target", "layout", "sizes", "reason"),
-    [
-        ("tpu-v5e", RING, {}, "expected a contiguous or a paged cache; found a ring"),
-        ("h100", RING, {}, "expected a contiguous or a paged cache; found a ring"),
-        pytest.param("cpu", INT8, {"slots": 32}, f"{_FLOATS} contiguous, int8", marks=needs_library),
-        pytest.param(
-            "cpu", in_8_bits(PAGED), {"pages": 9, "row_pages": 4}, f"{_FLOATS} paged, int8", marks=needs_library
-        ),
-    ],
-    ids=str,
-)
-def test_layouts_without_a_kernel_are_told(
-    target: str, layout: CacheLayout, sizes: dict[str, int], reason: str
-) -> None:
-    fixed = Specialize(tokens=4, selected=4, rows=2, **sizes)(laid_out("window_7", layout))
+@pytest.mark.parametrize("target", ["tpu-v5e", "h100"])
+def test_layouts_without_a_kernel_are_told(target: str) -> None:
+    fixed = Specialize(tokens=4, selected=4, rows=2)(laid_out("window_7", RING))
     record = LowerKernels(target)(fixed).history[-1]
+    reason = "expected a contiguous or a paged cache; found a ring"
     assert record.notes == (f"2 by the reference body, cached_attention: {reason}",)
 
 
@@ -351,6 +354,39 @@ def greedy(graph: Graph, prompt: list[int], count: int) -> tuple[int, ...]:
         logits, state = feed(graph, [(text[position], position, 1)], 2, state)
         text += [int(logits[0].argmax())] if position + 1 == len(text) else []
     return tuple(text[len(prompt) :])
+
+
+@pytest.fixture(scope="module")
+def programs() -> dict[CacheLayout, Program]:
+    layouts = (CacheLayout(), RING, PAGED, in_8_bits(PAGED))
+    sizes: dict[str, Any] = {"max_len": SLOTS, "max_batch": 3, "chunks": (CHUNK,), "unit": 8}
+    return {layout: xlathe.compile(laid_out("window_7", layout), **sizes) for layout in layouts}
+
+
+def test_programs_of_every_layout_answer_alike(programs: dict[CacheLayout, Program]) -> None:
+    """Greedy and sampled, in a batch: rings and pages give the very tokens of a contiguous cache."""
+    prompts = [text[:n].tolist() for text, n in zip(texts("window_7"), (13, 20, 2), strict=True)]
+    for options in ({}, {"temperature": 1.0, "seed": 3}):
+        plain, ring, paged = (
+            [c.tokens for c in programs[layout].generate(prompts, 25, **options)]
+            for layout in (CacheLayout(), RING, PAGED)
+        )
+        assert plain == ring == paged
+
+
+def test_decoding_copies_no_cache(programs: dict[CacheLayout, Program]) -> None:
+    """Each token is written where the cache lies: nothing else, fused or not, makes an array of a cache's shape."""
+    writes = {"dynamic-update-slice", "scatter"}
+    in_place = {"parameter", "get-tuple-element", "bitcast", "fusion"} | writes
+    for layout, program in programs.items():
+        for rows, avals in program.state_avals.items():
+            text = program.calls[f"decode_r{rows}"].as_text()
+            assert "while(" in text and "callback" not in text
+            for aval in (aval for name, aval in avals.items() if name != TABLE):
+                shape = f"{HLO_DTYPES[aval.dtype.name]}[{','.join(map(str, aval.shape))}]"
+                makers = set(re.findall(rf"= {re.escape(shape)}\S* ([a-z-]+)\(", text))
+                assert makers & writes
+                assert makers <= in_place, (str(layout), rows, shape)
 
 
 def test_pages_of_codes_compiled_saved_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
