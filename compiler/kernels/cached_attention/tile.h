@@ -126,7 +126,7 @@ inline void read_block(const CachedAttention& op, const Kept& kept, int64_t row,
         for (; c < width; ++c) copy[c] = 0.0f;
         block.scales[i] = kept.scales[line];
       } else if (width == kept.width) {
-        block.rows[i] = kept.floats + line * width;
+        block.rows[i] = kept.floats + line * kept.stride;
       } else {
         __builtin_memcpy(copy, kept.floats + line * kept.stride, kept.width * sizeof(float));
         __builtin_memset(copy + kept.width, 0, (width - kept.width) * sizeof(float));
