@@ -20,7 +20,7 @@ from xlathe.audit import layouts_of
 from xlathe.errors import DeriveError
 from xlathe.graph import Graph, Input, Record
 from xlathe.layouts import Layout
-from xlathe.masks import MaskPlan, NotCausal, plan_mask
+from xlathe.masks import MaskPlan, NotCausal, TermsAt, plan_mask
 from xlathe.ops.cached_attention import cached_attention
 from xlathe.ops.write_slots import write_slots
 from xlathe.pipeline import REASSOCIATED, Context, Keeps, Pass, is_forward, is_step
@@ -76,6 +76,7 @@ class _Deriver:
         self.equations = ir.live_equations(self.jaxpr)
         self.producer = ir.producers(self.equations)
         self.attentions = [e for e in self.equations if ir.is_op(e, "attention")]
+        self.planned: dict[str, MaskPlan] = {}
         self.plans = {id(e): self._plan(e) for e in self.attentions}
         self.remembered = list(dict.fromkeys(v for e in self.attentions for v in self.remembered_by(e)))
         self.needed = self._needed_everywhere()
@@ -130,10 +131,20 @@ class _Deriver:
                     f"cannot know, at {self._line(term, eqn)}"
                 )
         try:
-            return plan_mask(lambda queries, keys: self._mask_terms(eqn, queries, keys), self.graph.max_len)
+            return self._plan_once(lambda queries, keys: self._mask_terms(eqn, queries, keys))
         except NotCausal as seen:
             mask = eqn.invars[3] if len(eqn.invars) > 3 else eqn.outvars[0]
             raise DeriveError(f"no incremental step: attention {seen} at {self._line(mask, eqn)}") from None
+
+    def _plan_once(self, terms_at: TermsAt) -> MaskPlan:
+        """Evaluates a mask, unless another layer's is the same program and reads nothing."""
+        queries, keys = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (1, self.graph.max_len))
+        program = ir.trace(terms_at, queries, keys)
+        if program.consts:
+            return plan_mask(terms_at, self.graph.max_len)
+        if (text := str(program)) not in self.planned:
+            self.planned[text] = plan_mask(terms_at, self.graph.max_len)
+        return self.planned[text]
 
     def _line(self, atom: ir.Atom, attention: ir.JaxprEqn) -> str:
         """Returns the line where a mask was made, above the views that arranged it for the operation."""
@@ -160,12 +171,13 @@ class _Deriver:
 
     def _mask_terms(self, eqn: ir.JaxprEqn, queries: jax.Array, keys: jax.Array) -> Any:
         """Evaluates what may hide a key; a bias that is trained is no mask, whatever its value is today."""
-        static = Static(self.jaxpr, self.layouts, self._known(), self.graph.max_len, length=1)
         mask, bias = _split_terms(eqn)
         trained = bias is not None and self._is_trained(bias)
+        terms = (mask, None if trained else bias)
+        static = Static(self.jaxpr, self.layouts, self._known(terms), self.graph.max_len, length=1)
         spread = (queries.shape[0], keys.shape[0])
         values = []
-        for term in (mask, None if trained else bias):
+        for term in terms:
             value = None if term is None else self._term(static, term, Role(queries), Role(keys))
             values.append(None if value is None else jnp.broadcast_to(value, (*value.shape[:-2], *spread)))
         return values
@@ -174,9 +186,15 @@ class _Deriver:
         weights = {v for v, i in zip(self.jaxpr.invars, self.graph.inputs, strict=True) if i.kind == "weight"}
         return any(a in weights for e in self._upstream(atom) for a in e.invars if isinstance(a, ir.Var))
 
-    def _known(self) -> dict[ir.Var, Any]:
-        arrays = self.graph.arrays
-        return {v: arrays[i.name] for v, i in zip(self.jaxpr.invars, self.graph.inputs, strict=True) if i.kind != "arg"}
+    def _known(self, terms: Sequence[ir.Atom | None]) -> dict[ir.Var, Any]:
+        """Returns the inputs that terms are made of: weights as a whole may be large, or shapes without values."""
+        made = [term for term in terms if term is not None]
+        read = {a for term in made for e in self._upstream(term) for a in e.invars if isinstance(a, ir.Var)}
+        read |= {term for term in made if isinstance(term, ir.Var)}
+        pairs = zip(self.jaxpr.invars, self.graph.inputs, strict=True)
+        names = {v: i.name for v, i in pairs if i.kind != "arg" and v in read}
+        arrays = self.graph.weights.prepare(list(names.values()))
+        return {v: jnp.asarray(arrays[name]) for v, name in names.items()}
 
     @staticmethod
     def _term(static: Static, term: ir.Atom, queries: Role, keys: Role) -> jax.Array:
