@@ -21,8 +21,8 @@ from xlathe.passes.kv_cache import KVCache
 from xlathe.passes.lower_kernels import LowerKernels
 from xlathe.passes.specialize import Specialize
 from xlathe.step import cache_sizes, ring_slack, state_avals
-from xlathe.target import find_target
 
+UNIT, CHUNKS = 32, (16, 128)  # what `xlathe.compile` takes for them
 STOP_TOKENS = 8  # stop token ids that a program takes; unused places hold -1
 
 _LARGEST = 2**31 - 1  # positions, rows and counts of tokens are int32
@@ -42,6 +42,11 @@ class Buckets:
     unit: int
     slots: int
     gamma: int = 0
+
+    @property
+    def programs(self) -> int:
+        """How many programs that is: for each batch, one decode loop and one prefill a chunk."""
+        return len(self.batches) * (1 + len(self.chunks))
 
     @staticmethod
     def of(max_batch: int, max_len: int, unit: int, chunks: Sequence[int], gamma: int | None = None) -> "Buckets":
@@ -81,12 +86,12 @@ def to_step(graph: Graph) -> Graph:
 
 
 def fix_step(
-    step: Graph, target: str | None, rows: int, slots: int, tokens: int, selected: int, *, kernels: bool = True
+    step: Graph, target: str, rows: int, slots: int, tokens: int, selected: int, *, kernels: bool = True
 ) -> Graph:
     """Returns a step graph for so many rows of so many slots, and tokens a call; kernels: as for `units`."""
     sizes = {_CACHE_SIZES[name]: size for name, size in cache_sizes(step, rows, slots).items()}
     fixed = Specialize(tokens=tokens, selected=selected, **sizes)(step)
-    return LowerKernels(find_target(target).name)(fixed) if kernels else fixed
+    return LowerKernels(target)(fixed) if kernels else fixed
 
 
 def find_speculation(
@@ -125,6 +130,12 @@ def served_arrays(step: Graph, speculation: Speculation | None) -> dict[str, jax
     return {**step.arrays, **(speculation.drafter.arrays if speculation else {})}
 
 
+def served_avals(step: Graph, speculation: Speculation | None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the types of `served_arrays`; the weights of the target may be shapes without values."""
+    own = {name: _aval(step.aval(name)) for name in step.names("weight", "const")}
+    return own | {name: _aval(array) for name, array in (speculation.drafter.arrays if speculation else {}).items()}
+
+
 def served_state(step: Graph, buckets: Buckets, rows: int, speculation: Speculation | None) -> dict[str, Any]:
     """Returns the avals of what programs remember between calls, by name, in the order of their state."""
     caches = dict(zip(step.names("state"), state_avals(step, rows, buckets.slots), strict=True))
@@ -137,7 +148,7 @@ def served_state(step: Graph, buckets: Buckets, rows: int, speculation: Speculat
 def units(
     step: Graph,
     buckets: Buckets,
-    target: str | None,
+    target: str,
     *,
     kernels: bool = True,
     speculation: Speculation | None = None,
@@ -146,9 +157,7 @@ def units(
 
     kernels: False keeps the reference bodies, for machines that lack the kernels.
     """
-    weights = {name: _aval(step.aval(name)) for name in step.names("weight", "const")}
-    if speculation is not None:
-        weights |= {name: _aval(array) for name, array in speculation.drafter.arrays.items()}
+    weights = served_avals(step, speculation)
     for r in buckets.batches:
 
         def fix(graph: Graph, *, tokens: int, selected: int, rows: int = r) -> Graph:

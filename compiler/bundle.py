@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 from xlathe import bundle_check as check
 from xlathe.aot import Signature, served_state, units
 from xlathe.errors import BundleError, OptionError, XlatheError, as_path, did_you_mean
-from xlathe.exported import custom_calls, export_unit, load_program
+from xlathe.exported import PALLAS_CALLS, custom_calls, export_unit, load_program
 from xlathe.graph import Graph
 from xlathe.graph_file import DTYPE_NAMES, WeightFile
 from xlathe.kernels import native
@@ -44,6 +44,7 @@ from xlathe.manifest import (
     program_path,
     to_text,
 )
+from xlathe.offline import runs_here
 from xlathe.program import Program
 from xlathe.target import find_target
 
@@ -89,7 +90,7 @@ def load_bundle(directory: PathLike, *, verify: str = "structure") -> Program:
     check.hashes(folder, manifest, with_weights=verify == "all")
     weights = check.weights(folder, manifest)
     tokenizer = check.tokenizer(folder, manifest)
-    reference = not _has_kernels(manifest.custom_calls)
+    reference = not _has_kernels(manifest)
     return Program(
         calls={s.name: _load_program(folder, manifest, s, reference) for s in manifest.signatures()},
         arrays={name: jnp.asarray(weights[name]) for name in weights},
@@ -171,19 +172,27 @@ def _replace(folder: Path, fresh: Path, old: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _has_kernels(called: Iterable[str]) -> bool:
-    """Says whether this process can run all of the FFI targets; where it cannot, warns of that once."""
-    called = set(called)
+def _has_kernels(manifest: Manifest) -> bool:
+    """Says whether this process can run the kernels that programs call; where it cannot, warns of that once."""
+    reason = _why_no_kernels(manifest)
+    if reason is not None:
+        logging.log_first_n(logging.WARNING, "reference programs run, which are slower: %s", 1, reason)
+    return reason is None
+
+
+def _why_no_kernels(manifest: Manifest) -> str | None:
+    called = set(manifest.custom_calls)
+    unknown = called - set(native.TARGETS) - PALLAS_CALLS
+    if unknown:
+        return f"this version of xlathe has no {', '.join(sorted(unknown))}"
+    if called & PALLAS_CALLS and not runs_here(find_target(manifest.target)):
+        return f"kernels were written for {manifest.target}, and this is another device"
     try:
-        if called <= set(native.TARGETS):
-            if called:
-                native.register()
-            return True
-        reason = f"this version of xlathe has no {', '.join(sorted(called - set(native.TARGETS)))}"
+        if called & set(native.TARGETS):
+            native.register()
     except XlatheError as error:
-        reason = str(error)
-    logging.log_first_n(logging.WARNING, "reference programs run, which are slower: %s", 1, reason)
-    return False
+        return str(error)
+    return None
 
 
 def _load_program(

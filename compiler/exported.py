@@ -30,10 +30,14 @@ def export_unit(unit: Unit, platform: str) -> export.Exported:
         return export.export(jax.jit(flat), platforms=[platform], disabled_checks=allowed)(*avals)
 
 
+PALLAS_CALLS = frozenset({"tpu_custom_call", "mosaic_gpu_v2"})
+"""What calls a kernel written in Pallas, which came with the program."""
+
+
 def custom_calls(program: export.Exported) -> set[str]:
-    """Returns the FFI targets of ours that a program calls."""
+    """Returns what a program calls kernels by: FFI targets of ours, or those of Pallas."""
     text = program.mlir_module()
-    return {target for target in native.TARGETS if f"@{target}(" in text}
+    return {target for target in (*native.TARGETS, *PALLAS_CALLS) if f"@{target}(" in text}
 
 
 def load_program(serialized: bytes, signature: Signature) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xlathe import jaxpr as ir
-from xlathe.errors import OptionError, PassError, RequestError
+from xlathe.errors import OptionError, PassError, RequestError, XlatheError
 
 Kind = Literal["weight", "const", "arg", "state"]
 
@@ -50,12 +50,18 @@ class Origin:
     targets: tuple[str, ...]
 
 
+def is_shape(array: Any) -> bool:
+    """Says whether an array is but a shape, of which nothing can be computed."""
+    return isinstance(array, jax.ShapeDtypeStruct)
+
+
 @dataclasses.dataclass(frozen=True)
 class Weights(Mapping[str, Any]):
     """Arrays by name, some of them made on demand by recipes.
 
     stored: the arrays of the original checkpoint, or as recipes made them before a graph was saved, in which case
-    origins tell from what; recipes: applied lazily, the last result is not kept.
+    origins tell from what; recipes: applied lazily, the last result is not kept. A stored `jax.ShapeDtypeStruct` is a
+    weight that has a shape and no value: whoever asks for the value gets an XlatheError.
     """
 
     stored: Mapping[str, Any]
@@ -78,9 +84,17 @@ class Weights(Mapping[str, Any]):
         """Returns the array that a name stands for before a recipe is applied."""
         index = self._maker(name, before)
         if index is None:
-            return self.stored[name]
+            return self._stored(name)
         recipe = self.recipes[index]
         return recipe.make(self._value(recipe.source, index))[recipe.targets.index(name)]
+
+    def _stored(self, name: str) -> Any:
+        if is_shape(array := self.stored[name]):
+            raise XlatheError(
+                f"{name} {array.dtype}{list(array.shape)} has a shape and no value: this graph was traced from shapes "
+                "alone, and can be planned but not run or saved"
+            )
+        return array
 
     def _maker(self, name: str, before: int) -> int | None:
         return next((i for i in reversed(self._makers.get(name, [])) if i < before), None)
@@ -114,7 +128,7 @@ class Weights(Mapping[str, Any]):
             if name in made:
                 continue
             if index is None:
-                made[name] = self.stored[name]
+                made[name] = self._stored(name)
             else:
                 recipe = self.recipes[index]
                 made.update(zip(recipe.targets, recipe.make(self._value(recipe.source, index)), strict=True))

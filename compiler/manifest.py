@@ -117,7 +117,7 @@ def parse(text: str) -> Manifest:
 
 
 def _check_files(manifest: Manifest) -> None:
-    programs = len(manifest.buckets.batches) * (1 + len(manifest.buckets.chunks))
+    programs = manifest.buckets.programs
     if programs > len(manifest.files):
         raise BundleError(f"files lists {len(manifest.files)}, too few for {programs} programs")
     expected, found = manifest.expected_files(), set(manifest.files)

@@ -8,8 +8,19 @@ from typing import Any, final
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
-from xlathe.aot import STOP_TOKENS, Buckets, find_speculation, served_arrays, served_state, to_step, units
+from xlathe.aot import (
+    CHUNKS,
+    STOP_TOKENS,
+    UNIT,
+    Buckets,
+    find_speculation,
+    served_arrays,
+    served_state,
+    to_step,
+    units,
+)
 from xlathe.decode.drafters import Drafter
 from xlathe.decode.speculative import Memory, Speculation
 from xlathe.decode.text import TextStream
@@ -17,9 +28,11 @@ from xlathe.decode.units import NO_TOKEN, Rows
 from xlathe.errors import OptionError, RequestError, XlatheError
 from xlathe.graph import Graph, check_graph
 from xlathe.integers import as_integer
+from xlathe.memory import MemoryPlan, plan_from_graph
+from xlathe.offline import plan_for, runs_here, target_here
 from xlathe.request import Limits, Prompts, Request, Stops
 from xlathe.step import first_state
-from xlathe.target import find_target
+from xlathe.target import Target, find_target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +79,9 @@ class Piece:
 class Program:
     """Programs compiled for some buckets of sizes, and the weights that they share.
 
-    calls: the compiled units by name (`aot.units`); step and speculation: the graph they were compiled from and how
-    they draft, None where the program was loaded from disk; target: what they were compiled for; seconds: how long
+    calls: the compiled units by name (`aot.units`), none where they are for another machine; step and speculation: the
+    graph they were compiled from and how they draft, None where the program was loaded from disk; target: what they
+    were compiled for; memory: what they take of it, None where the program was loaded from disk; seconds: how long
     compiling or loading took.
     """
 
@@ -81,6 +95,7 @@ class Program:
     step: Graph | None = None
     speculation: Speculation | None = None
     target: str = "cpu"
+    memory: MemoryPlan | None = None
     seconds: float = 0.0
 
     def generate(
@@ -103,7 +118,7 @@ class Program:
 
         Raises RequestError where the request does not fit: prompts that are empty or no text or ids, ids outside the
         vocabulary, too many rows, or more tokens than the compiled length. OptionError for sampling options out of
-        range.
+        range. XlatheError where the program is for another machine.
         """
         options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
         run = _Run(self, self.limits.request(prompt, max_tokens, stop, **options))
@@ -138,8 +153,8 @@ def compile(
     max_batch: int = 1,
     max_len: int | None = None,
     target: str | None = None,
-    unit: int = 32,
-    chunks: Sequence[int] = (16, 128),
+    unit: int = UNIT,
+    chunks: Sequence[int] = CHUNKS,
     stop_tokens: Sequence[int] = (),
     draft: Graph | Drafter | str | None = None,
     gamma: int = 4,
@@ -149,8 +164,10 @@ def compile(
 
     graph: a step graph, or a forward graph from which the step is derived with the default passes. max_batch: the
     most rows at once; max_len: the most tokens a row, prompt and answer (default: the graph's). target: a name from
-    `xlathe.target`. unit: tokens generated between two looks of the host. chunks: prompt tokens read at once.
-    stop_tokens: ids that end a row of every request.
+    `xlathe.target`; None is the device of this process. Programs for another device are made to be saved; they are
+    compiled too where its real compiler is installed (`xlathe.offline`), and `memory` says what they take. unit: tokens
+    generated between two looks of the host. chunks: prompt tokens read at once. stop_tokens: ids that end a row of
+    every request.
 
     draft: proposes tokens that the target verifies, gamma at once: a graph with the same vocabulary, or `ngram` for
     `xlathe.decode.drafters.NGram()`, which looks them up in the text so far, or any other
@@ -159,10 +176,12 @@ def compile(
 
     Raises OptionError for what is no graph, for sizes that are no positive integers of 32 bits, for an unknown target,
     and for a draft that does not go with the graph; RequestError for a max_len beyond the graph's, DeriveError where no
-    step can be derived.
+    step can be derived, XlatheError where the compiler of another device refuses a program. A program that does not fit
+    its device is a warning.
     """
     start = time.perf_counter()
     check_graph(graph, "compile")
+    machine = target_here() if target is None else find_target(target)
     slots = graph.max_len if max_len is None else max_len
     buckets = Buckets.of(max_batch, slots, unit, chunks, None if draft is None else gamma)
     if buckets.slots > graph.max_len:
@@ -170,9 +189,11 @@ def compile(
     stops = _checked_stops(stop_tokens, graph.vocab)
     speculation = find_speculation(graph, draft, rule, buckets)
     step = to_step(graph)
-    compiled = units(step, buckets, target, speculation=speculation)
+    calls, memory = _compiled(step, buckets, machine, speculation)
+    if not memory.fits:
+        logging.warning("%s", memory.shortage)
     return Program(
-        calls={u.signature.name: compile_unit(u.function, u.signature.avals) for u in compiled},
+        calls=calls,
         arrays=served_arrays(step, speculation),
         state_avals={r: served_state(step, buckets, r, speculation) for r in buckets.batches},
         buckets=buckets,
@@ -181,9 +202,24 @@ def compile(
         stop_tokens=stops,
         step=step,
         speculation=speculation,
-        target=find_target(target).name,
+        target=machine.name,
+        memory=memory,
         seconds=time.perf_counter() - start,
     )
+
+
+def _compiled(
+    step: Graph, buckets: Buckets, target: Target, speculation: Speculation | None
+) -> tuple[Mapping[str, Callable[..., Any]], MemoryPlan]:
+    """Returns the compiled units by name, none where the target is another machine, and what they take."""
+    if not runs_here(target):
+        return {}, plan_for(step, buckets, target, speculation)
+    built = [
+        (u.signature, compile_unit(u.function, u.signature.avals))
+        for u in units(step, buckets, target.name, speculation=speculation)
+    ]
+    plan = plan_from_graph(step, buckets, target, speculation).with_temporaries(built)
+    return {signature.name: call for signature, call in built}, plan
 
 
 def _checked_stops(stop_tokens: Sequence[int], vocab: int) -> tuple[int, ...]:
@@ -196,7 +232,7 @@ def _checked_stops(stop_tokens: Sequence[int], vocab: int) -> tuple[int, ...]:
     return checked
 
 
-def compile_unit(function: Callable[..., Any], avals: tuple[Any, ...]) -> Callable[..., Any]:
+def compile_unit(function: Callable[..., Any], avals: tuple[Any, ...]) -> jax.stages.Compiled:
     """Compiles a unit; its last argument, the cache, is updated in place."""
     return jax.jit(function, donate_argnums=(len(avals) - 1,)).lower(*avals).compile()
 
@@ -205,6 +241,11 @@ class _Run:
     """One request on its way: state on the device, text on the host."""
 
     def __init__(self, program: Program, request: Request) -> None:
+        if not program.calls:
+            raise XlatheError(
+                f"this program is for {program.target} and cannot run here: save it, and load the bundle on a machine "
+                f"that has one ({find_target(program.target).device})"
+            )
         self.program, self.request = program, request
         self.state = first_state(program.state_avals[request.rows])
         count = len(request.prompts)

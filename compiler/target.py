@@ -1,9 +1,8 @@
 """What programs are compiled for. A table: nothing here asks a device."""
 
 import dataclasses
-import functools
 
-from xlathe.errors import OptionError
+from xlathe.errors import OptionError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +27,8 @@ class Target:
     """A machine to compile for.
 
     platform: the name that XLA knows it by; kernels: the files of `xlathe.kernels` written for it; chip: None where the
-    name covers many machines; topology: by which the compiler knows it on a machine without one.
+    name covers many machines; topology: by which the compiler knows it on a machine without one; device: how a device
+    of this kind is called on the machine that has it, in full or its beginning.
     """
 
     name: str
@@ -36,24 +36,39 @@ class Target:
     kernels: str
     chip: Chip | None = None
     topology: str = ""
+    device: str = "cpu"
 
 
 _KIB, _MIB = 1 << 10, 1 << 20
 
+
+def _gpu(name: str, chip: Chip, device: str) -> Target:
+    return Target(name, "cuda", "gpu_sm90", chip, device, device)
+
+
+def _tpu(name: str, chip: Chip, topology: str, device: str) -> Target:
+    return Target(name, "tpu", "tpu", chip, topology, device)
+
+
 TARGETS = (
     Target("cpu", "cpu", "cpu"),
-    Target("h100", "cuda", "gpu_sm90", Chip(80 * 10**9, 3.35e12, 9.89e14, 1.979e15, 227 * _KIB, 64), "NVIDIA H100"),
-    Target("h200", "cuda", "gpu_sm90", Chip(141 * 10**9, 4.8e12, 9.89e14, 1.979e15, 227 * _KIB, 64), "NVIDIA H200"),
-    Target("tpu-v5e", "tpu", "tpu", Chip(17 * 10**9, 8.2e11, 1.97e14, 3.94e14, 128 * _MIB, 128), "v5e:2x2"),
-    Target("tpu-v5p", "tpu", "tpu", Chip(103 * 10**9, 2.46e12, 4.59e14, 9.18e14, 64 * _MIB, 128), "v5p:2x2x1"),
-    Target("tpu-v6e", "tpu", "tpu", Chip(34 * 10**9, 1.64e12, 9.2e14, 1.84e15, 128 * _MIB, 256), "v6e:2x2"),
+    _gpu("h100", Chip(80 * 10**9, 3.35e12, 9.89e14, 1.979e15, 227 * _KIB, 64), "NVIDIA H100"),
+    _gpu("h200", Chip(141 * 10**9, 4.8e12, 9.89e14, 1.979e15, 227 * _KIB, 64), "NVIDIA H200"),
+    _tpu("tpu-v5e", Chip(17 * 10**9, 8.2e11, 1.97e14, 3.94e14, 128 * _MIB, 128), "v5e:2x2", "TPU v5 lite"),
+    _tpu("tpu-v5p", Chip(103 * 10**9, 2.46e12, 4.59e14, 9.18e14, 64 * _MIB, 128), "v5p:2x2x1", "TPU v5"),
+    _tpu("tpu-v6e", Chip(34 * 10**9, 1.64e12, 9.2e14, 1.84e15, 128 * _MIB, 256), "v6e:2x2", "TPU v6 lite"),
 )
 
 
-@functools.cache
-def find_target(name: str | None) -> Target:
-    """Returns the target called `name`; None is the CPU. Raises OptionError for an unknown name."""
+def find_target(name: str) -> Target:
+    """Returns the target called `name`; raises OptionError for an unknown one."""
     for target in TARGETS:
-        if name in (None, target.name):
+        if name == target.name:
             return target
-    raise OptionError(f"no target {name!r}; the targets are {', '.join(target.name for target in TARGETS)}")
+    raise OptionError(f"no target {name!r}{did_you_mean(str(name), [target.name for target in TARGETS])}")
+
+
+def find_device(platform: str, kind: str) -> Target | None:
+    """Returns the target that a device is, by XLA's names of its platform and kind; None where it is none."""
+    fitting = [t for t in TARGETS if t.platform == platform and (t.chip is None or kind.startswith(t.device))]
+    return max(fitting, key=lambda target: len(target.device), default=None)

@@ -13,13 +13,14 @@ from jax import export
 from xlathe import jaxpr as ir
 from xlathe.align import trace_aligned
 from xlathe.errors import TraceError
-from xlathe.graph import Graph, Input, Weights
+from xlathe.graph import Graph, Input, Record, Weights, is_shape
 from xlathe.lengths import check_lengths
 
 if TYPE_CHECKING:
     from flax import nnx
 
 _RANDOM = ("random_", "threefry", "rng_")
+UNCOMPARED = "weights are shapes without values: not compared with the model at short lengths"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,8 @@ def trace(model: Any, params: Any = None, *, max_len: int, tokenizer: Any = None
     """Traces a decoder or encoder into a graph whose batch and token axes are symbolic.
 
     model: an `nnx.Module`, a pair (linen module, variables), or a function f(params, tokens) with `params=`.
-        Called with int32 tokens [b, t] it returns logits [b, t, vocab].
+        Called with int32 tokens [b, t] it returns logits [b, t, vocab]. Its weights may be shapes without values
+        (`nnx.eval_shape`, `jax.ShapeDtypeStruct`): the graph serves to plan, and nothing is allocated or run.
     max_len: the longest row that the graph must serve; bounds the symbolic length.
 
     Raises TraceError: where the model cannot be traced with symbolic sizes nor aligned from two lengths, does not
@@ -71,8 +73,13 @@ def trace(model: Any, params: Any = None, *, max_len: int, tokenizer: Any = None
     jaxpr, inputs, arrays = _unroll(jaxpr, inputs, arrays)
     jaxpr, kept = ir.drop_dead(jaxpr, keep=lambda i: inputs[i].kind == "arg")
     inputs = [inputs[i] for i in kept]
-    stored = {i.name: np.asarray(arrays[i.name]) for i in inputs if i.kind != "arg"}
-    return Graph(jaxpr, tuple(inputs), Weights(stored), max_len, tokenizer)
+    stored = {i.name: _held(arrays[i.name]) for i in inputs if i.kind != "arg"}
+    history = (Record("trace", notes=(UNCOMPARED,)),) if any(map(is_shape, source.arrays)) else ()
+    return Graph(jaxpr, tuple(inputs), Weights(stored), max_len, tokenizer, history)
+
+
+def _held(array: Any) -> Any:
+    return array if is_shape(array) else np.asarray(array)
 
 
 def _source(model: Any, params: Any) -> Source:
@@ -159,7 +166,8 @@ def _trace_sizes(source: Source, max_len: int) -> tuple[ir.Jaxpr, list[np.ndarra
         jaxpr, constants = trace_aligned(at, rows, length, max_len, inconclusive)
     _check_logits(jaxpr)
     _check_deterministic(jaxpr)
-    check_lengths(at, jaxpr, source.arrays, constants, max_len, asked)
+    if not any(map(is_shape, source.arrays)):
+        check_lengths(at, jaxpr, source.arrays, constants, max_len, asked)
     return jaxpr, constants
 
 
@@ -253,7 +261,7 @@ def _unroll(
         for i in range(lengths[var]):
             name = os.path.join(prefix, str(i), item.name.removeprefix(prefix).lstrip("/"))
             new_inputs.append(Input(name, item.kind))
-            new_arrays[name] = np.asarray(arrays[item.name])[i]
+            new_arrays[name] = _slice(arrays[item.name], i)
             avals.append(jax.ShapeDtypeStruct(var.aval.shape[1:], var.aval.dtype))
 
     def unrolled(*operands: Any) -> list[Any]:
@@ -265,6 +273,12 @@ def _unroll(
 
     _check_names(new_inputs)
     return ir.trace(unrolled, *avals), new_inputs, new_arrays
+
+
+def _slice(stacked: Any, index: int) -> Any:
+    if is_shape(stacked):
+        return jax.ShapeDtypeStruct(stacked.shape[1:], stacked.dtype)
+    return np.asarray(stacked)[index]
 
 
 def _stacked_lengths(jaxpr: ir.Jaxpr) -> dict[ir.Var, int]:

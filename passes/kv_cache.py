@@ -20,7 +20,7 @@ from xlathe.audit import layouts_of
 from xlathe.errors import DeriveError
 from xlathe.graph import Graph, Input, Record
 from xlathe.layouts import Layout
-from xlathe.masks import MaskPlan, NotCausal, plan_mask
+from xlathe.masks import MaskPlan, NotCausal, TermsAt, plan_mask
 from xlathe.ops.cached_attention import cached_attention
 from xlathe.ops.write_slots import write_slots
 from xlathe.pipeline import REASSOCIATED, Context, Keeps, Pass, is_forward, is_step
@@ -76,6 +76,7 @@ class _Deriver:
         self.equations = ir.live_equations(self.jaxpr)
         self.producer = ir.producers(self.equations)
         self.attentions = [e for e in self.equations if ir.is_op(e, "attention")]
+        self.planned: dict[str, MaskPlan] = {}
         self.plans = {id(e): self._plan(e) for e in self.attentions}
         self.remembered = list(dict.fromkeys(v for e in self.attentions for v in self.remembered_by(e)))
         self.needed = self._needed_everywhere()
@@ -130,10 +131,20 @@ class _Deriver:
                     f"cannot know, at {self._line(term, eqn)}"
                 )
         try:
-            return plan_mask(lambda queries, keys: self._mask_terms(eqn, queries, keys), self.graph.max_len)
+            return self._plan_once(lambda queries, keys: self._mask_terms(eqn, queries, keys))
         except NotCausal as seen:
             mask = eqn.invars[3] if len(eqn.invars) > 3 else eqn.outvars[0]
             raise DeriveError(f"no incremental step: attention {seen} at {self._line(mask, eqn)}") from None
+
+    def _plan_once(self, terms_at: TermsAt) -> MaskPlan:
+        """Evaluates a mask, unless another layer's is the same program and reads nothing."""
+        queries, keys = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (1, self.graph.max_len))
+        program = ir.trace(terms_at, queries, keys)
+        if program.consts:
+            return plan_mask(terms_at, self.graph.max_len)
+        if (text := str(program)) not in self.planned:
+            self.planned[text] = plan_mask(terms_at, self.graph.max_len)
+        return self.planned[text]
 
     def _line(self, atom: ir.Atom, attention: ir.JaxprEqn) -> str:
         """Returns the line where a mask was made, above the views that arranged it for the operation."""

@@ -1,10 +1,23 @@
-"""`xlathe compile`: a graph directory, or the demo's model, becomes a bundle."""
+"""`xlathe compile`: a graph directory, or the demo's model, becomes a bundle; or a plan of what one would take."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags
 
-from xlathe.tools.command import Options, Verb
+from xlathe.errors import OptionError
+from xlathe.tools.command import Options, UsageError, Verb
 from xlathe.tools.console import bar, make_console
-from xlathe.tools.source import define_pipeline, find_pipeline, open_graph, stop_tokens
+from xlathe.tools.source import define_pipeline, find_pipeline, open_graph, open_shapes, stop_tokens
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from xlathe.graph import Graph
+    from xlathe.memory import MemoryPlan
+
+_UNITS = {"GB": 10**9, "MB": 10**6, "GiB": 2**30, "MiB": 2**20}
 
 
 def define(values: flags.FlagValues) -> None:
@@ -13,19 +26,48 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "max_len", None, "the most tokens a row, answer included; default: the graph's", flag_values=values
     )
-    flags.DEFINE_string("target", None, "what to compile for; default: cpu", flag_values=values)
+    flags.DEFINE_string(
+        "target", None, "cpu, h100, tpu-v5e, ..., which need not be here; default: this machine", flag_values=values
+    )
+    flags.DEFINE_string("memory", None, "of the target, 48GB; default: what its kind has", flag_values=values)
+    flags.DEFINE_string("json", None, "a file for the memory plan", flag_values=values)
+    flags.DEFINE_boolean(
+        "shapes_only",
+        False,
+        "only plan: SOURCE may be a JSON file of a model's sizes, and OUT is a file for the plan",
+        flag_values=values,
+    )
 
 
 def run(options: Options, source: str, destination: str) -> None:
-    from xlathe.program import compile
-    from xlathe.tools.text import find_calibration
-
     console = make_console()
-    pipeline = find_pipeline(options)
-    graph = open_graph(source)
-    if pipeline is not None:
-        with bar(console, "passes") as progress:
-            graph = pipeline(graph, calibration=find_calibration(options, source, graph), progress=progress)
+    memory = _bytes(options["memory"])
+    if options["shapes_only"]:
+        plan = _plan(options, source, memory, console)
+        _show(plan, (destination, options["json"]), console)
+        return
+    _build(options, source, destination, memory, console)
+
+
+def _plan(options: Options, source: str, memory: int | None, console: "Console") -> "MemoryPlan":
+    from xlathe.aot import CHUNKS, UNIT, Buckets, to_step
+    from xlathe.offline import plan_for, target_here
+    from xlathe.target import find_target
+
+    target = find_target(options["target"]) if options["target"] else target_here()
+    graph = _shaped(options, source, console)
+    buckets = Buckets.of(options["max_batch"], options["max_len"] or graph.max_len, UNIT, CHUNKS)
+    with bar(console, "plan"):
+        return plan_for(to_step(graph), buckets, target, memory=memory)
+
+
+def _build(options: Options, source: str, destination: str, memory: int | None, console: "Console") -> None:
+    import dataclasses
+
+    from xlathe.errors import XlatheError
+    from xlathe.program import compile
+
+    graph = _shaped(options, source, console)
     with bar(console, "compile"):
         program = compile(
             graph,
@@ -34,11 +76,49 @@ def run(options: Options, source: str, destination: str) -> None:
             target=options["target"],
             stop_tokens=stop_tokens(source),
         )
+    assert program.memory is not None
+    plan = program.memory if memory is None else dataclasses.replace(program.memory, memory=memory)
+    _show(plan, (options["json"],), console)
+    if not plan.fits:
+        raise XlatheError(plan.shortage)
     with bar(console, "save"):
         program.save(destination)
     console.print(
-        f"{destination}: {len(program.calls)} programs, compiled in {program.seconds:.1f} s", soft_wrap=True
+        f"{destination}: {program.buckets.programs} programs for {program.target}, compiled in {program.seconds:.1f} s",
+        soft_wrap=True,
     )
+
+
+def _shaped(options: Options, source: str, console: "Console") -> "Graph":
+    """Returns the graph of a source after the passes that were asked for."""
+    from xlathe.tools.text import find_calibration
+
+    pipeline = find_pipeline(options)
+    if source.endswith(".json"):
+        if not options["shapes_only"] or not options["max_len"]:
+            raise UsageError(f"{source} has sizes and no weights: it can be planned, --shapes_only --max_len=8192")
+        graph = open_shapes(source, options["max_len"])
+    else:
+        graph = open_graph(source)
+    if pipeline is None:
+        return graph
+    with bar(console, "passes") as progress:
+        return pipeline(graph, calibration=find_calibration(options, source, graph), progress=progress)
+
+
+def _show(plan: "MemoryPlan", files: tuple[str | None, ...], console: "Console") -> None:
+    for file in filter(None, files):
+        Path(file).write_text(plan.to_json(), encoding="utf-8")
+    console.print(plan.to_text(), soft_wrap=True)
+
+
+def _bytes(text: str | None) -> int | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]+)", text)
+    if match is None or match[2] not in _UNITS:
+        raise OptionError(f"--memory={text}: expected a number of {', '.join(_UNITS)}, as in 48GB")
+    return round(float(match[1]) * _UNITS[match[2]])
 
 
 VERB = Verb(

@@ -55,5 +55,5 @@ class Served:
 
     @functools.cached_property
     def _compiled(self) -> Callable[..., Any]:
-        fixed = fix_step(self.step, None, 1, self.step.max_len, self._chunk, self._chunk)
+        fixed = fix_step(self.step, "cpu", 1, self.step.max_len, self._chunk, self._chunk)
         return jax.jit(functools.partial(call_step, fixed), donate_argnums=2)

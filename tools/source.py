@@ -1,6 +1,8 @@
 """What the words of a command line name: graphs, programs and pipelines."""
 
+import dataclasses
 import importlib
+import json
 import pkgutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +14,7 @@ from xlathe.tools.command import Options, UsageError
 
 if TYPE_CHECKING:
     from xlathe.graph import Graph
+    from xlathe.models.llama import LlamaConfig
     from xlathe.pipeline import Pipeline
     from xlathe.program import Program
 
@@ -72,6 +75,38 @@ def trace_demo(name: str) -> "Graph":
 
     model, tokenizer = demo.load(name)
     return trace(model, max_len=DEMO_LENGTH, tokenizer=tokenizer)
+
+
+def open_shapes(config: str, max_len: int) -> "Graph":
+    """Traces a Llama of the sizes in a JSON file (`xlathe.models.llama.LlamaConfig`), its weights but shapes."""
+    from flax import nnx
+
+    from xlathe.models.llama import Llama
+    from xlathe.trace import trace
+
+    sizes = _sizes(config)
+    return trace(nnx.eval_shape(lambda: Llama(sizes, rngs=nnx.Rngs(0))), max_len=max_len)
+
+
+def _sizes(config: str) -> "LlamaConfig":
+    from xlathe.models.llama import LlamaConfig
+
+    try:
+        fields = json.loads(Path(config).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise OptionError(f"{config} is no JSON: {error}") from None
+    kinds = {field.name: field.type for field in dataclasses.fields(LlamaConfig)}
+    if not isinstance(fields, dict):
+        raise OptionError(f"{config}: expected an object with the fields {', '.join(kinds)}")
+    for name, value in fields.items():
+        if name not in kinds:
+            raise OptionError(f"{config}: no field {name!r}{did_you_mean(name, kinds)}")
+        if isinstance(value, bool) or not isinstance(value, int | float if kinds[name] is float else int) or value <= 0:
+            raise OptionError(f"{config}: {name} must be a positive {kinds[name].__name__}, got {value!r}")
+    try:
+        return LlamaConfig(**fields)
+    except TypeError as error:
+        raise OptionError(f"{config}: {str(error).partition(' ')[2]}") from None
 
 
 def stop_tokens(source: str) -> tuple[int, ...]:

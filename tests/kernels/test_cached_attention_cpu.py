@@ -226,7 +226,7 @@ def test_a_compiled_program_generates_the_same_tokens_without_kernels(name: str)
     lowered = LowerKernels()(Specialize(tokens=4, selected=1, rows=1, slots=24)(step))
     assert lowered.history[-1].hits["cached_attention: kernel"] == variant.layers
     program = compile(step, max_len=24, unit=4, chunks=(8,))
-    plain = units(step, program.buckets, None, kernels=False)
+    plain = units(step, program.buckets, "cpu", kernels=False)
     calls = {u.signature.name: compile_unit(u.function, u.signature.avals) for u in plain}
     prompt = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]]
     (with_kernels,) = program.generate(prompt, max_tokens=12)
