@@ -75,6 +75,7 @@ def compile_for(
 def _device(target: Target) -> Any:
     if target.platform == "tpu":
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu waits for a cloud machine's metadata server
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # its lock guards devices, and none is opened
         return topologies.get_topology_desc(platform="tpu", topology_name=target.topology).devices[0]
     return topologies.get_topology_desc(
         platform="cuda", topology_name=target.topology, topology="1x1x1", target_config=_sm90(target)

@@ -316,8 +316,21 @@ def compilations() -> Iterator[list[str]]:
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def test_nothing_is_compiled_again(drafting: Callable[..., Program], compilations: list[str]) -> None:
-    program = drafting(4, "random")
+@pytest.mark.parametrize("which", ["plain", "draft", "loaded"])
+def test_nothing_is_compiled_again(
+    plain: Program,
+    drafting: Callable[..., Program],
+    compilations: list[str],
+    which: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever the prompts, options and stops are: requests run the programs of their bucket, and nothing else."""
+    program = drafting(4, "random") if which == "draft" else plain
+    if which == "loaded":
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        plain.save(tmp_path / "bundle")
+        program = xl.load(tmp_path / "bundle")
     jax.jit(lambda x: x + 1)(jnp.ones(7))
     assert compilations  # the listener hears
     program.generate(PROMPTS, 20)

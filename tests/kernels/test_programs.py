@@ -1,11 +1,14 @@
 """Serving programs for accelerators, made on a machine that has none."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+import xlathe as xl
 from tests.kernels.plans import target_here
-from tests.kernels.programs import CONFIG, SCHEMES, chosen_for, programs
+from tests.kernels.programs import CONFIG, SCHEMES, chosen_for, programs, step
+from xlathe.bundle_check import read_manifest
 from xlathe.errors import OptionError, XlatheError
 from xlathe.exported import export_unit
 from xlathe.offline import compile_for, compiler_is_installed
@@ -44,6 +47,17 @@ def test_programs_compile(name: str, scheme: str, note: Callable[[str], None]) -
             f"{unit.signature.name} {name}, {scheme}: {plan.argument_size_in_bytes:,} bytes of arguments, "
             f"{plan.temp_size_in_bytes:,} of temporaries"
         )
+
+
+@pytest.mark.parametrize("name", ["tpu-v5e", "h100"])
+def test_a_compiled_program_has_its_compilers_memory_plan(name: str, tmp_path: Path) -> None:
+    target_here(name)
+    program = xl.compile(step("int8"), max_batch=2, max_len=128, chunks=(16,), unit=8, target=name)
+    plan = program.memory
+    assert plan is not None and plan.temporaries is not None and plan.fits
+    assert plan.temporaries >= 2 * 4 * CONFIG.vocab  # logits of two rows
+    program.save(tmp_path / "bundle")
+    assert read_manifest(tmp_path / "bundle").custom_calls
 
 
 @pytest.mark.parametrize(("name", "call"), [("tpu-v5e", "tpu_custom_call"), ("h100", "mosaic_gpu_v2")])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import xlathe as xl
+from tests.tools.conftest import TINY
 from xlathe.passes import PASSES
 from xlathe.tools.main import main
 
@@ -104,3 +105,55 @@ def test_generate_refuses_what_does_not_fit(bundle, capsys):
 
 def test_inspect_prints_the_manifest_of_a_bundle(bundle, capsys):
     assert json.loads(run(capsys, "inspect", bundle)) == json.loads((bundle / "manifest.json").read_text())
+
+
+def test_compile_plans_a_model_of_which_there_are_but_sizes(tmp_path, capsys):
+    config, plan = tmp_path / "llama.json", tmp_path / "plan.json"
+    config.write_text(json.dumps(dataclasses.asdict(TINY)))
+    words = ["compile", config, plan, "--shapes_only", "--max_len=64", "--target=tpu-v5e", "--memory=1.5MB"]
+    out = run(capsys, *words, "--config=int8")
+    figures = json.loads(plan.read_text())
+    assert figures["memory_bytes"] == 1_500_000 and figures["cache_bytes_per_token"] == 2 * 16 * 4
+    assert figures["fits"] and figures["weights_bytes"] < 200_000
+    assert "largest batch" in out and not (tmp_path / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is no JSON"),
+        ("[]", "expected an object with the fields vocab, width"),
+        ('{"vocap": 1}', "no field 'vocap'; did you mean 'vocab'?"),
+        ('{"vocab": "1"}', "vocab must be a positive int, got '1'"),
+        ('{"vocab": 1}', "missing 6 required"),
+    ],
+)
+def test_a_wrong_file_of_sizes_is_one_error(tmp_path, capsys, text, message):
+    config = tmp_path / "llama.json"
+    config.write_text(text)
+    assert main(["compile", str(config), str(tmp_path / "plan"), "--shapes_only", "--max_len=64"]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--memory=lots", "--memory=lots: expected a number of GB, MB, GiB, MiB, as in 48GB"),
+        ("--target=tpu-v5", "no target 'tpu-v5'; did you mean 'tpu-v5"),
+        ("--memory=100MB", "llama.json has sizes and no weights: it can be planned"),
+    ],
+)
+def test_compile_refuses(tmp_path, capsys, flag, message):
+    (tmp_path / "llama.json").write_text(json.dumps(dataclasses.asdict(TINY)))
+    shapes = [] if flag == "--memory=100MB" else ["--shapes_only", "--max_len=64"]
+    assert main(["compile", str(tmp_path / "llama.json"), str(tmp_path / "out"), *shapes, flag]) > 0
+    assert message in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_planned_and_not_saved(tiny_folder, tmp_path, capsys):
+    words = ["compile", tiny_folder, tmp_path / "out", "--max_len=24", "--memory=0.1MB", f"--json={tmp_path / 'plan'}"]
+    assert main(list(map(str, words))) == 1
+    out, err = capsys.readouterr()
+    assert "does not fit cpu: needs " in err and "has 100.00 kB; largest that fit: a batch of 0" in err
+    assert "temporaries" in out and not json.loads((tmp_path / "plan").read_text())["fits"]
+    assert not (tmp_path / "out").exists()
