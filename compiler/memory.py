@@ -187,6 +187,7 @@ def plan_from_graph(step: Graph, buckets: Buckets, target: Target, speculation: 
 def _temporaries(signature: Signature, compiled: jax.stages.Compiled) -> int:
     """Returns what a program takes beside its weights, and its state, which it updates in place."""
     found = compiled.memory_analysis()
+    assert found is not None  # of every back end that programs are compiled for
     taken = found.argument_size_in_bytes + found.temp_size_in_bytes + found.generated_code_size_in_bytes
     taken += found.output_size_in_bytes - found.alias_size_in_bytes
     return max(taken - total_bytes(jax.tree.leaves((signature.avals[0], signature.avals[-1]))), 0)

@@ -1,9 +1,9 @@
 """What the words of a command line name: graphs, programs and pipelines."""
 
-import dataclasses
 import importlib
 import json
 import pkgutil
+import typing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,7 +95,7 @@ def _sizes(config: str) -> "LlamaConfig":
         fields = json.loads(Path(config).read_text(encoding="utf-8"))
     except ValueError as error:
         raise OptionError(f"{config} is no JSON: {error}") from None
-    kinds = {field.name: field.type for field in dataclasses.fields(LlamaConfig)}
+    kinds = typing.get_type_hints(LlamaConfig)
     if not isinstance(fields, dict):
         raise OptionError(f"{config}: expected an object with the fields {', '.join(kinds)}")
     for name, value in fields.items():
