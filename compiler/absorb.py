@@ -10,6 +10,7 @@ have more features that all heads share already, such as a rotary part.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -65,6 +66,11 @@ class Projection:
     def width(self) -> int:
         """r."""
         return int(np.prod([self.latent.aval.shape[i] for i, _ in self.summed]))
+
+    def equals(self, other: "Projection") -> bool:
+        """Whether both make the same of the same view of a weight."""
+        views = self.product.invars[1 - self.side], other.product.invars[1 - other.side]
+        return views[0] is views[1] and self.summed == other.summed and np.array_equal(self.columns, other.columns)
 
     def part(self, weight: Any) -> jax.Array:
         """Returns what each head multiplies the latent with, [heads, features, r]."""
@@ -128,10 +134,10 @@ class Absorption:
         return sum(before), self.keys.width * k.dtype.itemsize + own * v.dtype.itemsize
 
     @property
-    def parts(self) -> dict[str, Projection]:
-        """The projections that become weights of their own, by name."""
+    def projections(self) -> dict[str, Projection]:
+        """Those of keys and of values, which become weights of their own."""
         sides = {"keys": self.keys.projection, "values": self.values.projection}
-        return {f"{p.name}.{kind}": p for kind, p in sides.items() if p is not None}
+        return {kind: p for kind, p in sides.items() if p is not None}
 
 
 def absorb_projections(graph: Graph) -> tuple[Graph, tuple[str, ...], tuple[str, ...]]:
@@ -148,13 +154,14 @@ def absorb_projections(graph: Graph) -> tuple[Graph, tuple[str, ...], tuple[str,
         if found is None:
             continue
         before, after = found.bytes
-        reason = finder.reason_against(found, parts)
+        reason = finder.reason_against(found)
         if reason:
             misses.append(f"{before} bytes a token where {after} would do, of a latent: {reason}")
             continue
         notes.append(f"{after} bytes a token in place of {before}: the projections of a latent are absorbed")
-        parts |= found.parts
-        replacements[eqn.outvars[0]] = finder.replacement(found)
+        own = finder.named(found, parts)
+        parts |= own
+        replacements[eqn.outvars[0]] = finder.replacement(found, tuple(own))
     if replacements:
         graph = _replaced(graph, replacements, parts)
     return graph, tuple(dict.fromkeys(notes)), tuple(dict.fromkeys(misses))
@@ -261,28 +268,35 @@ class _Finder:
             (atom,) = eqn.invars if len(eqn.invars) == 1 else (None,)
         return (self.weights[atom], tuple(path)) if isinstance(atom, ir.Var) else None
 
-    def reason_against(self, found: Absorption, parts: Mapping[str, Projection]) -> str | None:
-        """Returns why an attention stays as it is; parts: what others have made of the weights."""
-        for name, part in found.parts.items():
+    def reason_against(self, found: Absorption) -> str | None:
+        """Returns why an attention stays as it is."""
+        for part in found.projections.values():
             if part.views is None:
                 return f"{part.name} is quantized; derive the cache first (KVCache before Quantize)"
-            if name in parts and not np.array_equal(part.columns, parts[name].columns):
-                return f"{part.name} is read in two ways"
         return None if self.is_exact(found) else "it gives other numbers"
 
-    def replacement(self, found: Absorption) -> Replacement:
+    def named(self, found: Absorption, parts: Mapping[str, Projection]) -> dict[str, Projection]:
+        """Names the new weights: a name of `parts` where it is the same one, else a name that nothing has yet."""
+        used = {i.name for i in self.graph.inputs}
+        result: dict[str, Projection] = {}
+        for kind, part in found.projections.items():
+            names = (f"{part.name}.{kind}{f'.{i}' if i else ''}" for i in itertools.count())
+            result[next(n for n in names if n not in used and (n not in parts or part.equals(parts[n])))] = part
+        return result
+
+    def replacement(self, found: Absorption, names: tuple[str, ...]) -> Replacement:
         emitter = _Emitter(found, self.layouts)
-        return Replacement(emitter.inputs, emitter.emit, found.eqn, tuple(found.parts))
+        return Replacement(emitter.inputs, emitter.emit, found.eqn, names)
 
     def is_exact(self, found: Absorption) -> bool:
         """Runs the replacement beside the attention, on random numbers."""
         emitter = _Emitter(found, self.layouts)
         weights = {name: var for var, name in self.weights.items()}
-        read = tuple(weights[part.name] for part in found.parts.values())
+        read = tuple(weights[part.name] for part in found.projections.values())
         count = len(emitter.inputs)
 
         def emit(*operands: Any) -> jax.Array:
-            parts = zip(found.parts.values(), operands[count:], strict=True)
+            parts = zip(found.projections.values(), operands[count:], strict=True)
             return emitter.emit(*operands[:count], *(p.part(jnp.asarray(weight)) for p, weight in parts))
 
         replacement = Replacement((*emitter.inputs, *read), emit)
@@ -346,7 +360,7 @@ class _Emitter:
         rest = _pick(q, side.order[len(side.projection.features) :] if side.projection else side.order)
         if side.projection:
             own = _pick(q, side.projection.features)
-            own = jnp.einsum("btkgd,kdr->btkgr", own, next(left), preferred_element_type=jnp.float32)
+            own = _product("btkgd,kdr->btkgr", own, next(left))
             rest = jnp.concatenate([own.astype(q.dtype), rest], axis=-1)
         return rest.reshape(*q.shape[:2], 1, -1, side.width)
 
@@ -355,7 +369,7 @@ class _Emitter:
         side = self.found.values
         if side.projection:
             own, rest = out[..., : side.projection.width], out[..., side.projection.width :]
-            own = jnp.einsum("btkgr,ker->btkge", own, next(left), preferred_element_type=jnp.float32)
+            own = _product("btkgr,ker->btkge", own, next(left))
             out = jnp.concatenate([own.astype(out.dtype), rest], axis=-1)
         return _pick(out, np.argsort(side.order))
 
@@ -368,9 +382,15 @@ def _one_head(term: jax.Array, heads: int, groups: int) -> jax.Array:
     return jnp.broadcast_to(term, (b, heads, groups, t, s)).reshape(b, 1, heads * groups, t, s)
 
 
+def _product(axes: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """In float32, whatever the operands are in: what was one sum of products is now two."""
+    return jnp.einsum(axes, x.astype(jnp.float32), weight.astype(jnp.float32))
+
+
 def _pick(x: jax.Array, index: np.ndarray) -> jax.Array:
-    """Takes features; a slice where they lie beside each other."""
-    if not np.array_equal(index, np.arange(index.size) + index[:1].sum()):
-        return jnp.take(x, index, axis=-1)
-    start = int(index[:1].sum())
-    return x if index.size == x.shape[-1] else lax.slice_in_dim(x, start, start + index.size, axis=-1)
+    """Takes features, by slices of those that lie beside each other: an array of numbers would be captured."""
+    if np.array_equal(index, np.arange(x.shape[-1])):
+        return x
+    runs = np.split(index, np.flatnonzero(np.diff(index) != 1) + 1)
+    pieces = [lax.slice_in_dim(x, int(run[0]), int(run[-1]) + 1, axis=-1) for run in runs if run.size]
+    return jnp.concatenate(pieces, axis=-1) if pieces else x[..., :0]

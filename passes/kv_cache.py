@@ -23,6 +23,7 @@ from xlathe.layouts import Layout
 from xlathe.masks import MaskPlan, NotCausal, TermsAt, plan_mask
 from xlathe.ops.cached_attention import cached_attention
 from xlathe.ops.write_slots import write_slots
+from xlathe.passes.canonicalize import merge_equal
 from xlathe.pipeline import REASSOCIATED, Context, Keeps, Pass, is_forward, is_step
 from xlathe.positions import Role, Roles, Static
 from xlathe.shifts import only_shifts
@@ -49,6 +50,8 @@ class KVCache(Pass):
     def apply(self, graph: Graph, context: Context) -> tuple[Graph, Record]:
         inlined = ir.inline_calls(graph.jaxpr, lambda eqn: eqn.primitive.name in ir.INLINED | ir.CUSTOM_DERIVATIVE)
         graph, absorbed, misses = absorb_projections(graph.replace(jaxpr=inlined))
+        if absorbed:
+            graph = graph.replace(jaxpr=merge_equal(graph.jaxpr)[0])  # layers may share keys and values
         deriver = _Deriver(graph)
         names = [f"cache/{i}" for i in range(len(deriver.remembered))]
         jaxpr = deriver.trace()

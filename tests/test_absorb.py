@@ -144,8 +144,13 @@ def features_before_heads(up: jax.Array, rotary: jax.Array) -> tuple[jax.Array, 
     return head_by_head(turned.reshape(up.shape), rotary)
 
 
+def rotary_between(up: jax.Array, rotary: jax.Array) -> tuple[jax.Array, jax.Array]:
+    k, v = head_by_head(up, rotary)
+    return jnp.concatenate([k[..., 2:5], k[..., :2], k[..., 5:]], axis=-1), v
+
+
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias by head"])
-@pytest.mark.parametrize("arrange", [head_by_head, values_first, features_before_heads])
+@pytest.mark.parametrize("arrange", [head_by_head, values_first, features_before_heads, rotary_between])
 def test_however_heads_are_arranged(arrange: Callable, bias: bool) -> None:
     """Before: two keys of 10 and values of 5. Expected: one key of 6 + 2; the step equals the author's forward."""
     rng = np.random.default_rng(2)
@@ -156,6 +161,39 @@ def test_however_heads_are_arranged(arrange: Callable, bias: bool) -> None:
     assert [step.aval(name).shape[2:] for name in step.names("state")] == [(1, 8)]
     tokens = rng.integers(0, 11, (2, 7))
     assert difference(step(tokens), author(params, tokens)) <= 1e-5
+
+
+def test_layers_may_be_views_of_one_stacked_weight() -> None:
+    """Before: layers read `up[0]` and `up[1]`. Expected: each gets parts of its own."""
+
+    def author(p: dict, tokens: jax.Array) -> jax.Array:
+        x = jnp.tanh(p["embed"][tokens])
+        for i in range(2):
+            k = v = jnp.einsum("btc,chd->bthd", x, p["up"][i])
+            q = (x @ p["query"]).reshape(k.shape)
+            scores = jnp.where(jnp.tri(x.shape[1], dtype=bool), jnp.einsum("bthd,bshd->bhts", q, k), -jnp.inf)
+            out = jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), v)
+            x = jnp.tanh(x + out.reshape(*x.shape[:2], -1) @ p["out"])
+        return x @ p["embed"].T
+
+    rng = np.random.default_rng(3)
+    shapes = {"embed": (11, 6), "query": (6, 32), "up": (2, 6, 4, 8), "out": (32, 6)}
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    step = KVCache()(FuseAttention()(Canonicalize()(graphs.graph_of(author, **params))))
+    assert [step.aval(name).shape[2:] for name in step.names("state")] == [(1, 6)] * 2
+    tokens = rng.integers(0, 11, (2, 7))
+    assert difference(step(tokens), author(params, tokens)) <= 1e-5
+
+
+def test_narrow_numbers_are_multiplied_in_float32() -> None:
+    def project(p: dict, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        narrow = {name: array.astype(jnp.bfloat16) for name, array in p.items()}
+        return of_one_latent(narrow, x.astype(jnp.bfloat16))
+
+    before = model(project, latent=6)
+    step = KVCache()(before)
+    tokens = np.random.default_rng(1).integers(0, 11, (2, 7))
+    assert difference(step(tokens), before(tokens)) <= 2e-2
 
 
 def test_a_latent_kept_in_8_bits_is_read_in_8_bits() -> None:

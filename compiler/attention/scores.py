@@ -155,8 +155,9 @@ class ScoresWalk:
         """Returns the terms; a mask's fill has to hide a key whatever bias is added as well."""
         masks, others = [t for t in self.terms if t.kind == "mask"], [t for t in self.terms if t.kind != "mask"]
         for mask in masks:
-            if others and mask.fill > BELOW_ANY_BIAS:
-                raise Miss(f"a mask of {mask.fill:g} beside a bias, which may outweigh it", self.anchor.total)
+            if (others or self.added) and mask.fill > BELOW_ANY_BIAS:
+                what = "a bias" if others else "another product"
+                raise Miss(f"a mask of {mask.fill:g} beside {what}, which may outweigh it", self.anchor.total)
         return tuple(self.terms)
 
     def _varies(self, value: ir.Atom, labels: Labels) -> bool:
