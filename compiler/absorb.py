@@ -22,16 +22,15 @@ from jax import lax
 from xlathe import jaxpr as ir
 from xlathe.audit import layouts_of
 from xlathe.axes import Einsum
-from xlathe.graph import Graph, Input, Recipe
+from xlathe.graph import Graph, Recipe
 from xlathe.layouts import Layout
 from xlathe.movement import MOVES, by_token, find_origins, holds_tokens
 from xlathe.ops.attention import attention
-from xlathe.rewrite import Replacement, rewrite
-from xlathe.validate import deviation
+from xlathe.rewrite import Replacement, rewrite_graph
+from xlathe.validate import deviation, tolerance
 
 WORTH = 2  # the cache has to shrink by more than this, since each head then multiplies with the whole latent
 SAMPLED = {"b": 2, "t": 3}  # sizes at which a replacement is run beside what it replaces
-TOLERANCE, COARSE = 1e-4, 3e-2  # of float32, where sums are taken in another order; of narrower numbers
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -169,18 +168,13 @@ def absorb_projections(graph: Graph) -> tuple[Graph, tuple[str, ...], tuple[str,
 
 def _replaced(graph: Graph, replacements: Mapping[ir.Var, Replacement], parts: Mapping[str, Projection]) -> Graph:
     made = {name: jax.eval_shape(part.part, graph.aval(part.name)) for name, part in parts.items()}
-    inputs = [*graph.inputs, *(Input(name, "weight") for name in made)]
-    jaxpr, kept = ir.drop_dead(
-        rewrite(graph.jaxpr, replacements, made), keep=lambda i: inputs[i].kind in ("arg", "state")
-    )
-    left = {inputs[i].name for i in kept}
-    recipes = []
+    rewritten = rewrite_graph(graph, replacements, made)
+    left, recipes = rewritten.names("weight"), []
     for source in dict.fromkeys(part.name for part in parts.values()):
         own = {name: part for name, part in parts.items() if part.name == source}
         still = (source,) if source in left else ()
         recipes.append(Recipe(source, (*still, *own), _Parts(tuple(own.values()), bool(still))))
-    weights = graph.weights.derive(*recipes)
-    return graph.replace(jaxpr=jaxpr, inputs=tuple(inputs[i] for i in kept), weights=weights)
+    return rewritten.replace(weights=graph.weights.derive(*recipes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,8 +296,7 @@ class _Finder:
         replacement = Replacement((*emitter.inputs, *read), emit)
         samples = _samples(replacement.inputs)
         error = deviation(self.graph.jaxpr, found.eqn.outvars[0], replacement, samples, SAMPLED)
-        exact = all(v.aval.dtype == jnp.float32 for v in samples if v.aval.dtype != bool)
-        return error <= (TOLERANCE if exact else COARSE)
+        return error <= tolerance(str(v.aval.dtype) for v in samples if v.aval.dtype != bool)
 
 
 def _samples(values: tuple[ir.Var, ...]) -> dict[ir.Var, np.ndarray]:
@@ -316,8 +309,8 @@ def _samples(values: tuple[ir.Var, ...]) -> dict[ir.Var, np.ndarray]:
             samples[var] = random.random(shape) < 0.6
             samples[var][..., 0] = True
         else:
-            deviation = (np.prod(shape) / np.sqrt(shape[-1])) ** -0.5 if var.aval.ndim == 2 else 1.0
-            samples[var] = (random.normal(size=shape) * deviation).astype(var.aval.dtype)
+            scale = (np.prod(shape) / np.sqrt(shape[-1])) ** -0.5 if var.aval.ndim == 2 else 1.0
+            samples[var] = (random.normal(size=shape) * scale).astype(var.aval.dtype)
     return samples
 
 
@@ -336,14 +329,15 @@ class _Emitter:
         return (q, *(value for side in sides for value in side.sources), *terms)
 
     def emit(self, q: jax.Array, *more: jax.Array) -> jax.Array:
+        """Takes the values of `inputs`, then the parts of the weights, each in turn by who reads it."""
         left = iter(more)
         keys = self._narrow(self.found.keys, left, q)
-        own_values = None if self.found.one_latent else self._narrow(self.found.values, left, q)
+        if self.found.one_latent:
+            values = lax.slice_in_dim(keys, 0, self.found.values.width, axis=-1)
+        else:
+            values = self._narrow(self.found.values, left, q)
         terms = [_one_head(next(left), *q.shape[2:4]) for _ in self.found.eqn.invars[3:]]
-        queries = self._queries(q, left, keys.dtype)
-        if own_values is None:
-            own_values = lax.slice_in_dim(keys, 0, self.found.values.width, axis=-1)
-        out = attention(queries, keys, own_values, *terms, **ir.attributes(self.found.eqn))
+        out = attention(self._queries(q, left), keys, values, *terms, **ir.attributes(self.found.eqn))
         return self._outputs(out.reshape(*q.shape[:4], out.shape[-1]), left)
 
     def _narrow(self, side: Side, left: Iterator[jax.Array], q: jax.Array) -> jax.Array:
@@ -354,7 +348,7 @@ class _Emitter:
         pieces = [*latent, *(_pick(value, index) for value, (_, index, _) in shared)]
         return jnp.concatenate([piece.astype(side.dtype) for piece in pieces], axis=-1)[:, :, None]
 
-    def _queries(self, q: jax.Array, left: Iterator[jax.Array], dtype: Any) -> jax.Array:
+    def _queries(self, q: jax.Array, left: Iterator[jax.Array]) -> jax.Array:
         """Returns [b, t, 1, heads * groups, width]."""
         side = self.found.keys
         rest = _pick(q, side.order[len(side.projection.features) :] if side.projection else side.order)

@@ -1,7 +1,7 @@
 """Replace values of a jaxpr by newly traced computations."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from xlathe import jaxpr as ir
@@ -52,6 +52,21 @@ def rewrite(
         return [read(atom) for atom in jaxpr.outvars]
 
     return ir.trace(rewritten, *(v.aval for v in jaxpr.invars), *new.values())
+
+
+def rewrite_graph(
+    graph: Graph, replacements: Mapping[ir.Var, Replacement], added: Mapping[str, Any] | None = None
+) -> Graph:
+    """As `rewrite`; added: weights that the graph gets, for which the caller leaves recipes. Dead inputs are gone."""
+    new = added or {}
+    inputs = (*graph.inputs, *(Input(name, "weight") for name in new))
+    return drop_dead_inputs(graph, rewrite(graph.jaxpr, replacements, new), inputs)
+
+
+def drop_dead_inputs(graph: Graph, jaxpr: ir.Jaxpr, inputs: Sequence[Input]) -> Graph:
+    """Returns the graph with another program and its inputs, but for weights and constants that nothing reads."""
+    live, kept = ir.drop_dead(jaxpr, keep=lambda i: inputs[i].kind in ("arg", "state"))
+    return graph.replace(jaxpr=live, inputs=tuple(inputs[i] for i in kept))
 
 
 def _emit(out: ir.Var, replacement: Replacement, read: Callable[[ir.Atom], Any], added: Mapping[str, Any]) -> Any:

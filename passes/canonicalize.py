@@ -7,6 +7,7 @@ from xlathe import jaxpr as ir
 from xlathe.graph import Graph, Record
 from xlathe.narrow import narrow
 from xlathe.pipeline import EXACT, Context, Keeps, Pass
+from xlathe.rewrite import drop_dead_inputs
 
 
 @final
@@ -22,9 +23,7 @@ class Canonicalize(Pass):
     def apply(self, graph: Graph, context: Context) -> tuple[Graph, Record]:
         inlined = ir.inline_calls(graph.jaxpr, _is_inlined)
         merged, count = merge_equal(narrow(inlined))
-        jaxpr, kept = ir.drop_dead(merged, keep=lambda i: graph.inputs[i].kind in ("arg", "state"))
-        inputs = tuple(graph.inputs[i] for i in kept)
-        return graph.replace(jaxpr=jaxpr, inputs=inputs), Record("canonicalize", hits={"merged": count})
+        return drop_dead_inputs(graph, merged, graph.inputs), Record("canonicalize", hits={"merged": count})
 
 
 def _is_inlined(eqn: ir.JaxprEqn) -> bool:

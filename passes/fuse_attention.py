@@ -18,8 +18,8 @@ from xlathe.axes import Label, Labels
 from xlathe.graph import Graph, Record
 from xlathe.ops.attention import attention
 from xlathe.pipeline import REASSOCIATED, Context, Keeps, Pass, is_forward
-from xlathe.rewrite import Replacement, rewrite
-from xlathe.validate import deviation
+from xlathe.rewrite import Replacement, rewrite_graph
+from xlathe.validate import deviation, tolerance
 
 
 @final
@@ -37,18 +37,14 @@ class FuseAttention(Pass):
         for match in matches[: context.limit]:
             small = dataclasses.replace(match, sizes={a: ir.substitute(size, sizes) for a, size in match.sizes.items()})
             error = deviation(graph.jaxpr, match.result.var, _replacement(small), _samples(small, sizes), sizes)
-            if error <= _tolerance(match):
+            if error <= tolerance(_dtypes(match)):
                 replacements[match.result.var] = _replacement(match)
                 rewrites.append(f"attention at {ir.source_line(match.softmax)}")
             else:
                 misses += (f"looks like attention but differs by {error:.1e} at {ir.source_line(match.softmax)}",)
-        jaxpr, kept = ir.drop_dead(
-            rewrite(graph.jaxpr, replacements), keep=lambda i: graph.inputs[i].kind in ("arg", "state")
-        )
-        inputs = tuple(graph.inputs[i] for i in kept)
         hits = {"attention": len(replacements)}
         record = Record("fuse_attention", hits=hits, misses=misses, rewrites=tuple(rewrites))
-        return graph.replace(jaxpr=jaxpr, inputs=inputs), record
+        return rewrite_graph(graph, replacements), record
 
 
 def _replacement(match: Match) -> Replacement:
@@ -86,11 +82,10 @@ def _shape(value: Value, sizes: Mapping[str, int]) -> tuple[int, ...]:
     return ir.substitute(tuple(value.var.aval.shape), sizes)
 
 
-def _tolerance(match: Match) -> float:
-    """Rounding of float32 sums in another order; of the operation's narrowest dtype."""
+def _dtypes(match: Match) -> set[str]:
+    """Returns what an attention is computed in and from."""
     values = [match.v, *(value for pair in match.pairs for value in (pair.q, pair.k))]
-    kinds = {*match.dtypes.values(), *(str(value.var.aval.dtype) for value in values)}
-    return 1e-4 if kinds <= {"float32", "float64"} else 3e-2
+    return {*match.dtypes.values(), *(str(value.var.aval.dtype) for value in values)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from xlathe import jaxpr as ir
 from xlathe.errors import OptionError, PassError
 from xlathe.graph import Graph
 from xlathe.pipeline import Context
-from xlathe.rewrite import Replacement, rewrite
+from xlathe.rewrite import Replacement, rewrite_graph
 from xlathe.sections import layers
 
 
@@ -54,5 +54,4 @@ def without_layers(graph: Graph, removed: tuple[int, ...]) -> Graph:
     if max(removed) >= len(blocks):
         raise OptionError(f"the plan removes layer {max(removed)}, this graph has {len(blocks)} layers")
     replacements = {blocks[i][1]: Replacement((blocks[i][0],), lambda x: x) for i in removed}
-    jaxpr, kept = ir.drop_dead(rewrite(graph.jaxpr, replacements), keep=lambda i: graph.inputs[i].kind == "arg")
-    return graph.replace(jaxpr=jaxpr, inputs=tuple(graph.inputs[i] for i in kept))
+    return rewrite_graph(graph, replacements)

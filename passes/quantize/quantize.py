@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from xlathe import jaxpr as ir
 from xlathe.axes import Einsum
 from xlathe.errors import OptionError, did_you_mean
-from xlathe.graph import Graph, Input, Recipe, Record
+from xlathe.graph import Graph, Recipe, Record
 from xlathe.ops.quantized_dot import BLOCK, quantized_dot
 from xlathe.passes.quantize.schemes import Int4Groups, Int8Channels, Scheme
 from xlathe.passes.quantize.uses import Layout, Uses, plan_weights
 from xlathe.pipeline import APPROXIMATE, Context, Keeps, Pass
-from xlathe.rewrite import Replacement, rewrite
+from xlathe.rewrite import Replacement, rewrite_graph
 
 GRANULARITIES = {"int8": "channel", "int4": "group"}
 """What shares a scale, by scheme."""
@@ -118,23 +118,15 @@ def _replace(graph: Graph, plans: Mapping[str, Layout], scheme: Scheme) -> Graph
     """Adds codes, scales and zero points as inputs, replaces the products, and drops the weights."""
     parts = {name: scheme.parts(*layout.shape(graph.aval(name))) for name, layout in plans.items()}
     targets = {name: tuple(f"{name}.{part}" for part in avals) for name, avals in parts.items()}
-    count = len(graph.jaxpr.invars)
-    extended = ir.trace(
-        lambda *xs: ir.evaluate(graph.jaxpr, xs[:count]),
-        *(v.aval for v in graph.jaxpr.invars),
-        *(aval for avals in parts.values() for aval in avals.values()),
-    )
-    inputs = [*graph.inputs, *(Input(target, "weight") for made in targets.values() for target in made)]
-    finder = Uses(graph.replace(jaxpr=extended, inputs=tuple(inputs)))
-    replacements = {}
+    finder, replacements = Uses(graph), {}
     for name, made in targets.items():
         for use in finder.of(name)[1]:
             emit = _product(use.eqn, use.side, scheme) if use.is_product else _lookup(use.eqn, scheme)
             other = use.eqn.invars[1 - use.side]
-            replacements[use.eqn.outvars[0]] = Replacement((other, *(finder.vars[target] for target in made)), emit)
-    jaxpr, kept = ir.drop_dead(rewrite(extended, replacements), keep=lambda i: inputs[i].kind in ("arg", "state"))
+            replacements[use.eqn.outvars[0]] = Replacement((other,), emit, added=made)
+    added = {f"{name}.{part}": aval for name, avals in parts.items() for part, aval in avals.items()}
     recipes = [Recipe(name, targets[name], scheme.recipe(layout)) for name, layout in plans.items()]
-    return graph.replace(jaxpr=jaxpr, inputs=tuple(inputs[i] for i in kept), weights=graph.weights.derive(*recipes))
+    return rewrite_graph(graph, replacements, added).replace(weights=graph.weights.derive(*recipes))
 
 
 def _product(eqn: ir.JaxprEqn, side: int, scheme: Scheme) -> Any:
