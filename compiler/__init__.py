@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # for people and static tools; at run time `_MODULES` says th
     from xlathe.bundle import load_bundle as load
     from xlathe.errors import (
         BundleError,
+        CheckpointError,
         DeriveError,
         GraphFileError,
         OptionError,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:  # for people and static tools; at run time `_MODULES` says th
 
 __all__ = [
     "BundleError",
+    "CheckpointError",
     "DeriveError",
     "Graph",
     "GraphFileError",

@@ -30,6 +30,10 @@ class GraphFileError(XlatheError):
     """A saved graph does not follow the format."""
 
 
+class CheckpointError(XlatheError):
+    """A checkpoint's files are damaged, incomplete, or of a kind or family that is not known."""
+
+
 class BundleError(XlatheError):
     """A bundle on disk is damaged, foreign, expired or made for another machine."""
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from xlathe import jaxpr as ir
+from xlathe.card import Card
 from xlathe.errors import OptionError, PassError, RequestError, XlatheError
 
 Kind = Literal["weight", "const", "arg", "state"]
@@ -164,6 +165,7 @@ class Graph:
     max_len: the longest row of tokens that the graph may be used with.
     tokenizer: a `tokenizers.Tokenizer`, or None.
     history: what the passes did, oldest first.
+    card: what the checkpoint said beside its weights, or None.
     """
 
     jaxpr: ir.Jaxpr
@@ -172,6 +174,7 @@ class Graph:
     max_len: int
     tokenizer: Any = None
     history: tuple[Record, ...] = ()
+    card: Card | None = None
 
     def __post_init__(self) -> None:
         if len(self.inputs) != len(self.jaxpr.invars) or self.jaxpr.constvars:
