@@ -1,20 +1,26 @@
-"""A Llama-style decoder as its author would write it: the whole sequence in, all the logits out.
+"""Llama 1 to 3: pre-norm residual blocks (RMSNorm), rotary positions, grouped-query attention and SwiGLU.
 
-There is no cache, no decode flag and no position argument: the compiler derives the incremental step from
-this forward. Pre-norm residual blocks (RMSNorm), rotary positions (RoPE), grouped-query attention, SwiGLU and
-a tied embedding: Touvron et al., "LLaMA", https://arxiv.org/abs/2302.13971.
+Touvron et al., "LLaMA", https://arxiv.org/abs/2302.13971; Llama 3: https://arxiv.org/abs/2407.21783.
 """
 
-from dataclasses import dataclass
+import dataclasses
+import functools
+from typing import final
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 
+from xlathe.models.family import ATTENTION, DECODER, FEED_FORWARD, Family
+from xlathe.models.layers import ACTIVATIONS, Attention, Block, Decoder, GatedFeedForward, Heads
+from xlathe.models.rope import Rope, read_rope
+from xlathe.models.settings import Settings
 
-@dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """The sizes of a model: `width` is the residual stream's, `hidden` the feed-forward layer's."""
+    """The sizes of a model: `width` is the residual stream's, `hidden` the feed-forward layer's.
+
+    rope: in place of the plain embedding with `rope_theta`.
+    """
 
     vocab: int
     width: int
@@ -25,86 +31,58 @@ class LlamaConfig:
     hidden: int
     rope_theta: float = 10_000.0
     norm_epsilon: float = 1e-5
+    activation: str = "silu"
+    tied: bool = True
+    attention_bias: bool = False
+    feed_forward_bias: bool = False
+    rope: Rope | None = None
 
 
-def rotary(x: jax.Array, theta: float) -> jax.Array:
-    """Rotates `x` [b, t, heads, head_dim] by its position: RoPE, https://arxiv.org/abs/2104.09864.
-
-    Channel i is paired with channel i + head_dim / 2 (the half-rotation convention), and the pair turns by
-    the angle position * theta ** (-2 i / head_dim).
-    """
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None, None] * frequency  # [t, 1, half]
-    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
-    first, second = x[..., :half], x[..., half:]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
-    """A bias-free projection whose `kernel` is [inputs, outputs]."""
-    return nnx.Linear(inputs, outputs, use_bias=False, rngs=rngs)
-
-
-class Attention(nnx.Module):
-    """Causal grouped-query attention: query heads share key-value heads, https://arxiv.org/abs/2305.13245."""
+@final
+class Llama(Decoder):
+    """`model(tokens)`: int32 [b, t] to float32 logits [b, t, vocab]."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
-        self.config = config
-        queries, keys = config.query_heads * config.head_dim, config.key_value_heads * config.head_dim
-        self.query = linear(config.width, queries, rngs)
-        self.key = linear(config.width, keys, rngs)
-        self.value = linear(config.width, keys, rngs)
-        self.output = linear(queries, config.width, rngs)
+        norm = functools.partial(nnx.RMSNorm, config.width, epsilon=config.norm_epsilon, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        b, t, _ = x.shape
-        query = self.query(x).reshape(b, t, self.config.query_heads, self.config.head_dim)
-        key = self.key(x).reshape(b, t, self.config.key_value_heads, self.config.head_dim)
-        value = self.value(x).reshape(b, t, self.config.key_value_heads, self.config.head_dim)
-        query, key = rotary(query, self.config.rope_theta), rotary(key, self.config.rope_theta)
-        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
-        return self.output(mixed.reshape(b, t, -1))
+        def block(index: int) -> Block:
+            return Block(norm(), attention(config, rngs), norm(), feed_forward(config, rngs))
+
+        super().__init__(config.vocab, config.width, config.layers, block, norm, tied=config.tied, rngs=rngs)
 
 
-class FeedForward(nnx.Module):
-    """SwiGLU, https://arxiv.org/abs/2002.05202."""
-
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
-        self.gate = linear(config.width, config.hidden, rngs)
-        self.up = linear(config.width, config.hidden, rngs)
-        self.down = linear(config.hidden, config.width, rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+def attention(config: LlamaConfig, rngs: nnx.Rngs) -> Attention:
+    heads = Heads(config.query_heads, config.key_value_heads, config.head_dim)
+    rope = config.rope or Rope.plain(config.head_dim, config.rope_theta)
+    bias = config.attention_bias
+    return Attention(config.width, heads, rope, bias=bias, output_bias=bias, rngs=rngs)
 
 
-class Block(nnx.Module):
-    """One layer: attention, then feed-forward, each added to the residual stream."""
-
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
-        self.attention_norm = nnx.RMSNorm(config.width, epsilon=config.norm_epsilon, rngs=rngs)
-        self.attention = Attention(config, rngs=rngs)
-        self.feed_forward_norm = nnx.RMSNorm(config.width, epsilon=config.norm_epsilon, rngs=rngs)
-        self.feed_forward = FeedForward(config, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = x + self.attention(self.attention_norm(x))
-        return x + self.feed_forward(self.feed_forward_norm(x))
+def feed_forward(config: LlamaConfig, rngs: nnx.Rngs) -> GatedFeedForward:
+    activation, bias = ACTIVATIONS[config.activation], config.feed_forward_bias
+    return GatedFeedForward(config.width, config.hidden, activation, bias=bias, rngs=rngs)
 
 
-class Llama(nnx.Module):
-    """`model(tokens)`: int32 [b, t] to float32 logits [b, t, vocab]; logits at i depend on tokens up to i."""
+def build(settings: Settings, max_len: int, rngs: nnx.Rngs) -> Llama:
+    """Builds the model that a `config.json` of the type `llama` describes."""
+    heads = settings.size("num_attention_heads")
+    head_dim = settings.size("head_dim", settings.size("hidden_size") // heads)
+    config = LlamaConfig(
+        vocab=settings.size("vocab_size"),
+        width=settings.size("hidden_size"),
+        layers=settings.size("num_hidden_layers"),
+        query_heads=heads,
+        key_value_heads=settings.size("num_key_value_heads", heads),
+        head_dim=head_dim,
+        hidden=settings.size("intermediate_size"),
+        norm_epsilon=settings.positive("rms_norm_eps", 1e-6),
+        activation=settings.one_of("hidden_act", ACTIVATIONS, "silu"),
+        tied=settings.flag("tie_word_embeddings", False),
+        attention_bias=settings.flag("attention_bias", False),
+        feed_forward_bias=settings.flag("mlp_bias", False),
+        rope=read_rope(settings, head_dim, max_len),
+    )
+    return Llama(config, rngs=rngs)
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
-        self.config = config
-        small = nnx.initializers.normal(0.02)  # it is also the output layer: the first logits are near 0
-        self.embedding = nnx.Embed(config.vocab, config.width, embedding_init=small, rngs=rngs)
-        self.layers = nnx.List([Block(config, rngs=rngs) for _ in range(config.layers)])
-        self.norm = nnx.RMSNorm(config.width, epsilon=config.norm_epsilon, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        x = self.embedding(tokens)
-        for layer in self.layers:
-            x = layer(x)
-        return self.embedding.attend(self.norm(x)).astype(jnp.float32)
+FAMILY = Family("LlamaForCausalLM", build, DECODER | ATTENTION | FEED_FORWARD)
