@@ -132,6 +132,18 @@ class GatedFeedForward(nnx.Module):
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
+class FeedForward(nnx.Module):
+    """down(activation(up(x))), with biases."""
+
+    def __init__(self, width: int, hidden: int, activation: Activation, *, rngs: nnx.Rngs) -> None:
+        self.activation = activation
+        self.up = linear(width, hidden, rngs, bias=True)
+        self.down = linear(hidden, width, rngs, bias=True)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(self.activation(self.up(x)))
+
+
 class Block(nnx.Module):
     """One pre-norm layer: attention, then feed-forward, each of them added to the residual stream."""
 

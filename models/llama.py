@@ -10,17 +10,15 @@ from typing import final
 from flax import nnx
 
 from xlathe.models.family import ATTENTION, DECODER, FEED_FORWARD, Family
-from xlathe.models.layers import ACTIVATIONS, Attention, Block, Decoder, GatedFeedForward, Heads
+from xlathe.models.layers import Attention, Block, Decoder, GatedFeedForward, Heads
 from xlathe.models.rope import Rope, read_rope
 from xlathe.models.settings import Settings
+from xlathe.models.sizes import Sizes, read_activation
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """The sizes of a model: `width` is the residual stream's, `hidden` the feed-forward layer's.
-
-    rope: in place of the plain embedding with `rope_theta`.
-    """
+    """The sizes of a model: `width` is the residual stream's, `hidden` the feed-forward layer's."""
 
     vocab: int
     width: int
@@ -31,58 +29,38 @@ class LlamaConfig:
     hidden: int
     rope_theta: float = 10_000.0
     norm_epsilon: float = 1e-5
-    activation: str = "silu"
-    tied: bool = True
-    attention_bias: bool = False
-    feed_forward_bias: bool = False
-    rope: Rope | None = None
 
 
 @final
 class Llama(Decoder):
-    """`model(tokens)`: int32 [b, t] to float32 logits [b, t, vocab]."""
+    """`model(tokens)`: int32 [b, t] to float32 logits [b, t, vocab]; the embedding is the output layer too."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
         norm = functools.partial(nnx.RMSNorm, config.width, epsilon=config.norm_epsilon, rngs=rngs)
+        heads = Heads(config.query_heads, config.key_value_heads, config.head_dim)
+        rope = Rope.plain(config.head_dim, config.rope_theta)
 
         def block(index: int) -> Block:
-            return Block(norm(), attention(config, rngs), norm(), feed_forward(config, rngs))
+            attention = Attention(config.width, heads, rope, rngs=rngs)
+            return Block(norm(), attention, norm(), GatedFeedForward(config.width, config.hidden, rngs=rngs))
 
-        super().__init__(config.vocab, config.width, config.layers, block, norm, tied=config.tied, rngs=rngs)
-
-
-def attention(config: LlamaConfig, rngs: nnx.Rngs) -> Attention:
-    heads = Heads(config.query_heads, config.key_value_heads, config.head_dim)
-    rope = config.rope or Rope.plain(config.head_dim, config.rope_theta)
-    bias = config.attention_bias
-    return Attention(config.width, heads, rope, bias=bias, output_bias=bias, rngs=rngs)
+        super().__init__(config.vocab, config.width, config.layers, block, norm, rngs=rngs)
 
 
-def feed_forward(config: LlamaConfig, rngs: nnx.Rngs) -> GatedFeedForward:
-    activation, bias = ACTIVATIONS[config.activation], config.feed_forward_bias
-    return GatedFeedForward(config.width, config.hidden, activation, bias=bias, rngs=rngs)
-
-
-def build(settings: Settings, max_len: int, rngs: nnx.Rngs) -> Llama:
+def build(settings: Settings, max_len: int, rngs: nnx.Rngs) -> Decoder:
     """Builds the model that a `config.json` of the type `llama` describes."""
-    heads = settings.size("num_attention_heads")
-    head_dim = settings.size("head_dim", settings.size("hidden_size") // heads)
-    config = LlamaConfig(
-        vocab=settings.size("vocab_size"),
-        width=settings.size("hidden_size"),
-        layers=settings.size("num_hidden_layers"),
-        query_heads=heads,
-        key_value_heads=settings.size("num_key_value_heads", heads),
-        head_dim=head_dim,
-        hidden=settings.size("intermediate_size"),
-        norm_epsilon=settings.positive("rms_norm_eps", 1e-6),
-        activation=settings.one_of("hidden_act", ACTIVATIONS, "silu"),
-        tied=settings.flag("tie_word_embeddings", False),
-        attention_bias=settings.flag("attention_bias", False),
-        feed_forward_bias=settings.flag("mlp_bias", False),
-        rope=read_rope(settings, head_dim, max_len),
-    )
-    return Llama(config, rngs=rngs)
+    sizes, norm = Sizes.read(settings), Sizes.read(settings).rms_norm(rngs)
+    rope, activation = read_rope(settings, sizes.heads.dim, max_len), read_activation(settings)
+    attention_bias, bias = settings.flag("attention_bias", False), settings.flag("mlp_bias", False)
+
+    def block(index: int) -> Block:
+        attention = Attention(
+            sizes.width, sizes.heads, rope, bias=attention_bias, output_bias=attention_bias, rngs=rngs
+        )
+        feed_forward = GatedFeedForward(sizes.width, sizes.hidden, activation, bias=bias, rngs=rngs)
+        return Block(norm(), attention, norm(), feed_forward)
+
+    return Decoder(sizes.vocab, sizes.width, sizes.layers, block, norm, tied=sizes.tied, rngs=rngs)
 
 
 FAMILY = Family("LlamaForCausalLM", build, DECODER | ATTENTION | FEED_FORWARD)

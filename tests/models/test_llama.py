@@ -9,8 +9,8 @@ from flax.traverse_util import flatten_dict
 from jax import export
 
 from xlathe.models.demo import files
-from xlathe.models.layers import Attention
-from xlathe.models.llama import Llama, LlamaConfig, attention, feed_forward
+from xlathe.models.layers import Attention, GatedFeedForward, Heads
+from xlathe.models.llama import Llama, LlamaConfig
 from xlathe.models.rope import Rope
 
 TINY = LlamaConfig(vocab=50, width=24, layers=2, query_heads=4, key_value_heads=2, head_dim=8, hidden=40)
@@ -61,13 +61,13 @@ def test_rotary_is_the_paper_s() -> None:
 
 
 def test_attention_is_the_paper_s() -> None:
-    layer = attention(TINY, nnx.Rngs(0))
+    layer = Attention(TINY.width, Heads(4, 2, 8), Rope.plain(8, TINY.rope_theta), rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(2, 7, TINY.width))
     assert relative_error(layer(jnp.asarray(x, jnp.float32)), numpy_attention(x, layer, TINY)) < 1e-5
 
 
 def test_feed_forward_is_the_paper_s() -> None:
-    layer = feed_forward(TINY, nnx.Rngs(0))
+    layer = GatedFeedForward(TINY.width, TINY.hidden, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(2, 7, TINY.width))
     gate, up, down = (np.asarray(part.kernel[...], np.float64) for part in (layer.gate, layer.up, layer.down))
     expected = ((x @ gate) / (1 + np.exp(-(x @ gate))) * (x @ up)) @ down
