@@ -2,21 +2,18 @@
 
 import dataclasses
 import os
-import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from xlathe.errors import CheckpointError, OptionError, as_path
+from xlathe.errors import OptionError
 from xlathe.graph import Graph, Weights, is_shape
 from xlathe.models.checkpoint import Checkpoint, Tensor
-from xlathe.models.family import Family, find_family
-from xlathe.models.formats.huggingface import read_huggingface
+from xlathe.models.family import find_family
+from xlathe.models.formats.checkpoints import open_checkpoint
+from xlathe.models.naming import assign
 from xlathe.models.settings import Settings
 from xlathe.trace import trace
 
@@ -25,36 +22,48 @@ FLOATS = ("float32", "bfloat16", "float16")
 
 
 def from_pretrained(
-    source: str | os.PathLike[str], *, max_len: int | None = None, dtype: str | None = None
+    source: str | os.PathLike[str],
+    *,
+    max_len: int | None = None,
+    dtype: str | None = None,
+    allow_nan: bool = False,
 ) -> Graph:
     """Returns the graph of a pretrained model, with its tokenizer and card; weights are read when they are used.
 
-    source: a directory with `config.json` and safetensors.
+    source: a directory with `config.json` and safetensors, or the name of one on the hub ("org/name"), which takes the
+        package `huggingface_hub`.
     max_len: the longest text to serve; `max_position_embeddings`, at most 4096, where it is None.
     dtype: "float32", "bfloat16" or "float16", of weights and activations; the files' own where it is None.
+    allow_nan: whether a weight may hold NaN or infinity; otherwise whoever reads one gets a CheckpointError.
 
     Raises CheckpointError, naming file and tensor, for files that are damaged or incomplete and for unknown families
     and settings; OptionError for options that do not fit.
     """
     if dtype is not None and dtype not in FLOATS:
         raise OptionError(f"dtype: expected one of {', '.join(FLOATS)}, got {dtype!r}")
-    return to_graph(read_huggingface(as_path(source, CheckpointError)), max_len=max_len, dtype=dtype)
+    return to_graph(open_checkpoint(source), max_len=max_len, dtype=dtype, allow_nan=allow_nan)
 
 
-def to_graph(checkpoint: Checkpoint, *, max_len: int | None = None, dtype: str | None = None) -> Graph:
+def to_graph(
+    checkpoint: Checkpoint, *, max_len: int | None = None, dtype: str | None = None, allow_nan: bool = False
+) -> Graph:
     """Builds the family's forward and gives it the checkpoint's tensors; as `from_pretrained`."""
     settings = Settings(checkpoint.card.config, f"{checkpoint.where}: config.json")
     family = find_family(checkpoint.card.config, settings.where)
-    trained = settings.size("max_position_embeddings", settings.size("n_positions", LONGEST))
-    length = min(trained, LONGEST) if max_len is None else max_len
-    if length > trained:
-        raise OptionError(f"max_len={length}: {checkpoint.where} was trained with at most {trained} positions")
+    length = _length(settings, max_len)
     module = nnx.eval_shape(lambda: family.build(settings, length, nnx.Rngs(0)))
-    stored = _assign(family, module, checkpoint, dtype)
-    graph = trace(_typed(module, stored), max_len=length, tokenizer=checkpoint.tokenizer)
+    shapes = weight_shapes(module)
+    tensors = assign(family, shapes, checkpoint, dtype, finite=not allow_nan)
+    graph = trace(_typed(module, tensors), max_len=length, tokenizer=checkpoint.tokenizer)
     constants = {name: array for name, array in graph.weights.stored.items() if not is_shape(array)}
-    weights = Weights(Stored(stored, constants))
-    return graph.replace(weights=weights, card=checkpoint.card, history=())
+    return graph.replace(weights=Weights(Stored(tensors, constants)), card=checkpoint.card, history=())
+
+
+def _length(settings: Settings, asked: int | None) -> int:
+    trained = settings.size("max_position_embeddings", settings.size("n_positions", LONGEST))
+    if asked is not None and asked > trained:
+        raise OptionError(f"max_len={asked}: {settings.where} says that it has {trained} positions")
+    return min(trained, LONGEST) if asked is None else asked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,68 +84,25 @@ class Stored(Mapping[str, Any]):
         return len(self.tensors) + len(self.constants)
 
 
-def _paths(module: nnx.Module) -> dict[str, Any]:
-    """Returns the trained variables of a module by our names."""
+def weight_shapes(module: nnx.Module) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a module's weights by our names."""
     flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
-    return {"/".join(map(str, path)): variable.get_value() for path, variable in flat}
+    return {_name(path): tuple(variable.get_value().shape) for path, variable in flat}
 
 
-def _typed(module: nnx.Module, stored: Mapping[str, Tensor]) -> nnx.Module:
-    """Returns the module with the dtypes that its weights have in the files."""
+def _name(path: Any) -> str:
+    return "/".join(map(str, path))
+
+
+def _typed(module: nnx.Module, tensors: Mapping[str, Tensor]) -> nnx.Module:
+    """Returns the module with weights of the dtypes that the tensors have."""
     definition, state = nnx.split(module)
-    flat = [
-        (path, variable.replace(jax.ShapeDtypeStruct(variable.get_value().shape, stored["/".join(map(str, path))].dtype))
-         if isinstance(variable, nnx.Param) else variable)
-        for path, variable in nnx.to_flat_state(state)
-    ]  # fmt: skip
+
+    def typed(path: Any, variable: Any) -> Any:
+        if not isinstance(variable, nnx.Param):
+            return variable
+        tensor = tensors[_name(path)]
+        return variable.replace(jax.ShapeDtypeStruct(tensor.shape, tensor.dtype))
+
+    flat = [(path, typed(path, variable)) for path, variable in nnx.to_flat_state(state)]
     return nnx.merge(definition, nnx.from_flat_state(flat))
-
-
-def _assign(family: Family, module: nnx.Module, checkpoint: Checkpoint, dtype: str | None) -> dict[str, Tensor]:
-    """Returns the tensors by our names, as our forward holds them; what is missing, surplus or misshapen is refused."""
-    left = dict(checkpoint.tensors)
-    assigned = {}
-    for ours, aval in _paths(module).items():
-        theirs = their_name(family, ours)
-        if theirs not in left:
-            raise CheckpointError(f"{checkpoint.where} has no tensor {theirs!r} {list(aval.shape)}")
-        tensor = left.pop(theirs)
-        turned = family.linear and ours.endswith("/kernel")
-        assigned[ours] = _convert(tensor, turned, dtype)
-        if assigned[ours].shape != aval.shape:
-            expected = aval.shape[::-1] if turned else aval.shape
-            raise CheckpointError(
-                f"{checkpoint.where}: {theirs!r}: expected {list(expected)} by config.json, found {list(tensor.shape)}"
-            )
-    _check_surplus(family, left, checkpoint)
-    return assigned
-
-
-def their_name(family: Family, ours: str) -> str:
-    """Returns a weight's name in Hugging Face's files."""
-    numbers = [part for part in ours.split("/") if part.isdigit()]
-    pattern = "/".join("*" if part.isdigit() else part for part in ours.split("/"))
-    theirs = family.names[pattern]
-    for number in numbers:
-        theirs = theirs.replace("*", number, 1)
-    return theirs
-
-
-def _convert(tensor: Tensor, turned: bool, dtype: str | None) -> Tensor:
-    wanted = np.dtype(jnp.dtype(dtype)) if dtype else tensor.dtype
-
-    def read() -> np.ndarray:
-        array = tensor.read().astype(wanted, copy=False)
-        return array.T if turned else array
-
-    return Tensor(tensor.shape[::-1] if turned else tensor.shape, wanted, read)
-
-
-def _check_surplus(family: Family, left: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
-    surplus = [name for name in left if not any(re.fullmatch(pattern, name) for pattern in family.ignored)]
-    tied = checkpoint.card.config.get("tie_word_embeddings")
-    if tied and "head/kernel" in family.names:  # some writers keep both copies of a tied matrix
-        surplus = [name for name in surplus if name != family.names["head/kernel"]]
-    if surplus:
-        more = f" and {len(surplus) - 1} more" if len(surplus) > 1 else ""
-        raise CheckpointError(f"{checkpoint.where}: {surplus[0]!r}{more}: no part of a {family.architecture}")

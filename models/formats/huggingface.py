@@ -46,8 +46,8 @@ def _tensors(folder: Path) -> Mapping[str, Tensor]:
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
     if pickled:
         raise CheckpointError(
-            f"{folder} holds {pickled[0]}, a pickle, which runs code when it is read, and no {WEIGHTS}. Convert it where "
-            "you trust it: python -c \"from transformers import AutoModelForCausalLM as M; "
+            f"{folder} holds {pickled[0]}, a pickle, which runs code when it is read, and no {WEIGHTS}. Convert it "
+            'where you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
             f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
         )
     raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {INDEX}")
@@ -63,7 +63,7 @@ def _shards(folder: Path) -> dict[str, Tensor]:
         if Path(shard).name != shard or shard in (".", ".."):
             raise CheckpointError(f"{folder / INDEX}: {shard!r} is no file name")
         found = read_safetensors(folder / shard)
-        for name, tensor in found.items():
+        for name in found:
             if places.get(name) != shard:
                 said = f"the index says {places[name]}" if name in places else f"{INDEX} does not list it"
                 raise CheckpointError(f"{folder / shard} holds {name!r}: {said}")
