@@ -25,6 +25,7 @@ PLAIN: Final[Mapping[Type, np.dtype[Any]]] = {
 }
 CHUNK: Final = 1 << 16  # numbers worked on at a time: their scratch stays in the cache
 DECODED: Final = 1 << 20  # numbers decoded at a time: the decoders' scratch is a few times that
+LEAST: Final = 1 / np.finfo(np.float32).max  # scales whose inverse is infinite; float16 has them as zero
 ROUND: Final = np.nextafter(np.float32(0.5), np.float32(0))
 """Added before truncation, it rounds halves away from zero: 0.5 itself would also lift the number just below a half."""
 
@@ -76,7 +77,7 @@ def encode_q8_0(numbers: np.ndarray) -> np.ndarray:
     """
     blocks = numbers.reshape(-1, 32)
     scale = _largest(blocks) / np.float32(127)
-    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
+    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > LEAST)
     scaled = blocks * inverse
     scaled += np.copysign(ROUND, scaled)
     out = np.empty((len(blocks), 34), np.uint8)

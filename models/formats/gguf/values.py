@@ -11,8 +11,8 @@ import numpy as np
 from xlathe.errors import CheckpointError
 
 ALIGNMENT: Final = "general.alignment"
-# What a file may make us allocate beside views of itself: ten times the largest vocabularies and models that there ar
-MOST_OBJECTS: Final = 1 << 22  # strings and nested arrays
+# What a file may make us allocate beside views of itself: ten times what the largest models need.
+MOST_OBJECTS: Final = 1 << 21  # strings and nested arrays
 MOST_KEYS: Final = 1 << 16
 DEEPEST: Final = 8
 
@@ -78,7 +78,7 @@ class Cursor:
         return struct.unpack_from(form, self.data, start)[0]
 
     def string(self, what: str) -> str:
-        self._count_object(what)
+        self._count_objects(1, what)
         size = self.number("<Q", f"length of {what}")
         start = self.skip(size, what)
         try:
@@ -109,9 +109,31 @@ class Cursor:
         shortest = 8 if kind is Kind.STRING else 12
         if length * shortest > self.left:
             raise self.fail(what, f"{length} items of at least {shortest} bytes", f"{self.left} bytes")
-        if kind is Kind.ARRAY:
-            self._count_object(what, length)
+        self._count_objects(length, what)
+        if kind is Kind.STRING:
+            return self._strings(length, what)
         return [self.value(kind, what, depth + 1) for _ in range(length)]
+
+    def _strings(self, length: int, what: str) -> list[str]:
+        """Reads as `string` does, in a loop that is quick for vocabularies."""
+        found, data, position, end, size_at = (
+            [],
+            self.data,
+            self.position,
+            len(self.data),
+            struct.Struct("<Q").unpack_from,
+        )
+        for _ in range(length):
+            start = position + 8
+            position = start + size_at(data, position)[0] if start <= end else end + 1
+            if position > end:
+                raise self.fail(f"item {len(found)} of {what}", "a string", "the end of the file")
+            found.append(data[start:position])
+        self.position = position
+        try:
+            return [item.decode("utf-8") for item in found]
+        except UnicodeDecodeError as error:
+            raise self.fail(what, "UTF-8", f"{error.reason} in {error.object[:64]!r}") from None
 
     def _numbers(self, kind: Kind, length: int, what: str) -> np.ndarray:
         dtype = DTYPES[kind]
@@ -122,7 +144,7 @@ class Cursor:
                 raise self.fail(what, "booleans of 0 or 1", int(raw.max()))
         return np.frombuffer(self.data, dtype, length, start)
 
-    def _count_object(self, what: str, count: int = 1) -> None:
+    def _count_objects(self, count: int, what: str) -> None:
         self._objects += count
         if self._objects > MOST_OBJECTS:
             raise self.fail(what, f"at most {MOST_OBJECTS} strings and arrays in a file", "more")
