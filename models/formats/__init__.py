@@ -1,1 +1,1 @@
-"""The file formats of checkpoints: each is read into `xlathe.models.checkpoint.Checkpoint` and written from it."""
+"""The files that weights come in: each is read into, and written from, a `Checkpoint`."""

@@ -15,6 +15,7 @@ from xlathe.models.formats.gguf.container import Container, open_container
 from xlathe.models.formats.gguf.header import Header, lookup
 from xlathe.models.formats.gguf.rope import FREQUENCIES, LONG, SHORT
 from xlathe.models.formats.gguf.rules import Found
+from xlathe.models.formats.gguf.values import ALIGNMENT
 
 TOKENS: Final = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 TEMPLATE: Final = "tokenizer.chat_template"
@@ -26,6 +27,13 @@ def read_gguf(path: Any) -> Checkpoint:
     Raises CheckpointError for a file that is damaged, or of an architecture that is not known.
     """
     return as_checkpoint(open_container(path))
+
+
+def passed_on(path: Any) -> dict[str, Any]:
+    """Returns what a file says of its tokenizer and its origin, which stays true in another type."""
+    own = {"general.architecture", "general.type", "general.file_type", "general.quantization_version", ALIGNMENT}
+    metadata = open_container(path).metadata
+    return {key: v for key, v in metadata.items() if key.startswith(("general.", "tokenizer.")) and key not in own}
 
 
 def as_checkpoint(file: Container) -> Checkpoint:

@@ -63,6 +63,9 @@ def _metadata(architecture: Architecture, card: Card, type: str) -> dict[str, An
         "general.type": "model",
         "general.file_type": int(FILE_TYPES[type]),
         "general.quantization_version": GGML_QUANT_VERSION,
+        # llama.cpp wants to be told that there is no tokenizer, and then the number of tokens
+        "tokenizer.ggml.model": "none",
+        f"{architecture.name}.vocab_size": int(card.config["vocab_size"]),
         **write_keys(architecture, card.config),
         **_token_ids(card),
         **({} if card.chat_template is None else {TEMPLATE: card.chat_template}),

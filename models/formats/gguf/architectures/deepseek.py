@@ -118,7 +118,6 @@ def write(config: Config) -> dict[str, Any]:
     sigmoid = config.get("scoring_func", "sigmoid" if config["model_type"] == "deepseek_v3" else "softmax") == "sigmoid"
     scale = rope_of(config).get("mscale_all_dim")
     return {
-        "vocab_size": config["vocab_size"],
         "attention.head_count_kv": 1,
         "attention.key_length": rank + rotary,
         "attention.value_length": rank,

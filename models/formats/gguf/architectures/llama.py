@@ -39,7 +39,7 @@ def read(header: Header, config: Config) -> dict[str, Any]:
 
 
 def write(config: Config) -> dict[str, Any]:
-    return {"vocab_size": config["vocab_size"], **write_rope(config, turned_of(config))}
+    return write_rope(config, turned_of(config))
 
 
 def tensors(config: Config) -> dict[str, np.ndarray]:
