@@ -83,7 +83,7 @@ def _cast(checkpoint: Checkpoint, dtype: np.dtype[Any]) -> Checkpoint:
                 with np.errstate(over="raise"):
                     return tensor.read().astype(dtype, copy=False)
             except FloatingPointError:
-                raise CheckpointError(f"tensor {name!r}: expected numbers that fit {dtype}, found larger ones") from None
+                raise CheckpointError(f"tensor {name!r}: expected numbers that fit {dtype}, found larger") from None
 
         return Tensor(tensor.shape, dtype, read)
 

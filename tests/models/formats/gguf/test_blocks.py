@@ -47,7 +47,7 @@ def test_plain_numbers_are_what_numpy_reads(kind, tmp_path):
 
 def test_a_type_without_decoder_is_refused_by_name(tmp_path):
     container = of_bytes(tmp_path, GGMLQuantizationType.Q8_K, (256,), bytes(292))
-    with pytest.raises(CheckpointError, match="'w'.*found Q8_K"):
+    with pytest.raises(CheckpointError, match=r"'w'.*found Q8_K"):
         as_tensor(container, container.entries["w"]).read()
 
 
