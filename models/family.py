@@ -8,6 +8,7 @@ from typing import Any
 from flax import nnx
 
 from xlathe.errors import CheckpointError, did_you_mean
+from xlathe.models.resize import Shapes, resize_separate
 from xlathe.models.settings import Settings
 
 
@@ -20,6 +21,8 @@ class Family:
     names: ours by theirs, `layers/*/attention/query/kernel` -> `model.layers.*.self_attn.q_proj.weight`; the stars are
         equal. A name that a configuration has no weight for (a bias, an untied head) may be in the table all the same.
     linear: whether files hold a `kernel` as `torch.nn.Linear` does, [outputs, inputs]; GPT-2's are [inputs, outputs].
+    resize: (shapes of our weights, settings) -> entries of config.json that say the sizes of a pruned model.
+    indexed: settings by which a layer's form follows from its index.
     ignored: regular expressions of what may be in a file and is no weight: buffers, layers for training alone.
     """
 
@@ -27,6 +30,8 @@ class Family:
     build: Callable[[Settings, int, nnx.Rngs], nnx.Module]
     names: Mapping[str, str]
     linear: bool = True
+    resize: Callable[[Shapes, Settings], dict[str, Any]] = resize_separate
+    indexed: tuple[str, ...] = ()
     ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
 
 

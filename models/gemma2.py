@@ -44,4 +44,4 @@ def build(settings: Settings, max_len: int, rngs: nnx.Rngs) -> Decoder:
     )
 
 
-FAMILY = Family("Gemma2ForCausalLM", build, DECODER | NORMS | ATTENTION | FEED_FORWARD)
+FAMILY = Family("Gemma2ForCausalLM", build, DECODER | NORMS | ATTENTION | FEED_FORWARD, indexed=("sliding_window",))

@@ -57,4 +57,4 @@ def _rope(settings: Settings, dim: int, max_len: int, sliding: bool) -> Rope:
     return read_rope(default, dim, max_len, "sliding_attention" if sliding else "full_attention")
 
 
-FAMILY = Family("Gemma3ForCausalLM", build, DECODER | NORMS | ATTENTION | FEED_FORWARD)
+FAMILY = Family("Gemma3ForCausalLM", build, DECODER | NORMS | ATTENTION | FEED_FORWARD, indexed=("sliding_window",))

@@ -94,5 +94,7 @@ FAMILY = Family(
         for leaf, kind in zip(leaves, ("weight", "bias"), strict=True)
     },
     linear=False,
+    resize=lambda shapes, settings: {"n_inner": shapes["layers/0/feed_forward/up/kernel"][1]},
+    indexed=("scale_attn_by_inverse_layer_idx",),
     ignored=(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",),
 )

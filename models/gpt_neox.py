@@ -92,5 +92,6 @@ FAMILY = Family(
         )
         for leaf, kind in zip(leaves, ("weight", "bias"), strict=True)
     },
+    resize=lambda shapes, settings: {"intermediate_size": shapes["layers/0/feed_forward/up/kernel"][1]},
     ignored=(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
 )

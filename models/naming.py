@@ -10,8 +10,7 @@ import numpy as np
 from xlathe.errors import CheckpointError
 from xlathe.models.checkpoint import Checkpoint, Tensor
 from xlathe.models.family import Family
-
-Shapes = Mapping[str, tuple[int, ...]]
+from xlathe.models.resize import Shapes
 
 
 def their_name(family: Family, ours: str) -> str:

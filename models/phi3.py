@@ -9,6 +9,7 @@ from flax import nnx
 
 from xlathe.models.family import DECODER, Family
 from xlathe.models.layers import Activation, Block, Decoder, Heads, attend, linear
+from xlathe.models.resize import resize_fused
 from xlathe.models.rope import Rope, read_rope
 from xlathe.models.settings import Settings
 from xlathe.models.sizes import Sizes, read_activation
@@ -67,4 +68,5 @@ FAMILY = Family(
         "layers/*/feed_forward/fused/kernel": "model.layers.*.mlp.gate_up_proj.weight",
         "layers/*/feed_forward/down/kernel": "model.layers.*.mlp.down_proj.weight",
     },
+    resize=resize_fused,
 )

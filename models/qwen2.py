@@ -25,4 +25,4 @@ def build(settings: Settings, max_len: int, rngs: nnx.Rngs) -> Decoder:
     return Decoder(sizes.vocab, sizes.width, sizes.layers, block, norm, tied=sizes.tied, rngs=rngs)
 
 
-FAMILY = Family("Qwen2ForCausalLM", build, DECODER | ATTENTION | FEED_FORWARD)
+FAMILY = Family("Qwen2ForCausalLM", build, DECODER | ATTENTION | FEED_FORWARD, indexed=("use_sliding_window",))

@@ -35,4 +35,4 @@ def attention(settings: Settings, sizes: Sizes, max_len: int, index: int, rngs: 
     )
 
 
-FAMILY = Family("Qwen3ForCausalLM", build, DECODER | ATTENTION | FEED_FORWARD)
+FAMILY = Family("Qwen3ForCausalLM", build, DECODER | ATTENTION | FEED_FORWARD, indexed=("use_sliding_window",))

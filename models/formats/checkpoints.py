@@ -11,7 +11,7 @@ from xlathe.models.formats.huggingface import read_huggingface
 
 
 def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
-    """Opens a Hugging Face directory, on disk or by its name on the hub.
+    """Opens a GGUF file, or a Hugging Face directory, on disk or by its name on the hub.
 
     Raises CheckpointError where there is none, or what is there is damaged.
     """
@@ -19,7 +19,9 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     if path.is_dir():
         return read_huggingface(path)
     if path.exists():
-        raise CheckpointError(f"{path}: expected a directory with config.json and safetensors")
+        from xlathe.models.formats.gguf import read_gguf  # it imports the package gguf
+
+        return read_gguf(path)
     return read_huggingface(_download(str(source)))
 
 

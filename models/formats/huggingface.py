@@ -1,17 +1,20 @@
 """A Hugging Face directory: `config.json`, `generation_config.json`, safetensors in one file or in shards."""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from xlathe.card import Card
 from xlathe.errors import CheckpointError
 from xlathe.models.checkpoint import Checkpoint, Tensor
-from xlathe.models.formats.safetensors import read_safetensors
+from xlathe.models.formats.safetensors import read_safetensors, write_safetensors
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER = "tokenizer.json"
+SHARD = 5_000_000_000  # bytes, at most, but for a tensor that is larger: as transformers has it
 
 
 def read_huggingface(folder: Path) -> Checkpoint:
@@ -72,3 +75,59 @@ def _shards(folder: Path) -> dict[str, Tensor]:
     if missing:
         raise CheckpointError(f"{folder / places[missing[0]]} has no tensor {missing[0]!r}, which {INDEX} puts there")
     return tensors
+
+
+def write_huggingface(
+    checkpoint: Checkpoint, folder: Path, wrote: Callable[[int], None] = lambda size: None, shard: int = SHARD
+) -> None:
+    """Writes a directory that `transformers` loads, tensor by tensor, in files of at most `shard` bytes.
+
+    The configuration comes last: without it, what an interrupted run left is no checkpoint.
+    wrote: told the bytes of each tensor. Raises CheckpointError where the directory cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).unlink(missing_ok=True)
+        _write_tensors(checkpoint.tensors, folder, wrote, shard)
+        if checkpoint.tokenizer is not None:
+            checkpoint.tokenizer.save(str(folder / TOKENIZER))
+        if checkpoint.card.generation:
+            _write_json(checkpoint.card.generation, folder / GENERATION)
+        _write_json(checkpoint.card.config, folder / CONFIG)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error}") from None
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], folder: Path, wrote: Callable[[int], None], shard: int) -> None:
+    for old in [*folder.glob("model-*-of-*.safetensors"), folder / INDEX, folder / WEIGHTS]:
+        old.unlink(missing_ok=True)
+    shards = list(_split(tensors, shard))
+    if len(shards) == 1:
+        write_safetensors(folder / WEIGHTS, shards[0], wrote)
+        return
+    places = {}
+    for number, part in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(folder / file, part, wrote)
+        places |= dict.fromkeys(part, file)
+    total = sum(size_of(tensor) for tensor in tensors.values())
+    _write_json({"metadata": {"total_size": total}, "weight_map": places}, folder / INDEX)
+
+
+def size_of(tensor: Tensor) -> int:
+    """Returns the bytes of an array."""
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def _split(tensors: Mapping[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:
+    part: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if part and sum(map(size_of, part.values())) + size_of(tensor) > limit:
+            yield part
+            part = {}
+        part[name] = tensor
+    yield part
+
+
+def _write_json(value: Mapping[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
