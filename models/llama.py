@@ -5,7 +5,7 @@ Touvron et al., "LLaMA", https://arxiv.org/abs/2302.13971; Llama 3: https://arxi
 
 import dataclasses
 import functools
-from typing import final
+from typing import Any, final
 
 from flax import nnx
 
@@ -45,6 +45,26 @@ class Llama(Decoder):
             return Block(norm(), attention, norm(), GatedFeedForward(config.width, config.hidden, rngs=rngs))
 
         super().__init__(config.vocab, config.width, config.layers, block, norm, rngs=rngs)
+
+
+def describe(config: LlamaConfig, positions: int) -> dict[str, Any]:
+    """Returns the `config.json` of a `Llama`; positions: the longest text that it was trained on."""
+    return {
+        "model_type": "llama",
+        "architectures": [FAMILY.architecture],
+        "vocab_size": config.vocab,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.query_heads,
+        "num_key_value_heads": config.key_value_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.hidden,
+        "max_position_embeddings": positions,
+        "rms_norm_eps": config.norm_epsilon,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+    }
 
 
 def build(settings: Settings, max_len: int, rngs: nnx.Rngs) -> Decoder:
