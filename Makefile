@@ -15,7 +15,7 @@ INSTALL_INPUTS := pyproject.toml setup.py $(shell find compiler/kernels -name '*
 
 PYTHONS := $(or $(PYTHON),python3.13 python3.12 python3 $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.1[2-9]*/bin/python3))
 
-.PHONY: help install demo test test-kernels lint bench clean
+.PHONY: help install demo test test-kernels lint bench fuzz clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -45,6 +45,11 @@ lint: $(STAMP)  ## check style, layering and types
 bench: $(STAMP)  ## measure the CPU kernels beside memory and XLA, and decoding with a 1B Llama (minutes, 5 GB)
 	$(BIN)/python -m xlathe.tools.bench_kernels
 	$(BIN)/python -m xlathe.tools.bench_decode
+
+SECONDS := 60
+SEED := 0
+fuzz: $(STAMP)  ## read damaged checkpoints for SECONDS=60, from SEED=0 on
+	$(BIN)/python -m tests.models.formats.fuzz $(SECONDS) $(SEED)
 
 clean:  ## remove everything that make has built, but the compilers of test-kernels
 	rm -rf .venv .venv-jax-* build $(LIBRARY)
