@@ -71,9 +71,7 @@ def open_graph(source: str) -> "Graph":
 
 def trace_demo(name: str) -> "Graph":
     """Traces the demo's model `target` or `draft`."""
-    from xlathe.card import Card
     from xlathe.models import demo
-    from xlathe.models.demo.corpus import END_OF_TEXT
     from xlathe.trace import trace
 
     model, tokenizer = demo.load(name)
