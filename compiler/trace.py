@@ -157,9 +157,7 @@ def _trace_sizes(source: Source, max_len: int) -> tuple[ir.Jaxpr, list[np.ndarra
 
     rows, length = symbolic_sizes(max_len)
     try:
-        with ir.asked_equalities() as asked:
-            symbolic = at(rows, length)
-        jaxpr, constants = hoist_constants(symbolic)
+        jaxpr, constants = hoist_constants(at(rows, length))
     except TraceError:
         raise
     except Exception as inconclusive:  # symbolic sizes fail in as many ways as there are Python idioms
@@ -167,7 +165,7 @@ def _trace_sizes(source: Source, max_len: int) -> tuple[ir.Jaxpr, list[np.ndarra
     _check_logits(jaxpr)
     _check_deterministic(jaxpr)
     if not any(map(is_shape, source.arrays)):
-        check_lengths(at, jaxpr, source.arrays, constants, max_len, asked)
+        check_lengths(at, jaxpr, source.arrays, constants, max_len)
     return jaxpr, constants
 
 
