@@ -194,11 +194,14 @@ def _trace_sizes(source: Source, max_len: int, arguments: Sequence[str]) -> tupl
             raise TraceError(f"the model branches on the values of tokens or weights: {error}") from error
         return _without_placement(ir.inline_calls(jaxpr, lambda eqn: eqn.primitive.name in ir.INLINED))
 
+    extra = len(avals), len(arguments)
+
+    def given_ones_at(rows: ir.Dim, length: ir.Dim) -> ir.Jaxpr:
+        return _given_ones(at(rows, length), *extra)
+
     rows, length = symbolic_sizes(max_len)
     try:
-        with ir.asked_equalities() as asked:
-            symbolic = at(rows, length)
-        jaxpr, constants = hoist_constants(symbolic)
+        jaxpr, constants = hoist_constants(at(rows, length))
     except TraceError:
         raise
     except Exception as inconclusive:  # symbolic sizes fail in as many ways as there are Python idioms
@@ -206,9 +209,7 @@ def _trace_sizes(source: Source, max_len: int, arguments: Sequence[str]) -> tupl
     _check_logits(jaxpr)
     _check_deterministic(jaxpr)
     if not any(map(is_shape, source.arrays)):
-        first, count = len(avals), len(arguments)
-        checked = lambda rows, length: _given_ones(at(rows, length), first, count)  # noqa: E731
-        check_lengths(checked, _given_ones(jaxpr, first, count), source.arrays, constants, max_len, asked)
+        check_lengths(given_ones_at, _given_ones(jaxpr, *extra), source.arrays, constants, max_len)
     return jaxpr, constants
 
 
