@@ -28,7 +28,15 @@ def opened(family: str, folder: Path, **options):
     checkpoint, expected = fixtures.load(family)
     path = folder / "m.gguf"
     write_gguf(checkpoint, path, "F32")
-    common = {"n_ctx": 64, "n_batch": 64, "n_threads": 1, "type_k": F32, "type_v": F32, "verbose": False}
+    common = {
+        "n_ctx": 64,
+        "n_batch": 64,
+        "n_ubatch": 64,
+        "n_threads": 1,
+        "type_k": F32,
+        "type_v": F32,
+        "verbose": False,
+    }
     return Llama(str(path), **common, **options), expected
 
 
@@ -73,3 +81,16 @@ def test_llama_cpp_runs_the_other_types(type, tmp_path):
     found, logits = model.scores[:24], expected["logits"][0]
     cosine = (found * logits).sum(-1) / np.linalg.norm(found, axis=-1) / np.linalg.norm(logits, axis=-1)
     assert cosine.min() > 0.998
+
+
+def test_llama_cpp_computes_bert_s_hidden_states(tmp_path):
+    import llama_cpp
+
+    model, expected = opened("bert", tmp_path, embedding=True, pooling_type=0)
+    for row, states in zip(expected["input_ids"], expected["last_hidden_state"], strict=True):
+        model._batch.reset()
+        model._batch.add_sequence(row.tolist(), 0, True)
+        model._ctx.decode(model._batch)
+        pointers = [llama_cpp.llama_get_embeddings_ith(model._ctx.ctx, i) for i in range(len(row))]
+        found = np.stack([np.ctypeslib.as_array(pointer, states.shape[1:]).copy() for pointer in pointers])
+        np.testing.assert_allclose(found, states, rtol=0, atol=1e-3 * np.abs(states).max())
