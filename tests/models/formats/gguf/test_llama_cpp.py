@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.models.formats import fixtures
-from xlathe.models.formats.gguf import write_gguf
+from xlathe.models.formats.gguf import read_gguf, write_gguf
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed: pip install .[llama]"
@@ -70,17 +70,21 @@ def test_llama_cpp_agrees_within_the_window_that_it_does_not_know(tmp_path):
 
 
 @pytest.mark.parametrize("type", ["Q8_0", "F16", "BF16"])
-def test_llama_cpp_runs_the_other_types(type, tmp_path):
+def test_llama_cpp_reads_the_numbers_that_we_read_from_other_types(type, tmp_path):
+    """Before: a file of codes. Expected: the logits of a float32 file with the numbers that we decode from them."""
     from llama_cpp import Llama
 
     checkpoint, expected = fixtures.load("qwen3")
-    write_gguf(checkpoint, tmp_path / "m.gguf", type)
-    model = Llama(str(tmp_path / "m.gguf"), n_ctx=64, n_threads=1, logits_all=True, verbose=False)
-    model.eval(expected["input_ids"][0].tolist())
-    # llama.cpp rounds activations too; codes that lie otherwise than it thinks would give unrelated logits
-    found, logits = model.scores[:24], expected["logits"][0]
-    cosine = (found * logits).sum(-1) / np.linalg.norm(found, axis=-1) / np.linalg.norm(logits, axis=-1)
-    assert cosine.min() > 0.998
+    write_gguf(checkpoint, tmp_path / "codes.gguf", type)
+    write_gguf(read_gguf(tmp_path / "codes.gguf"), tmp_path / "decoded.gguf", "F32")
+    logits = []
+    for name in ("codes", "decoded"):
+        model = Llama(str(tmp_path / f"{name}.gguf"), n_ctx=64, n_threads=1, logits_all=True, verbose=False)
+        model.eval(expected["input_ids"][0].tolist())
+        logits.append(model.scores[:24].copy())
+    # only activations differ, which llama.cpp rounds as the weights are; other codes would give unrelated logits
+    cosine = (logits[0] * logits[1]).sum(-1) / np.linalg.norm(logits[0], axis=-1) / np.linalg.norm(logits[1], axis=-1)
+    assert cosine.min() > 0.999
 
 
 def test_llama_cpp_computes_bert_s_hidden_states(tmp_path):
