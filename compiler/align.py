@@ -133,13 +133,16 @@ def trace_at(at: Callable[[int, int], ir.Jaxpr], rows: int, length: int) -> ir.J
     except Exception as error:
         raise TraceError(
             f"the model must run on rows of every length up to max_len; it fails on {rows} row(s) of {length} "
-            f"token(s): {type(error).__name__}: {error}"
+            f"token(s): {type(error).__name__}: {_first_line(error)}"
         ) from error
 
 
 def _error(reason: str, inconclusive: Exception) -> TraceError:
-    first_line = str(inconclusive).strip().splitlines()[0]
-    return TraceError(f"{reason}. (Tracing with symbolic sizes failed first: {first_line})")
+    return TraceError(f"{reason}. (Tracing with symbolic sizes failed first: {_first_line(inconclusive)})")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
 
 
 def _is_call(eqn: ir.JaxprEqn) -> bool:

@@ -1,17 +1,18 @@
 """Prove from a graph that everything outside attention treats each token on its own.
 
 Every value gets a layout: which of its axes hold the batch (`b`) and the tokens (`t`), also inside merged axes. A
-rule for each primitive carries layouts from operands to results (`layout_rules`); an operation on tokens that would
-mix them, or for which no rule exists, is refused by name and source line.
+rule for each primitive carries layouts from operands to results (`layout_rules`, and `dispatch` for routing to
+experts); an operation on tokens that would mix them, or for which no rule exists, is refused by name and source line.
 """
 
 from collections.abc import Sequence
 
 from xlathe import jaxpr as ir
+from xlathe.dispatch import Dispatch
 from xlathe.errors import DeriveError
 from xlathe.graph import Graph
-from xlathe.layout_rules import ELEMENTWISE, RULES
-from xlathe.layouts import Axes, Layout, Mixes, by_shape, normal, same
+from xlathe.layout_rules import carry
+from xlathe.layouts import Layout, Mixes, by_shape
 
 
 def layouts_of(graph: Graph) -> dict[ir.Var, Layout]:
@@ -28,16 +29,18 @@ def find_layouts(jaxpr: ir.Jaxpr, tokens: ir.Var, near_misses: Sequence[str] = (
     Raises DeriveError, naming operation and line, at the first operation that mixes tokens or rows.
     """
     layouts = {var: Layout(by_shape(var.aval.shape), var is tokens) for var in jaxpr.invars}
+    dispatch = Dispatch(jaxpr)
     for eqn in ir.live_equations(jaxpr):
         operands = [layouts[a] if isinstance(a, ir.Var) else Layout(by_shape(a.aval.shape), False) for a in eqn.invars]
         of_tokens = any(operand.of_tokens for operand in operands)
         try:
-            results = carry(eqn, operands)
+            results = dispatch(eqn, operands) if of_tokens else [Layout(axes, False) for axes in carry(eqn, operands)]
         except Mixes as mixes:
             if of_tokens:
                 raise _refusal(eqn, mixes, near_misses) from None
-            results = [by_shape(out.aval.shape) for out in eqn.outvars]  # what only positions mix is no loss yet
-        layouts.update({out: Layout(axes, of_tokens) for out, axes in zip(eqn.outvars, results, strict=True)})
+            # what only positions mix is no loss yet
+            results = [Layout(by_shape(out.aval.shape), False) for out in eqn.outvars]
+        layouts.update(zip(eqn.outvars, results, strict=True))
     return layouts
 
 
@@ -45,20 +48,3 @@ def _refusal(eqn: ir.JaxprEqn, mixes: Mixes, near_misses: Sequence[str]) -> Deri
     name = eqn.primitive.name.removeprefix(ir.OP_PREFIX)
     reasons = [f"not attention: {miss}" for miss in near_misses] if name == "dot_general" else []
     return DeriveError("; ".join([f"no incremental step: {name} {mixes} at {ir.source_line(eqn)}", *reasons]))
-
-
-def carry(eqn: ir.JaxprEqn, operands: Sequence[Layout]) -> list[Axes]:
-    """Returns the axes of an equation's results. Raises Mixes, also where no rule is known."""
-    name = eqn.primitive.name
-    if name in ELEMENTWISE:
-        return _elementwise(eqn, operands)
-    rule = RULES.get("reduce" if name.startswith(("reduce_", "arg")) else name.removeprefix(ir.OP_PREFIX))
-    if rule is None:
-        raise Mixes("has no rule for tokens")
-    return [normal(axes) for axes in rule(eqn, operands)]
-
-
-def _elementwise(eqn: ir.JaxprEqn, operands: Sequence[Layout]) -> list[Axes]:
-    if any(a.aval.ndim not in (0, eqn.outvars[0].aval.ndim) for a in eqn.invars):
-        raise Mixes("takes numbers apart")  # bitcast_convert_type to narrower ones
-    return [same(operands)]

@@ -100,6 +100,7 @@ def load_bundle(directory: PathLike, *, verify: str = "structure") -> Program:
         tokenizer=tokenizer,
         stop_tokens=manifest.stop_tokens,
         target=manifest.target,
+        card=manifest.card,
         seconds=time.perf_counter() - start,
     )
 
@@ -125,6 +126,7 @@ def _write(program: Program, step: Graph, folder: Path) -> None:
         states={rows: _state_types(program, step, rows) for rows in program.buckets.batches},
         custom_calls=tuple(sorted(calls)),
         files={path.relative_to(folder).as_posix(): check.file_entry(path) for path in files},
+        card=program.card,
     )
     (folder / MANIFEST).write_bytes(to_text(manifest).encode())
     shutil.copymode(folder / MANIFEST, folder / WEIGHTS)  # which safetensors writes for its owner alone

@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from xlathe.errors import GraphFileError, as_path
+from xlathe import card as cards
+from xlathe.errors import GraphFileError, OptionError, as_path
 from xlathe.graph import Graph, Origin, Record, Weights
 from xlathe.parser import parse
 from xlathe.printer import to_text
@@ -40,7 +41,7 @@ def save_graph(graph: Graph, directory: str | os.PathLike[str]) -> None:
     """Writes a graph, its weights prepared, into a directory (made if need be).
 
     Raises GraphFileError for an equation, a name or a dtype that has no form in the files, and where they cannot be
-    written.
+    written; OptionError where the card holds what JSON does not.
     """
     folder, text = as_path(directory, GraphFileError), to_text(graph)
     prepared = graph.weights.prepare(list(graph.names("weight", "const")))
@@ -55,17 +56,18 @@ def save_graph(graph: Graph, directory: str | os.PathLike[str]) -> None:
 
 
 def _write(graph: Graph, text: str, arrays: Mapping[str, np.ndarray], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / PROGRAM).write_text(text, encoding="utf-8")
-    save_file(dict(arrays), folder / WEIGHTS)
-    shutil.copymode(folder / PROGRAM, folder / WEIGHTS)  # which safetensors writes for its owner alone
     meta = {
         "format": FORMAT,
         "version": VERSION,
         "max_len": graph.max_len,
         "origins": [dataclasses.asdict(each) for each in graph.origins if each.targets != (each.name,)],
         "history": [dataclasses.asdict(record) for record in graph.history],
+        "card": cards.to_json(graph.card),
     }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / PROGRAM).write_text(text, encoding="utf-8")
+    save_file(dict(arrays), folder / WEIGHTS)
+    shutil.copymode(folder / PROGRAM, folder / WEIGHTS)  # which safetensors writes for its owner alone
     (folder / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
     if graph.tokenizer is not None:
         graph.tokenizer.save(str(folder / TOKENIZER))
@@ -85,7 +87,7 @@ def load_graph(directory: str | os.PathLike[str]) -> Graph:
     stored = WeightFile.open(folder / WEIGHTS)
     tokenizer = _tokenizer(folder / TOKENIZER)
     weights = Weights(stored, origins=_origins(folder / META, meta))
-    graph = Graph(jaxpr, inputs, weights, meta["max_len"], tokenizer, _history(meta))
+    graph = Graph(jaxpr, inputs, weights, meta["max_len"], tokenizer, _history(meta), _card(folder / META, meta))
     _check_arrays(graph, stored)
     return graph
 
@@ -175,6 +177,13 @@ def _record(
     counts = {str(rule): int(count) for rule, count in hits.items()}
     near, said, done = (tuple(map(str, lines)) for lines in (misses, notes, rewrites))
     return Record(str(name), counts, near, said, float(seconds), (before, after), done)
+
+
+def _card(path: Path, meta: Mapping[str, Any]) -> cards.Card | None:
+    try:
+        return cards.from_json(meta.get("card"))
+    except OptionError as error:
+        raise GraphFileError(f"{path}: {error}") from None
 
 
 def _tokenizer(path: Path) -> Tokenizer | None:

@@ -3,10 +3,11 @@
 A rule raises `Mixes` where an operation does not treat each token, or each position, on its own.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from xlathe import jaxpr as ir
-from xlathe.layouts import Axes, Factor, Factors, Layout, Mixes, Spread, Unknown, by_shape, moves, same
+from xlathe.layouts import Axes, Factor, Factors, Layout, Mixes, Sorted, Spread, Unknown, by_shape, moves, normal, same
 
 Rule = Callable[[ir.JaxprEqn, Sequence[Layout]], list[Axes]]
 
@@ -29,7 +30,7 @@ def _one(operands: Sequence[Layout]) -> Axes:
 
 def _axes_stay(layout: Axes, axes: Sequence[int], what: str) -> None:
     for axis in axes:
-        if "t" in layout[axis]:
+        if "t" in layout[axis] or any(isinstance(factor, Sorted) for factor in layout[axis]):
             raise Mixes(f"{what} the token axis")
         if moves(layout[axis]):
             raise Mixes(f"{what} the batch axis")
@@ -99,6 +100,8 @@ def _take(factors: list[Factor], left: ir.Dim, symbols: Mapping[str, ir.Dim]) ->
 def _size(factor: Factor, symbols: Mapping[str, ir.Dim]) -> ir.Dim:
     if isinstance(factor, Spread | Unknown):
         return factor.size
+    if isinstance(factor, Sorted):
+        return math.prod((_size(each, symbols) for each in factor.of), start=1)
     return symbols[factor] if isinstance(factor, str) else factor
 
 
@@ -265,3 +268,20 @@ RULES: Mapping[str, Rule] = {
     "attention": _attention,
     "quantized_dot": _quantized_dot,
 }
+
+
+def carry(eqn: ir.JaxprEqn, operands: Sequence[Layout]) -> list[Axes]:
+    """Returns the axes of an equation's results. Raises Mixes, also where no rule is known."""
+    name = eqn.primitive.name
+    if name in ELEMENTWISE:
+        return _elementwise(eqn, operands)
+    rule = RULES.get("reduce" if name.startswith(("reduce_", "arg")) else name.removeprefix(ir.OP_PREFIX))
+    if rule is None:
+        raise Mixes("has no rule for tokens")
+    return [normal(axes) for axes in rule(eqn, operands)]
+
+
+def _elementwise(eqn: ir.JaxprEqn, operands: Sequence[Layout]) -> list[Axes]:
+    if any(a.aval.ndim not in (0, eqn.outvars[0].aval.ndim) for a in eqn.invars):
+        raise Mixes("takes numbers apart")  # bitcast_convert_type to narrower ones
+    return [same(operands)]

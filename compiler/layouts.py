@@ -6,6 +6,7 @@ Each axis holds *factors*, from outer to inner: `[b, t, 8]` reshaped to `[b * t,
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 from xlathe import jaxpr as ir
 
@@ -24,17 +25,49 @@ class Unknown:
     size: ir.Dim
 
 
-Factor = str | int | Spread | Unknown  # "b", "t", or the size of a static part
+@dataclasses.dataclass(frozen=True)
+class Sorted:
+    """A whole axis that has the places of an axis `of` in another order; see `dispatch`.
+
+    order: the value that says it, the place of the first one first. key: the experts that the places are sorted by, if
+    that is what they are sorted by.
+    """
+
+    order: ir.Var
+    of: "Factors"
+    key: ir.Var | None
+
+
+Factor = str | int | Spread | Unknown | Sorted  # "b", "t", or the size of a static part
 Factors = tuple[Factor, ...]
 Axes = tuple[Factors, ...]
 
 
 @dataclasses.dataclass(frozen=True)
+class Root:
+    """What whole numbers of the routing of tokens to experts are made of, a number of one value alone for each.
+
+    kind: `expert`, which expert is chosen; `order`, the place that comes next when tokens are sorted; `inverse`, where
+    a token went; `counts`, how many tokens chose an expert. But for the first they depend on other tokens.
+    key: the choice of experts that this is about; None where it is about another key. experts: how many there are.
+    order: the value that says it, and of: the axis that was sorted, for `order` and `inverse`.
+    """
+
+    var: ir.Var
+    kind: Literal["expert", "order", "inverse", "counts"]
+    key: ir.Var | None
+    experts: int = 0
+    order: ir.Var | None = None
+    of: Factors = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Layout:
-    """What each axis of a value holds, and whether the value depends on the tokens."""
+    """What each axis of a value holds, whether the value depends on the tokens, and what it is of a routing."""
 
     axes: Axes
     of_tokens: bool
+    root: Root | None = None
 
 
 class Mixes(Exception):

@@ -11,8 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from xlathe import card as cards
 from xlathe.aot import Buckets, Signature, signatures
-from xlathe.errors import BundleError
+from xlathe.card import Card
+from xlathe.errors import BundleError, OptionError
 from xlathe.graph_file import DTYPE_NAMES
 
 FORMAT, VERSION = "xlathe-bundle", 1
@@ -54,7 +56,7 @@ class Manifest:
     versions: of the libraries that wrote it; target: a name from `xlathe.target`; platform: XLA's name of it;
     inputs: the arrays of the weight file, in its order; states: what is remembered, by number of rows;
     custom_calls: the FFI targets that the programs need (the reference programs need none); files: by path
-    inside the bundle, the manifest itself left out.
+    inside the bundle, the manifest itself left out; card: what the model's checkpoint said, where it was one.
     """
 
     built: datetime.date
@@ -69,6 +71,7 @@ class Manifest:
     states: Mapping[int, tuple[ArrayType, ...]]
     custom_calls: tuple[str, ...]
     files: Mapping[str, FileEntry]
+    card: Card | None = None
 
     def signatures(self) -> Iterator[Signature]:
         """Yields the signature of each program."""
@@ -92,8 +95,9 @@ def program_path(name: str, *, reference: bool = False) -> str:
 
 def to_text(manifest: Manifest) -> str:
     """Returns the manifest as JSON with a checksum over the rest of it."""
-    fields = dataclasses.asdict(manifest)
+    fields = dataclasses.asdict(dataclasses.replace(manifest, card=None))
     fields |= {"built": manifest.built.isoformat(), "expires": manifest.expires.isoformat()}
+    fields["card"] = cards.to_json(manifest.card)
     body = {"format": FORMAT, "version": VERSION, **fields}
     checksum = hashlib.sha256(_json(body).encode()).hexdigest()
     return _json({**body, "checksum": checksum})
@@ -152,6 +156,7 @@ def _manifest(data: Mapping[str, Any]) -> Manifest:
         states=_states(data),
         custom_calls=tuple(_field(data, "custom_calls", _list_of(_is_name), "a list of names")),
         files=_files(data),
+        card=_card(data),
     )
     if tuple(sorted(manifest.states)) != manifest.buckets.batches:
         raise BundleError(
@@ -237,6 +242,13 @@ def _states(data: Mapping[str, Any]) -> dict[int, tuple[ArrayType, ...]]:
     if not all(re.fullmatch("[1-9][0-9]{0,8}", rows) for rows in states):
         raise BundleError(f"states has the keys {_shown(list(states))}, expected numbers of rows")
     return {int(rows): _array_types(states, rows) for rows in states}
+
+
+def _card(data: Mapping[str, Any]) -> Card | None:
+    try:
+        return cards.from_json(data.get("card"))
+    except OptionError as error:
+        raise BundleError(str(error)) from None
 
 
 def _files(data: Mapping[str, Any]) -> dict[str, FileEntry]:

@@ -15,10 +15,9 @@ from jax import lax
 
 from xlathe import jaxpr as ir
 from xlathe import position_tables
-from xlathe.audit import carry
 from xlathe.axes import Einsum
 from xlathe.errors import DeriveError
-from xlathe.layout_rules import ELEMENTWISE
+from xlathe.layout_rules import ELEMENTWISE, carry
 from xlathe.layouts import Layout, Mixes, follows_positions
 
 

@@ -21,6 +21,8 @@ from xlathe.aot import (
     to_step,
     units,
 )
+from xlathe.card import Card
+from xlathe.chat import Messages, encode_chat, end_of_turn
 from xlathe.decode.drafters import Drafter
 from xlathe.decode.speculative import Memory, Speculation
 from xlathe.decode.text import TextStream
@@ -82,7 +84,7 @@ class Program:
     calls: the compiled units by name (`aot.units`), none where they are for another machine; step and speculation: the
     graph they were compiled from and how they draft, None where the program was loaded from disk; target: what they
     were compiled for; memory: what they take of it, None where the program was loaded from disk; seconds: how long
-    compiling or loading took.
+    compiling or loading took; card: what the model's checkpoint said, None where it was none.
     """
 
     calls: Mapping[str, Callable[..., Any]]
@@ -97,6 +99,7 @@ class Program:
     target: str = "cpu"
     memory: MemoryPlan | None = None
     seconds: float = 0.0
+    card: Card | None = None
 
     def generate(
         self,
@@ -135,6 +138,50 @@ class Program:
         """
         return _Run(self, self.limits.request(prompt, max_tokens, stop, **sampling)).pieces()
 
+    def chat(
+        self,
+        messages: Messages,
+        max_tokens: int | None = None,
+        *,
+        tools: Sequence[Any] | None = None,
+        stop: Stops = None,
+        **sampling: Any,
+    ) -> Completion:
+        """Answers a conversation: its prompt is what the model's own chat template makes of the messages.
+
+        messages: mappings with `role` and `content`, as Hugging Face and OpenAI write them; tools: JSON schemas of
+        functions, for templates that know them; max_tokens: of the answer, None is as many as the compiled length
+        leaves; stop and sampling: as of `generate`.
+
+        Raises RequestError where the model has no chat template or the template refuses the messages, and as `generate`
+        does.
+        """
+        run = self._chat(messages, max_tokens, tools, stop, sampling)
+        for _ in run.pieces():
+            pass
+        return run.completions()[0]
+
+    def stream_chat(
+        self,
+        messages: Messages,
+        max_tokens: int | None = None,
+        *,
+        tools: Sequence[Any] | None = None,
+        stop: Stops = None,
+        **sampling: Any,
+    ) -> Iterator[Piece]:
+        """Returns the same answer as `chat` in pieces; the request is checked at once."""
+        return self._chat(messages, max_tokens, tools, stop, sampling).pieces()
+
+    def _chat(
+        self, messages: Messages, max_tokens: int | None, tools: Any, stop: Stops, sampling: Mapping[str, Any]
+    ) -> "_Run":
+        ids = encode_chat(self.card, self.tokenizer, messages, tools)
+        count = max(1, self.buckets.slots - len(ids)) if max_tokens is None else max_tokens
+        ends = dict.fromkeys((*self.stop_tokens, *end_of_turn(self.card, self.tokenizer)))
+        limits = dataclasses.replace(self.limits, stop_tokens=tuple(ends))
+        return _Run(self, limits.request([ids], count, stop, **sampling))
+
     @property
     def limits(self) -> Limits:
         """What requests must fit."""
@@ -155,7 +202,7 @@ def compile(
     target: str | None = None,
     unit: int = UNIT,
     chunks: Sequence[int] = CHUNKS,
-    stop_tokens: Sequence[int] = (),
+    stop_tokens: Sequence[int] | None = None,
     draft: Graph | Drafter | str | None = None,
     gamma: int = 4,
     rule: str = "match",
@@ -167,7 +214,7 @@ def compile(
     `xlathe.target`; None is the device of this process. Programs for another device are made to be saved; they are
     compiled too where its real compiler is installed (`xlathe.offline`), and `memory` says what they take. unit: tokens
     generated between two looks of the host. chunks: prompt tokens read at once. stop_tokens: ids that end a row of
-    every request.
+    every request; None is those of the graph's card.
 
     draft: proposes tokens that the target verifies, gamma at once: a graph with the same vocabulary, or `ngram` for
     `xlathe.decode.drafters.NGram()`, which looks them up in the text so far, or any other
@@ -186,7 +233,7 @@ def compile(
     buckets = Buckets.of(max_batch, slots, unit, chunks, None if draft is None else gamma)
     if buckets.slots > graph.max_len:
         raise RequestError(f"max_len={max_len}, but the graph was traced with max_len={graph.max_len}")
-    stops = _checked_stops(stop_tokens, graph.vocab)
+    stops = _stops_of(graph.card, graph.vocab) if stop_tokens is None else _checked_stops(stop_tokens, graph.vocab)
     speculation = find_speculation(graph, draft, rule, buckets)
     step = to_step(graph)
     calls, memory = _compiled(step, buckets, machine, speculation)
@@ -205,6 +252,7 @@ def compile(
         target=machine.name,
         memory=memory,
         seconds=time.perf_counter() - start,
+        card=graph.card,
     )
 
 
@@ -220,6 +268,11 @@ def _compiled(
     ]
     plan = plan_from_graph(step, buckets, target, speculation).with_temporaries(built)
     return {signature.name: call for signature, call in built}, plan
+
+
+def _stops_of(card: Card | None, vocab: int) -> tuple[int, ...]:
+    """Returns the stop tokens of a card that the model can generate; others end nothing, as -1 where there is none."""
+    return _checked_stops([] if card is None else [i for i in card.stop_tokens if 0 <= i < vocab], vocab)
 
 
 def _checked_stops(stop_tokens: Sequence[int], vocab: int) -> tuple[int, ...]:

@@ -65,9 +65,10 @@ class Limits:
         if self.tokenizer is None:
             raise RequestError("this program has no tokenizer; give token ids instead of text")
         try:
-            return self.tokenizer.encode(str(text), add_special_tokens=False).ids
+            plain, added = (self.tokenizer.encode(str(text), add_special_tokens=add).ids for add in (False, True))
         except (TypeError, ValueError) as error:
             raise RequestError(f"prompt {i} is no valid Unicode text: {error}") from None
+        return plain if added[:2] == 2 * plain[:1] else added  # a text that begins with `<s>` gets no second one
 
     def _ids(self, i: int, row: Any) -> tuple[int, ...]:
         try:

@@ -50,7 +50,8 @@ class Stacked:
 def trace(model: Any, params: Any = None, *, max_len: int, tokenizer: Any = None) -> Graph:
     """Traces a decoder or encoder into a graph whose batch and token axes are symbolic.
 
-    model: an `nnx.Module`, a pair (linen module, variables), or a function f(params, tokens) with `params=`.
+    model: an `nnx.Module`, a pair (linen module, variables), or a function f(params, tokens) with `params=`: a tree
+        of arrays, or an `nnx.Module` for one that is called with more than tokens (positions, a mask, no cache).
         Called with int32 tokens [b, t] it returns logits [b, t, vocab]. Its weights may be shapes without values
         (`nnx.eval_shape`, `jax.ShapeDtypeStruct`): the graph serves to plan, and nothing is allocated or run.
     max_len: the longest row that the graph must serve; bounds the symbolic length.
@@ -86,7 +87,9 @@ def _source(model: Any, params: Any) -> Source:
     from flax import linen, nnx  # here alone: what is loaded from disk does without
 
     if isinstance(model, nnx.Module):
-        return _nnx_source(model)
+        return _nnx_source(lambda module, tokens: module(tokens), model)
+    if isinstance(params, nnx.Module) and callable(model):
+        return _nnx_source(model, params)
     if isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], linen.Module):
         return _function_source(lambda variables, tokens: model[0].apply(variables, tokens), model[1], drop="params/")
     if isinstance(model, linen.Module):
@@ -100,7 +103,7 @@ def _source(model: Any, params: Any) -> Source:
     )
 
 
-def _nnx_source(module: "nnx.Module") -> Source:
+def _nnx_source(call: Callable[["nnx.Module", Any], Any], module: "nnx.Module") -> Source:
     from flax import nnx
 
     definition, state = nnx.split(module)
@@ -113,7 +116,7 @@ def _nnx_source(module: "nnx.Module") -> Source:
             v.replace(leaf) if isinstance(v, nnx.Variable) else leaf for v, leaf in zip(variables, leaves, strict=True)
         ]
         copy = nnx.merge(definition, nnx.from_flat_state(zip(paths, replaced, strict=True)))
-        return copy, copy(tokens)
+        return copy, call(copy, tokens)
 
     def left_behind(leaves: list[Any], tokens: Any) -> dict[str, Any]:
         copy, _ = run(leaves, tokens)
@@ -131,16 +134,36 @@ def _nnx_source(module: "nnx.Module") -> Source:
 
 
 def _function_source(function: Callable[..., Any], params: Any, drop: str = "") -> Source:
-    flat, _ = jax.tree_util.tree_flatten_with_path(params)
-    tree = jax.tree.structure(params)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/").removeprefix(drop) for path, _ in flat]
-    arrays = tuple(leaf for _, leaf in flat)
-    trained = tuple(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in arrays)
+    boxes, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_box)
+    held = [(path + inner, box, leaf) for path, box in boxes for inner, leaf in _inside(box)]
+    arrays, tree = jax.tree.flatten(params)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/").removeprefix(drop) for path, *_ in held]
+    trained = tuple(_is_trained(box) and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for _, box, leaf in held)
 
     def forward(leaves: list[Any], tokens: Any) -> Any:
         return function(jax.tree.unflatten(tree, leaves), tokens)
 
-    return Source(tuple(names), arrays, trained, forward)
+    return Source(tuple(names), tuple(arrays), trained, forward)
+
+
+def _is_box(node: Any) -> bool:
+    """Says whether a node of a tree is an array with what Flax knows of it (partitioning, the kind of variable)."""
+    from flax import nnx
+    from flax.core import meta
+
+    return isinstance(node, nnx.Variable | meta.AxisMetadata)
+
+
+def _inside(box: Any) -> list[tuple[Any, Any]]:
+    """Returns path and leaf of all that a node holds; that of a single array needs no path."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(box)
+    return leaves if len(leaves) > 1 else [((), leaf) for _, leaf in leaves]
+
+
+def _is_trained(box: Any) -> bool:
+    from flax import nnx
+
+    return not isinstance(box, nnx.Variable) or isinstance(box, nnx.Param)
 
 
 def _trace_sizes(source: Source, max_len: int) -> tuple[ir.Jaxpr, list[np.ndarray]]:
@@ -153,7 +176,7 @@ def _trace_sizes(source: Source, max_len: int) -> tuple[ir.Jaxpr, list[np.ndarra
             jaxpr = ir.trace(lambda *xs: source.forward(list(xs[:-1]), xs[-1]), *avals, tokens)
         except jax.errors.JAXTypeError as error:
             raise TraceError(f"the model branches on the values of tokens or weights: {error}") from error
-        return ir.inline_calls(jaxpr, lambda eqn: eqn.primitive.name in ir.INLINED)
+        return _without_placement(ir.inline_calls(jaxpr, lambda eqn: eqn.primitive.name in ir.INLINED))
 
     rows, length = symbolic_sizes(max_len)
     try:
@@ -169,6 +192,11 @@ def _trace_sizes(source: Source, max_len: int) -> tuple[ir.Jaxpr, list[np.ndarra
     if not any(map(is_shape, source.arrays)):
         check_lengths(at, jaxpr, source.arrays, constants, max_len, asked)
     return jaxpr, constants
+
+
+def _without_placement(jaxpr: ir.Jaxpr) -> ir.Jaxpr:
+    """Drops where arrays should lie on the author's devices: a graph is compiled for others."""
+    return ir.retrace(jaxpr, lambda eqn, operands: operands if eqn.primitive.name == "sharding_constraint" else None)
 
 
 def symbolic_sizes(max_len: int) -> tuple[ir.Dim, ir.Dim]:
@@ -195,7 +223,11 @@ def _check_logits(jaxpr: ir.Jaxpr) -> None:
     tokens = jaxpr.invars[-1].aval.shape
     shapes = [v.aval.shape for v in jaxpr.outvars]
     if len(shapes) != 1 or len(shapes[0]) != 3 or tuple(shapes[0][:2]) != tuple(tokens):
-        raise TraceError(f"the model must return logits [b, t, vocab] for tokens [b, t]; it returns {shapes}")
+        raise TraceError(
+            f"the model must return logits [b, t, vocab] for tokens [b, t]; it returns {shapes}. Where it returns more "
+            "than logits, or takes more than tokens, trace a function that calls it: "
+            "xl.trace(lambda params, tokens: ...[0], params=...)"
+        )
 
 
 def _check_nothing_written(source: Source) -> None:

@@ -58,15 +58,18 @@ DECODER = {
 """The names that most decoders follow since Llama; each family adds to them or replaces some."""
 
 MODEL_TYPES: Mapping[str, str] = {  # of config.json, and the modules whose FAMILY builds them
+    "deepseek_v3": "deepseek_v3",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
     "gpt2": "gpt2",
     "gpt_neox": "gpt_neox",
     "llama": "llama",
     "mistral": "mistral",
+    "mixtral": "mixtral",
     "phi3": "phi3",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "qwen3_moe": "qwen3_moe",
 }
 
 

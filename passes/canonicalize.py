@@ -6,6 +6,7 @@ from typing import Any, ClassVar, final
 from xlathe import jaxpr as ir
 from xlathe.graph import Graph, Record
 from xlathe.narrow import narrow
+from xlathe.own_entries import pair_own_entries
 from xlathe.pipeline import EXACT, Context, Keeps, Pass
 from xlathe.rewrite import drop_dead_inputs
 
@@ -15,6 +16,8 @@ from xlathe.rewrite import drop_dead_inputs
 class Canonicalize(Pass):
     """Inlines calls, computes before spreading, merges equal equations and removes dead ones.
 
+    Look-ups in which rows or tokens read their own entries get paired axes instead of counting indices.
+
     Regions with a custom derivative stay, unless they move or reduce axes: attention must be readable through them.
     """
 
@@ -22,8 +25,10 @@ class Canonicalize(Pass):
 
     def apply(self, graph: Graph, context: Context) -> tuple[Graph, Record]:
         inlined = ir.inline_calls(graph.jaxpr, _is_inlined)
-        merged, count = merge_equal(narrow(inlined))
-        return drop_dead_inputs(graph, merged, graph.inputs), Record("canonicalize", hits={"merged": count})
+        paired, own = pair_own_entries(narrow(inlined))
+        merged, count = merge_equal(paired)
+        hits = {"merged": count} | ({"own_entries": own} if own else {})
+        return drop_dead_inputs(graph, merged, graph.inputs), Record("canonicalize", hits=hits)
 
 
 def _is_inlined(eqn: ir.JaxprEqn) -> bool:

@@ -125,6 +125,11 @@ class _Deriver:
                 stack.extend(a for a in self.producer[var].invars if isinstance(a, ir.Var))
         return needed
 
+    def routes(self, eqn: ir.JaxprEqn) -> bool:
+        """Says whether an equation sorts tokens by their experts, counts them, or says where they went."""
+        values = [a for a in (*eqn.invars, *eqn.outvars) if isinstance(a, ir.Var)]
+        return any((root := self.layouts[a].root) is not None and root.kind != "expert" for a in values)
+
     def _plan(self, eqn: ir.JaxprEqn) -> MaskPlan:
         """Finds what an attention's mask and bias let through."""
         for term in eqn.invars[3:]:
@@ -277,12 +282,26 @@ class _Step:
             role = self.all if everywhere else self.some
             return self.static(atom, tuple(role if "t" in ir.dim_vars(n) else None for n in atom.aval.shape))
         if (atom, everywhere) not in self.values:
-            self.values[atom, False] = _take_tokens(self.values[atom, True], self.select, d.layouts[atom])
+            if any("t" in factors for factors in d.layouts[atom].axes):
+                self.values[atom, False] = _take_tokens(self.values[atom, True], self.select, d.layouts[atom])
+            else:  # sorted, or counted: to be done again for the selected ones
+                eqn = d.producer[atom]
+                self.values.update(zip(((o, False) for o in eqn.outvars), self._apply(eqn, False), strict=True))
         return self.values[atom, everywhere]
 
     def _apply(self, eqn: ir.JaxprEqn, everywhere: bool) -> list[Any]:
         size = (self.all if everywhere else self.some).size
-        return ir.bind_at(eqn, [self._value(a, everywhere) for a in eqn.invars], {"b": 1, "t": size})
+        read = self._listed if self.deriver.routes(eqn) else self._value
+        return ir.bind_at(eqn, [read(a, everywhere) for a in eqn.invars], {"b": 1, "t": size})
+
+    def _listed(self, atom: ir.Atom, everywhere: bool) -> Any:
+        """Reads a value for the routing of tokens, where `arange(t)` numbers the list and is no position."""
+        d = self.deriver
+        if isinstance(atom, ir.Literal) or d.layouts[atom].of_tokens or atom not in d.producer:
+            return self._value(atom, everywhere)
+        eqn = d.producer[atom]
+        sizes = {"b": 1, "t": (self.all if everywhere else self.some).size}
+        return ir.bind_at(eqn, [self._listed(a, everywhere) for a in eqn.invars], sizes)[eqn.outvars.index(atom)]
 
     def _write(self, var: ir.Var) -> jax.Array:
         """Returns the cache of a remembered value with the new tokens in it."""

@@ -13,7 +13,7 @@ from xlathe.graph import Graph
 from xlathe.program import Program, compile
 from xlathe.tools.console import bar
 from xlathe.tools.results import speculation_sheet
-from xlathe.tools.source import DEMO, DEMO_LENGTH, preset, stop_tokens, trace_demo
+from xlathe.tools.source import DEMO_LENGTH, preset, trace_demo
 from xlathe.tools.speculation import Drafted, in_turns, judge
 from xlathe.tools.stages import machine
 from xlathe.tools.text import held_out_windows
@@ -30,12 +30,11 @@ PROMPT_TOKENS = 128
 
 def programs(target: Graph, draft: Graph) -> dict[tuple[str, int], Program]:
     """Compiles plain decoding, and each drafter with each gamma."""
-    stops = stop_tokens(DEMO)
-    found = {("plain", 0): compile(target, stop_tokens=stops)}
+    found = {("plain", 0): compile(target)}
     drafters: dict[str, Graph | str] = {"model": draft, "n-gram": "ngram"}
     for name, drafter in drafters.items():
         for gamma in FLAGS.gamma:
-            found[name, gamma] = compile(target, stop_tokens=stops, draft=drafter, gamma=gamma)
+            found[name, gamma] = compile(target, draft=drafter, gamma=gamma)
     return found
 
 

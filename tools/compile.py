@@ -9,7 +9,7 @@ from absl import flags
 from xlathe.errors import OptionError
 from xlathe.tools.command import Options, UsageError, Verb
 from xlathe.tools.console import bar, make_console
-from xlathe.tools.source import define_pipeline, find_pipeline, open_graph, open_shapes, stop_tokens
+from xlathe.tools.source import define_pipeline, find_pipeline, open_graph, open_shapes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,7 +74,6 @@ def _build(options: Options, source: str, destination: str, memory: int | None, 
             max_batch=options["max_batch"],
             max_len=options["max_len"],
             target=options["target"],
-            stop_tokens=stop_tokens(source),
         )
     assert program.memory is not None
     plan = program.memory if memory is None else dataclasses.replace(program.memory, memory=memory)

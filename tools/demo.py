@@ -7,7 +7,7 @@ from absl import flags
 
 from xlathe.tools.command import Options, Verb
 from xlathe.tools.console import bar, make_console
-from xlathe.tools.source import DEMO, DEMO_LENGTH, preset, stop_tokens, trace_demo
+from xlathe.tools.source import DEMO_LENGTH, preset, trace_demo
 from xlathe.tools.text import held_out_windows, training_rows
 
 # Presets of xlathe.configs in the order of the tables; the first is what the others are compared with.
@@ -50,9 +50,7 @@ def run(options: Options) -> None:
         f"calibration: the first {DEMO_LENGTH} tokens of {', '.join(calibration.names)}, none of them held out",
         soft_wrap=True,
     )
-    task = Task(
-        graph, draft, windows, calibration, options["prompt"], options["max_tokens"], stop_tokens(DEMO)
-    )
+    task = Task(graph, draft, windows, calibration, options["prompt"], options["max_tokens"])
     pipelines = [(name, preset(name)) for name in PIPELINES]
     report = run_stages(task, pipelines, [Drafting(*each) for each in DRAFTINGS], console)
     console.print()

@@ -110,15 +110,6 @@ def _sizes(config: str) -> "LlamaConfig":
         raise OptionError(f"{config}: {str(error).partition(' ')[2]}") from None
 
 
-def stop_tokens(source: str) -> tuple[int, ...]:
-    """Returns the ids that end an answer: the demo's own; a saved graph does not say."""
-    if source != DEMO:
-        return ()
-    from xlathe.models.demo.corpus import END_OF_TEXT
-
-    return (END_OF_TEXT,)
-
-
 def is_bundle(source: str) -> bool:
     return (Path(source) / "manifest.json").exists()
 
@@ -131,4 +122,4 @@ def open_program(source: str) -> "Program":
         return load_bundle(source)
     from xlathe.program import compile
 
-    return compile(open_graph(source), stop_tokens=stop_tokens(source))
+    return compile(open_graph(source))

@@ -54,7 +54,6 @@ class Task:
     calibration: TrainingRows
     prompt: str
     max_tokens: int
-    stop_tokens: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +108,7 @@ def _build(task: Task, name: str, pipeline: Pipeline, console: Console) -> Built
         console.print(_told(record), soft_wrap=True)
     console.print(f"  cache: {len(step.names('state'))} derived arrays, {_cache_bytes(step):,.0f} bytes a token")
     with bar(console, "compile"):
-        program = compile(step, stop_tokens=task.stop_tokens)
+        program = compile(step)
     console.print(f"  compile: {', '.join(program.calls)} in {program.seconds:.1f} s", soft_wrap=True)
     return Built(name, pipeline, step, program, _save(program, console), _complete(program, task, console))
 
@@ -189,4 +188,4 @@ def _with_drafts(task: Task, built: Built, drafting: Drafting) -> Program:
     else:
         draft = built.pipeline(task.draft, calibration=list(task.calibration.tokens[:, None]))
     chunks = (task.windows.shape[1] // 4,)  # the prompts are all of this length
-    return compile(built.step, chunks=chunks, stop_tokens=task.stop_tokens, draft=draft, gamma=drafting.gamma)
+    return compile(built.step, chunks=chunks, draft=draft, gamma=drafting.gamma)

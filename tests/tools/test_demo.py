@@ -12,6 +12,7 @@ from rich.console import Console
 
 import xlathe as xl
 from xlathe.aot import to_step
+from xlathe.card import Card
 from xlathe.errors import OptionError
 from xlathe.models import demo
 from xlathe.models.demo import corpus
@@ -34,14 +35,15 @@ PROMPT = "<script>alert('def')</script> & f"
 @pytest.fixture(scope="module")
 def model() -> xl.Graph:
     """Wide enough that there is something to prune; logits apart enough that greedy text is stable."""
-    return xl.trace(Llama(WIDE, rngs=nnx.Rngs(0)), max_len=32, tokenizer=demo.tokenizer())
+    graph = xl.trace(Llama(WIDE, rngs=nnx.Rngs(0)), max_len=32, tokenizer=demo.tokenizer())
+    return graph.replace(card=Card({"eos_token_id": 0}))
 
 
 @pytest.fixture(scope="module")
 def run(model, tiny):
     """The report on all pipelines, and what was printed on the way."""
     console = Console(file=io.StringIO(), width=80, markup=False, highlight=False)
-    task = Task(model, tiny, WINDOWS, CALIBRATION, prompt=PROMPT, max_tokens=4, stop_tokens=(0,))
+    task = Task(model, tiny, WINDOWS, CALIBRATION, prompt=PROMPT, max_tokens=4)
     pipelines = [(name, preset(name)) for name in PIPELINES]
     report = run_stages(task, pipelines, [Drafting("float32", "n-gram", 2), Drafting("int8", "model", 1)], console)
     return report, console.file.getvalue()

@@ -4,7 +4,19 @@ Test data for the tracer, the recognition of attention, and the derivation of th
 forward over whole sequences, tiny, with random weights that make attention peaked.
 """
 
-from tests.variants import attention, blocks, latent, libraries, masks, models, positions, refused, softmax, stacked
+from tests.variants import (
+    attention,
+    blocks,
+    experts,
+    latent,
+    libraries,
+    masks,
+    models,
+    positions,
+    refused,
+    softmax,
+    stacked,
+)
 from tests.variants.base import Variant, as_function, forward
 
 DECODERS: tuple[Variant, ...] = (
@@ -15,9 +27,10 @@ DECODERS: tuple[Variant, ...] = (
     *masks.DECODERS,
     *positions.DECODERS,
     *blocks.DECODERS,
+    *experts.DECODERS,
     *latent.DECODERS,
     *models.DECODERS,
 )
-REFUSED: tuple[Variant, ...] = (*refused.REFUSED, *softmax.REFUSED, *masks.REFUSED)
+REFUSED: tuple[Variant, ...] = (*refused.REFUSED, *experts.REFUSED, *softmax.REFUSED, *masks.REFUSED)
 
 __all__ = ["DECODERS", "REFUSED", "Variant", "as_function", "forward"]

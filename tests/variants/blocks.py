@@ -123,6 +123,19 @@ def top_two_by_threshold(layer: Params, x: jax.Array) -> jax.Array:
     return kept / kept.sum(axis=-1, keepdims=True)
 
 
+def looked_up(params: Params, tokens: jax.Array) -> jax.Array:
+    """All experts compute; each token looks up what its two made, by indices that count rows and tokens."""
+    (b, t), x = tokens.shape, params["embed"][tokens]
+    for layer in params["layers"]:
+        x = x + causal(layer, rms_norm(x, layer["norm1"]))
+        y = rms_norm(x, layer["norm2"])
+        made = jnp.stack([jax.nn.silu(y @ u) @ d for u, d in zip(layer["ups"], layer["downs"], strict=True)])
+        gates, chosen = jax.lax.top_k(jax.nn.softmax(y @ layer["router"]), 2)
+        own = made[chosen, jnp.arange(b)[:, None, None], jnp.arange(t)[None, :, None]]
+        x = x + jnp.sum((gates / gates.sum(-1, keepdims=True))[..., None] * own, axis=2)
+    return rms_norm(x, params["norm"]) @ params["unembed"]
+
+
 def no_attention(params: Params, tokens: jax.Array) -> jax.Array:
     x = params["embed"][tokens]
     for layer in params["layers"]:
@@ -167,6 +180,12 @@ DECODERS = (
         "experts_by_threshold",
         lambda: (lambda p, x: routed(p, x, top_two_by_threshold), with_experts(106)),
         notes="sorts along the experts",
+        twin=lambda: (lambda p, x: routed(p, x, top_two), with_experts(106)),
+    ),
+    Variant(
+        "experts_looked_up",
+        lambda: (looked_up, with_experts(106)),
+        notes="a look-up by counting indices, which has no meaning where tokens are a flat list",
         twin=lambda: (lambda p, x: routed(p, x, top_two), with_experts(106)),
     ),
     Variant("no_attention", lambda: (no_attention, decoder_params(107)), layers=0),
