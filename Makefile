@@ -42,9 +42,10 @@ lint: $(STAMP)  ## check style, layering and types
 	$(BIN)/python setup.py --quiet build_py --build-lib build/typed
 	MYPYPATH=build/typed $(BIN)/mypy -p xlathe
 
-bench: $(STAMP)  ## measure the CPU kernels beside memory and XLA, and decoding with a 1B Llama (minutes, 5 GB)
+bench: $(STAMP)  ## measure the CPU kernels beside memory and XLA, decoding and conversion of a 1B Llama (minutes, 6 GB)
 	$(BIN)/python -m xlathe.tools.bench_kernels
 	$(BIN)/python -m xlathe.tools.bench_decode
+	$(BIN)/python -m xlathe.tools.bench_convert
 
 SECONDS := 60
 SEED := 0

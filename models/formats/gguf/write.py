@@ -66,6 +66,7 @@ def _metadata(architecture: Architecture, card: Card, type: str) -> dict[str, An
         # llama.cpp wants to be told that there is no tokenizer, and then the number of tokens
         "tokenizer.ggml.model": "none",
         f"{architecture.name}.vocab_size": int(card.config["vocab_size"]),
+        **({"tokenizer.ggml.token_type_count": types} if (types := card.config.get("type_vocab_size")) else {}),
         **write_keys(architecture, card.config),
         **_token_ids(card),
         **({} if card.chat_template is None else {TEMPLATE: card.chat_template}),

@@ -1,0 +1,100 @@
+"""GGUF files that we write, run by llama.cpp: what transformers computed from the same weights comes out.
+
+Needs `pip install .[llama]`, which compiles llama.cpp. Weights and its cache are float32.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.models.formats import fixtures
+from xlathe.models.formats.gguf import read_gguf, write_gguf
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed: pip install .[llama]"
+)
+F32 = 0  # ggml's type of the cache
+FAMILIES = [name for name in fixtures.FAMILIES if name not in ("bert", "mistral-window")]
+# ggml looks GELU up in a table of float16: half a unit in the last place, 2^-11, of each activation
+TABLE = ("gemma2", "gemma3", "gpt2", "gpt-neox")
+
+
+def opened(family: str, folder: Path, **options):
+    """Returns llama.cpp's model of a family, and what was computed from it."""
+    from llama_cpp import Llama
+
+    checkpoint, expected = fixtures.load(family)
+    path = folder / "m.gguf"
+    write_gguf(checkpoint, path, "F32")
+    common = {
+        "n_ctx": 64,
+        "n_batch": 64,
+        "n_ubatch": 64,
+        "n_threads": 1,
+        "type_k": F32,
+        "type_v": F32,
+        "verbose": False,
+    }
+    return Llama(str(path), **common, **options), expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_cpp_computes_the_same_logits_and_text(family, tmp_path):
+    model, expected = opened(family, tmp_path, logits_all=True)
+    rtol = 1e-3 if family in TABLE else 1e-5
+    for row, logits in zip(expected["input_ids"], expected["logits"], strict=True):
+        model.reset()
+        model.eval(row.tolist())
+        np.testing.assert_allclose(model.scores[: len(row)], logits, rtol=0, atol=rtol * np.abs(logits).max())
+
+    greedy = expected["greedy"][0].tolist()
+    found = greedy[:24]
+    model.reset()
+    model.eval(found)
+    while len(found) < len(greedy):
+        found.append(int(np.argmax(model.scores[len(found) - 1])))
+        model.eval(found[-1:])
+    assert found == greedy
+
+
+def test_llama_cpp_agrees_within_the_window_that_it_does_not_know(tmp_path):
+    """Its llama architecture has no sliding window: the 8 tokens of Mistral's first window are the same."""
+    model, expected = opened("mistral-window", tmp_path, logits_all=True)
+    model.eval(expected["input_ids"][0].tolist())
+    logits = expected["logits"][0]
+    atol = 1e-5 * np.abs(logits).max()
+    np.testing.assert_allclose(model.scores[:8], logits[:8], rtol=0, atol=atol)
+    assert np.abs(model.scores[8:24] - logits[8:]).max() > 100 * atol
+
+
+@pytest.mark.parametrize("type", ["Q8_0", "F16", "BF16"])
+def test_llama_cpp_reads_the_numbers_that_we_read_from_other_types(type, tmp_path):
+    """Before: a file of codes. Expected: the logits of a float32 file with the numbers that we decode from them."""
+    from llama_cpp import Llama
+
+    checkpoint, expected = fixtures.load("qwen3")
+    write_gguf(checkpoint, tmp_path / "codes.gguf", type)
+    write_gguf(read_gguf(tmp_path / "codes.gguf"), tmp_path / "decoded.gguf", "F32")
+    logits = []
+    for name in ("codes", "decoded"):
+        model = Llama(str(tmp_path / f"{name}.gguf"), n_ctx=64, n_threads=1, logits_all=True, verbose=False)
+        model.eval(expected["input_ids"][0].tolist())
+        logits.append(model.scores[:24].copy())
+    # only activations differ, which llama.cpp rounds as the weights are; other codes would give unrelated logits
+    cosine = (logits[0] * logits[1]).sum(-1) / np.linalg.norm(logits[0], axis=-1) / np.linalg.norm(logits[1], axis=-1)
+    assert cosine.min() > 0.999
+
+
+def test_llama_cpp_computes_bert_s_hidden_states(tmp_path):
+    import llama_cpp
+
+    model, expected = opened("bert", tmp_path, embedding=True, pooling_type=0)
+    for row, states in zip(expected["input_ids"], expected["last_hidden_state"], strict=True):
+        model._batch.reset()
+        model._batch.add_sequence(row.tolist(), 0, True)
+        model._ctx.decode(model._batch)
+        pointers = [llama_cpp.llama_get_embeddings_ith(model._ctx.ctx, i) for i in range(len(row))]
+        found = np.stack([np.ctypeslib.as_array(pointer, states.shape[1:]).copy() for pointer in pointers])
+        np.testing.assert_allclose(found, states, rtol=0, atol=1e-3 * np.abs(states).max())
