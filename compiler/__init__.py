@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # for people and static tools; at run time `_MODULES` says th
     )
     from xlathe.graph import Graph
     from xlathe.graph_file import load_graph
+    from xlathe.models.pretrained import from_pretrained
     from xlathe.op import op
     from xlathe.pipeline import Pass, Pipeline
     from xlathe.program import Program, compile
@@ -43,6 +44,7 @@ __all__ = [
     "TraceError",
     "XlatheError",
     "compile",
+    "from_pretrained",
     "load",
     "load_graph",
     "op",
@@ -53,6 +55,7 @@ _MODULES = {
     "bundle": {"load": "load_bundle"},
     "graph": {"Graph": "Graph"},
     "graph_file": {"load_graph": "load_graph"},
+    "models.pretrained": {"from_pretrained": "from_pretrained"},
     "op": {"op": "op"},
     "pipeline": {"Pass": "Pass", "Pipeline": "Pipeline"},
     "program": {"Program": "Program", "compile": "compile"},

@@ -40,8 +40,8 @@ def render_chat(
     """
     if card is None or not card.chat_template:
         raise RequestError(
-            "this model has no chat template (`chat_template` of its card), so it takes no messages; `generate` continues "
-            "plain text"
+            "this model has no chat template (`chat_template` of its card), so it takes no messages; `generate` "
+            "continues plain text"
         )
     values = {
         **special_tokens(card, tokenizer),
@@ -73,7 +73,7 @@ def encode_chat(
 
 
 def special_tokens(card: Card, tokenizer: Tokenizer | None) -> dict[str, str]:
-    """Returns the texts of the special tokens by the names that templates use; those that a model lacks are left out."""
+    """Returns the texts of the special tokens by the names that templates use, without those that a model lacks."""
     ids = {name: card.token_ids(f"{name}_id")[:1] for name in NAMES if name not in card.special_tokens}
     found = {name: tokenizer.id_to_token(*ids[name]) for name in ids if ids[name] and ids[name][0] >= 0 and tokenizer}
     return {**{name: text for name, text in found.items() if text is not None}, **card.special_tokens}

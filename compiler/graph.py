@@ -13,7 +13,7 @@ import numpy as np
 
 from xlathe import jaxpr as ir
 from xlathe.card import Card
-from xlathe.errors import OptionError, PassError, RequestError, XlatheError
+from xlathe.errors import CheckpointError, OptionError, PassError, RequestError, XlatheError, as_path
 
 Kind = Literal["weight", "const", "arg", "state"]
 
@@ -289,6 +289,16 @@ class Graph:
         from xlathe.graph_file import save_graph
 
         save_graph(self, directory)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Writes the weights as a Hugging Face directory, which `transformers` loads.
+
+        Raises CheckpointError where the family's configuration cannot describe this graph.
+        """
+        from xlathe.models.export import to_checkpoint
+        from xlathe.models.formats.huggingface import write_huggingface
+
+        write_huggingface(to_checkpoint(self), as_path(directory, CheckpointError))
 
     def report(self) -> str:
         """Returns size, bits a weight, and what each pass matched and nearly matched, as text."""

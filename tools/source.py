@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from xlathe.program import Program
 
 DEMO = "demo"
-DEMO_LENGTH = 512  # the context that the demo's models were trained with
+DEMO_LENGTH = 512  # xlathe.models.demo.files.CONTEXT, without loading JAX
 
 
 def define_pipeline(values: flags.FlagValues) -> None:
@@ -60,24 +60,22 @@ def parse_passes(text: str) -> "Pipeline":
 
 
 def open_graph(source: str) -> "Graph":
-    """Traces the demo's target model, or loads the graph directory `source`."""
+    """Traces the demo's target model, loads a graph directory, or opens a checkpoint (a directory, or on the hub)."""
     if source == DEMO:
         return trace_demo("target")
-    from xlathe.graph_file import load_graph
+    from xlathe.graph_file import PROGRAM, load_graph
+    from xlathe.models.pretrained import from_pretrained
 
-    return load_graph(source)
+    return load_graph(source) if (Path(source) / PROGRAM).exists() else from_pretrained(source)
 
 
 def trace_demo(name: str) -> "Graph":
     """Traces the demo's model `target` or `draft`."""
-    from xlathe.card import Card
     from xlathe.models import demo
-    from xlathe.models.demo.corpus import END_OF_TEXT
     from xlathe.trace import trace
 
     model, tokenizer = demo.load(name)
-    graph = trace(model, max_len=DEMO_LENGTH, tokenizer=tokenizer)
-    return graph.replace(card=Card({"eos_token_id": END_OF_TEXT}))
+    return trace(model, max_len=DEMO_LENGTH, tokenizer=tokenizer).replace(card=demo.card(name))
 
 
 def open_shapes(config: str, max_len: int) -> "Graph":

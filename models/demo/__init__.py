@@ -1,5 +1,5 @@
 """A small code-completion model, trained on Python's standard library, and a draft of a tenth of its cost."""
 
-from xlathe.models.demo.files import load, tokenizer
+from xlathe.models.demo.files import card, load, tokenizer
 
-__all__ = ["load", "tokenizer"]
+__all__ = ["card", "load", "tokenizer"]

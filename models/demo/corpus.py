@@ -13,8 +13,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from xlathe.models.demo import files
+from xlathe.models.demo.files import END_OF_TEXT
 
-END_OF_TEXT = 0  # the token id that precedes every file
 TEST_SHARE = 20  # one file in so many is held out
 LARGEST = 400_000  # bytes; what is longer is a table, not code
 

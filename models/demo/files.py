@@ -13,12 +13,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
+from xlathe.card import Card
 from xlathe.errors import OptionError, did_you_mean
-from xlathe.models.llama import Llama, LlamaConfig
+from xlathe.models.llama import Llama, LlamaConfig, describe
 
 FOLDER = Path(str(resources.files("xlathe.models.demo")))
 MODELS = ("target", "draft")
 TOKENIZER = FOLDER / "tokenizer.json"
+END_OF_TEXT = 0  # the token id that precedes every file
+CONTEXT = 512  # tokens in the rows that the models were trained on
 
 
 def tokenizer() -> Tokenizer:
@@ -29,6 +32,12 @@ def tokenizer() -> Tokenizer:
 def config(name: str) -> LlamaConfig:
     """The sizes of the model `name`: "target" or "draft"."""
     return LlamaConfig(**json.loads((FOLDER / f"{name}.json").read_text()))
+
+
+def card(name: str) -> Card:
+    """What a checkpoint says of the model `name`."""
+    config_json = describe(config(name), positions=CONTEXT)
+    return Card(config_json | {"bos_token_id": END_OF_TEXT, "eos_token_id": END_OF_TEXT})
 
 
 def save(params: Mapping[Any, Any], path: Path) -> None:

@@ -39,7 +39,7 @@ flags.DEFINE_string("grow_from", None, "Weights of a model of fewer layers to st
 flags.DEFINE_integer("steps", 3000, "Steps in all, those before a restart included.")
 flags.DEFINE_integer("decay_steps", 800, "Steps over which the learning rate falls to zero at the end.")
 flags.DEFINE_integer("rows", 8, "Rows in a batch.")
-flags.DEFINE_integer("context", 512, "Tokens in a row.")
+flags.DEFINE_integer("context", files.CONTEXT, "Tokens in a row.")
 flags.DEFINE_float("learning_rate", 5e-3, "The highest learning rate.")
 
 Params = Any  # nested dict of float32 arrays

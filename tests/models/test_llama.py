@@ -9,7 +9,9 @@ from flax.traverse_util import flatten_dict
 from jax import export
 
 from xlathe.models.demo import files
-from xlathe.models.llama import Attention, FeedForward, Llama, LlamaConfig, rotary
+from xlathe.models.layers import Attention, GatedFeedForward, Heads
+from xlathe.models.llama import Llama, LlamaConfig
+from xlathe.models.rope import Rope
 
 TINY = LlamaConfig(vocab=50, width=24, layers=2, query_heads=4, key_value_heads=2, head_dim=8, hidden=40)
 
@@ -55,17 +57,17 @@ def numpy_attention(x: np.ndarray, layer: Attention, config: LlamaConfig) -> np.
 
 def test_rotary_is_the_paper_s() -> None:
     x = np.random.default_rng(0).normal(size=(2, 9, 3, 8))
-    assert relative_error(rotary(jnp.asarray(x, jnp.float32), 10_000.0), numpy_rotary(x, 10_000.0)) < 1e-5
+    assert relative_error(Rope.plain(8, 10_000.0)(jnp.asarray(x, jnp.float32)), numpy_rotary(x, 10_000.0)) < 1e-5
 
 
 def test_attention_is_the_paper_s() -> None:
-    layer = Attention(TINY, rngs=nnx.Rngs(0))
+    layer = Attention(TINY.width, Heads(4, 2, 8), Rope.plain(8, TINY.rope_theta), rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(2, 7, TINY.width))
     assert relative_error(layer(jnp.asarray(x, jnp.float32)), numpy_attention(x, layer, TINY)) < 1e-5
 
 
 def test_feed_forward_is_the_paper_s() -> None:
-    layer = FeedForward(TINY, rngs=nnx.Rngs(0))
+    layer = GatedFeedForward(TINY.width, TINY.hidden, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(2, 7, TINY.width))
     gate, up, down = (np.asarray(part.kernel[...], np.float64) for part in (layer.gate, layer.up, layer.down))
     expected = ((x @ gate) / (1 + np.exp(-(x @ gate))) * (x @ up)) @ down

@@ -59,7 +59,7 @@ def test_a_wrong_command_line_is_told_in_one_line(words, expected, capsys):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["inspect", "nowhere"], "nowhere/graph.json cannot be read"),
+        (["inspect", "nowhere"], "nowhere does not exist"),
         (["opt", "a", "b", "--passes=fuse_atention"], "did you mean 'fuse_attention'?"),
         (["opt", "a", "b", "--passes=quantize{scheem=int8}"], "did you mean 'scheme'?"),
         (["opt", "a", "b", "--config=int"], "no config 'int'; did you mean 'int8'?"),

@@ -1,0 +1,94 @@
+"""A graph back into a checkpoint of its family, so that other tools read what passes made of it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from xlathe.card import Card
+from xlathe.errors import CheckpointError
+from xlathe.graph import Graph
+from xlathe.models.checkpoint import Checkpoint, Tensor
+from xlathe.models.family import Family, find_family
+from xlathe.models.naming import is_turned, their_name
+from xlathe.models.pretrained import weight_shapes
+from xlathe.models.resize import Shapes, drop_layers
+from xlathe.models.settings import Settings
+
+GRAPH = "the graph"
+
+
+def to_checkpoint(graph: Graph) -> Checkpoint:
+    """Returns a graph's weights under Hugging Face's names, each made when it is read, and a card that fits them.
+
+    The graph may have been pruned where the family's configuration can say so: every layer alike, whole heads and
+    neurons, whole layers. Raises CheckpointError where it cannot, for quantized weights, and for a graph that is not
+    of a known family.
+    """
+    if graph.card is None:
+        raise CheckpointError(f"{GRAPH} has no card: only graphs of pretrained models go back into a checkpoint")
+    settings = Settings(graph.card.config, GRAPH)
+    family = find_family(graph.card.config, settings.where)
+    shapes = {name: tuple(map(int, graph.aval(name).shape)) for name in graph.names("weight")}
+    _check_names(family, shapes)
+    kept = sorted({int(name.split("/")[1]) for name in shapes if name.startswith("layers/")})
+    ours = {_renumber(name, kept): name for name in shapes}
+    config = _resized(family, settings, {new: shapes[old] for new, old in ours.items()}, kept)
+    _check_shapes(family, config, {new: shapes[old] for new, old in ours.items()}, graph.max_len)
+    tensors = {their_name(family, new): _tensor(graph, old, is_turned(family, old)) for new, old in ours.items()}
+    dtypes = {str(tensor.dtype) for tensor in tensors.values()}
+    said = {"dtype": dtypes.pop()} if len(dtypes) == 1 else {}
+    card = Card({**config, **said}, graph.card.generation, graph.card.chat_template)
+    return Checkpoint(card, tensors, GRAPH, graph.tokenizer)
+
+
+def _check_names(family: Family, shapes: Shapes) -> None:
+    for name in shapes:
+        pattern = "/".join("*" if part.isdigit() else part for part in name.split("/"))
+        if pattern not in family.names:
+            raise CheckpointError(
+                f"{name} is no weight of a {family.architecture}: a checkpoint holds weights as they were trained, so "
+                "it is made before they are quantized or folded"
+            )
+
+
+def _renumber(name: str, kept: list[int]) -> str:
+    parts = name.split("/")
+    return "/".join([parts[0], str(kept.index(int(parts[1]))), *parts[2:]]) if parts[0] == "layers" else name
+
+
+def _resized(family: Family, settings: Settings, shapes: Shapes, kept: list[int]) -> dict[str, Any]:
+    """Returns the configuration with what differs changed, and nothing else."""
+    changes = {**family.resize(shapes, settings), **drop_layers(settings, kept, family.indexed)}
+    module = _shapes(family, dict(settings.values))
+    if {name: shapes.get(name) for name in module} == module and len(module) == len(shapes):
+        return dict(settings.values)
+    return {**settings.values, **changes}
+
+
+def _shapes(family: Family, config: Mapping[str, Any], length: int = 1) -> dict[str, tuple[int, ...]]:
+    settings = Settings(config, GRAPH)
+    return weight_shapes(nnx.eval_shape(lambda: family.build(settings, length, nnx.Rngs(0))))
+
+
+def _check_shapes(family: Family, config: Mapping[str, Any], shapes: Shapes, length: int) -> None:
+    expected = _shapes(family, config, length)
+    for name in dict.fromkeys([*expected, *shapes]):
+        if expected.get(name) != shapes.get(name):
+            found, said = (list(s[name]) if name in s else "nothing" for s in (shapes, expected))
+            raise CheckpointError(
+                f"{name} is {found}, and the closest config.json of a {family.architecture} says {said}: it cannot "
+                "describe this graph (every layer alike, whole heads); Graph.save keeps it"
+            )
+
+
+def _tensor(graph: Graph, name: str, turned: bool) -> Tensor:
+    aval = graph.aval(name)
+    shape = tuple(map(int, aval.shape))
+
+    def read() -> np.ndarray:
+        array = np.asarray(graph.weights[name])
+        return array.T if turned else array
+
+    return Tensor(shape[::-1] if turned else shape, np.dtype(aval.dtype), read)

@@ -1,0 +1,42 @@
+"""Opens what holds a checkpoint, whatever its format."""
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+from xlathe.errors import CheckpointError, as_path
+from xlathe.models.checkpoint import Checkpoint
+from xlathe.models.formats.huggingface import read_huggingface
+
+
+def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
+    """Opens a GGUF file, or a Hugging Face directory, on disk or by its name on the hub.
+
+    Raises CheckpointError where there is none, or what is there is damaged.
+    """
+    path = as_path(source, CheckpointError)
+    if path.is_dir():
+        return read_huggingface(path)
+    if path.exists():
+        from xlathe.models.formats.gguf import read_gguf  # it imports the package gguf
+
+        return read_gguf(path)
+    return read_huggingface(_download(str(source)))
+
+
+def _download(name: str) -> Path:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise CheckpointError(f"{name} does not exist")
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise CheckpointError(
+            f"{name} is no directory here. To fetch it from the hub: pip install huggingface_hub, then the same "
+            f"again; or: hf download {name} --local-dir {name.split('/')[1]}"
+        )
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (OSError, ValueError) as error:  # what the library raises derives from these
+        raise CheckpointError(f"{name} cannot be fetched from the hub: {error}") from None

@@ -1,0 +1,92 @@
+"""From any checkpoint to a file or directory of another format."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import ml_dtypes
+import numpy as np
+
+from xlathe.errors import CheckpointError, OptionError, as_path, did_you_mean
+from xlathe.models.checkpoint import Checkpoint, Tensor
+from xlathe.models.formats.checkpoints import open_checkpoint
+from xlathe.models.formats.huggingface import write_huggingface
+
+DTYPES: Final[dict[str, np.dtype[Any]]] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+Progress = Callable[[int, int], None]
+
+
+def convert(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    type: str | None = None,
+    progress: Progress = lambda done, total: None,
+) -> int:
+    """Writes what `source` holds to `destination`, a GGUF file where its name ends so, else a Hugging Face directory.
+
+    type: of the numbers, F32, F16, BF16 or (GGUF) Q8_0; by default Q8_0 in a GGUF file, and the source's own in a
+    directory. progress: told the bytes written and the bytes in all. Returns the latter. Raises CheckpointError for
+    a source that is damaged or has no place in the other format, OptionError for an unknown type.
+    """
+    checkpoint, path = open_checkpoint(source), as_path(destination, CheckpointError)
+    if path.exists() and path.resolve() == Path(source).resolve():
+        raise CheckpointError(f"{path}: expected another place than the source's, which is read while writing")
+    if path.suffix == ".gguf":
+        return _to_gguf(checkpoint, path, type or "Q8_0", progress)
+    return _to_huggingface(checkpoint, path, type, progress)
+
+
+def _to_gguf(checkpoint: Checkpoint, path: Path, type: str, progress: Progress) -> int:
+    from xlathe.models.formats.gguf import passed_on, write_gguf  # it imports the package gguf
+
+    whole = 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal whole
+        whole = total
+        progress(done, total)
+
+    extra = passed_on(checkpoint.where) if Path(checkpoint.where).is_file() else {}
+    write_gguf(checkpoint, path, type, report, extra)
+    return whole
+
+
+def _to_huggingface(checkpoint: Checkpoint, folder: Path, type: str | None, progress: Progress) -> int:
+    if type is not None and type not in DTYPES:
+        raise OptionError(f"type: no type {type!r} in a directory{did_you_mean(type, DTYPES)}")
+    cast = checkpoint if type is None else _cast(checkpoint, DTYPES[type])
+    whole = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in cast.tensors.values())
+    done = 0
+
+    def wrote(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(done, whole)
+
+    write_huggingface(cast, folder, wrote)
+    return whole
+
+
+def _cast(checkpoint: Checkpoint, dtype: np.dtype[Any]) -> Checkpoint:
+    """Returns the checkpoint with floats of another type; raises CheckpointError when one that does not fit is read."""
+
+    def changed(name: str, tensor: Tensor) -> Tensor:
+        def read() -> np.ndarray:
+            try:
+                with np.errstate(over="raise"):
+                    return tensor.read().astype(dtype, copy=False)
+            except FloatingPointError:
+                raise CheckpointError(f"tensor {name!r}: expected numbers that fit {dtype}, found larger") from None
+
+        return Tensor(tensor.shape, dtype, read)
+
+    tensors = {name: changed(name, tensor) for name, tensor in checkpoint.tensors.items()}
+    card = dataclasses.replace(checkpoint.card, config={**checkpoint.card.config, "dtype": str(dtype)})
+    return dataclasses.replace(checkpoint, card=card, tensors=tensors)

@@ -1,0 +1,133 @@
+"""A Hugging Face directory: `config.json`, `generation_config.json`, safetensors in one file or in shards."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from xlathe.card import Card
+from xlathe.errors import CheckpointError
+from xlathe.models.checkpoint import Checkpoint, Tensor
+from xlathe.models.formats.safetensors import read_safetensors, write_safetensors
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER = "tokenizer.json"
+SHARD = 5_000_000_000  # bytes, at most, but for a tensor that is larger: as transformers has it
+
+
+def read_huggingface(folder: Path) -> Checkpoint:
+    """Reads a directory; tensors stay on disk, mapped.
+
+    Raises CheckpointError, naming file and tensor, for what is missing or malformed. Nothing is unpickled, and code
+    that a configuration names (`auto_map`) is never run.
+    """
+    config = read_json(folder / CONFIG)
+    generation = read_json(folder / GENERATION) if (folder / GENERATION).exists() else {}
+    return Checkpoint(Card(config, generation), _tensors(folder), str(folder))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file; raises CheckpointError for anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def _tensors(folder: Path) -> Mapping[str, Tensor]:
+    if (folder / INDEX).exists():
+        return _shards(folder)
+    if (folder / WEIGHTS).exists():
+        return read_safetensors(folder / WEIGHTS)
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
+    if pickled:
+        raise CheckpointError(
+            f"{folder} holds {pickled[0]}, a pickle, which runs code when it is read, and no {WEIGHTS}. Convert it "
+            'where you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
+        )
+    raise CheckpointError(f"{folder} has neither {WEIGHTS} nor {INDEX}")
+
+
+def _shards(folder: Path) -> dict[str, Tensor]:
+    """Reads the shards that the index names, each tensor from the shard that it is said to lie in."""
+    places = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{folder / INDEX}: weight_map: expected an object of file names")
+    tensors: dict[str, Tensor] = {}
+    for shard in dict.fromkeys(places.values()):
+        if Path(shard).name != shard or shard in (".", ".."):
+            raise CheckpointError(f"{folder / INDEX}: {shard!r} is no file name")
+        found = read_safetensors(folder / shard)
+        for name in found:
+            if places.get(name) != shard:
+                said = f"the index says {places[name]}" if name in places else f"{INDEX} does not list it"
+                raise CheckpointError(f"{folder / shard} holds {name!r}: {said}")
+        tensors |= found
+    missing = [name for name in places if name not in tensors]
+    if missing:
+        raise CheckpointError(f"{folder / places[missing[0]]} has no tensor {missing[0]!r}, which {INDEX} puts there")
+    return tensors
+
+
+def write_huggingface(
+    checkpoint: Checkpoint, folder: Path, wrote: Callable[[int], None] = lambda size: None, shard: int = SHARD
+) -> None:
+    """Writes a directory that `transformers` loads, tensor by tensor, in files of at most `shard` bytes.
+
+    The configuration comes last: without it, what an interrupted run left is no checkpoint.
+    wrote: told the bytes of each tensor. Raises CheckpointError where the directory cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).unlink(missing_ok=True)
+        _write_tensors(checkpoint.tensors, folder, wrote, shard)
+        if checkpoint.tokenizer is not None:
+            checkpoint.tokenizer.save(str(folder / TOKENIZER))
+        if checkpoint.card.generation:
+            _write_json(checkpoint.card.generation, folder / GENERATION)
+        _write_json(checkpoint.card.config, folder / CONFIG)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error}") from None
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], folder: Path, wrote: Callable[[int], None], shard: int) -> None:
+    for old in [*folder.glob("model-*-of-*.safetensors"), folder / INDEX, folder / WEIGHTS]:
+        old.unlink(missing_ok=True)
+    shards = list(_split(tensors, shard))
+    if len(shards) == 1:
+        write_safetensors(folder / WEIGHTS, shards[0], wrote)
+        return
+    places = {}
+    for number, part in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(folder / file, part, wrote)
+        places |= dict.fromkeys(part, file)
+    total = sum(size_of(tensor) for tensor in tensors.values())
+    _write_json({"metadata": {"total_size": total}, "weight_map": places}, folder / INDEX)
+
+
+def size_of(tensor: Tensor) -> int:
+    """Returns the bytes of an array."""
+    return math.prod(tensor.shape) * tensor.dtype.itemsize
+
+
+def _split(tensors: Mapping[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:
+    part: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if part and sum(map(size_of, part.values())) + size_of(tensor) > limit:
+            yield part
+            part = {}
+        part[name] = tensor
+    yield part
+
+
+def _write_json(value: Mapping[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")

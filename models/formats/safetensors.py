@@ -1,0 +1,175 @@
+"""safetensors: a JSON header of names, dtypes, shapes and places, then the numbers. Read mapped, written streamed.
+
+The format: https://github.com/huggingface/safetensors#format
+"""
+
+import json
+import math
+import mmap
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from xlathe.errors import CheckpointError
+from xlathe.models.checkpoint import Tensor
+
+DTYPES: Mapping[str, Any] = {  # by their names in the header
+    "BOOL": np.bool_,
+    "U8": np.uint8,
+    "I8": np.int8,
+    "U16": np.uint16,
+    "I16": np.int16,
+    "U32": np.uint32,
+    "I32": np.int32,
+    "U64": np.uint64,
+    "I64": np.int64,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F32": np.float32,
+    "F64": np.float64,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+}
+CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000  # bytes, as the reference implementation has it
+ALIGNMENT = 8
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Returns the arrays of a file in the order of their places; each is a view of the mapped file.
+
+    Raises CheckpointError, naming the file and the tensor, for anything that does not follow the format. Nothing is
+    allocated by what the header says: only what lies in the file is mapped.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header, start = _header(file.read(8), size, path), 0
+            start = 8 + header
+            entries = _parse(file.read(header), path)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size > start else None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    places = {name: _place(name, entry, size - start, path) for name, entry in entries.items()}
+    ordered = sorted(places.items(), key=lambda item: item[1][2])
+    _check_places([(name, begin, end) for name, (_, _, begin, end) in ordered], size - start, path)
+    return {name: _tensor(mapped, start + begin, shape, dtype) for name, (shape, dtype, begin, _) in ordered}
+
+
+def _header(first: bytes, size: int, path: Path) -> int:
+    if len(first) < 8:
+        raise CheckpointError(f"{path}: {size} bytes: too short for a safetensors file")
+    length = int.from_bytes(first, "little")
+    if length > min(MAX_HEADER, size - 8):
+        raise CheckpointError(
+            f"{path}: its header says it has {length:,} bytes; expected at most {min(MAX_HEADER, size - 8):,} (a "
+            f"truncated file, or no safetensors)"
+        )
+    return length
+
+
+def _parse(text: bytes, path: Path) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            raise CheckpointError(f"{path}: {next(n for n in names if names.count(n) > 1)!r} is there twice")
+        return found
+
+    try:
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its header is no JSON: {error}") from None
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{path}: its header is no JSON object")
+    entries.pop("__metadata__", None)
+    return entries
+
+
+Place = tuple[tuple[int, ...], np.dtype[Any], int, int]
+
+
+def _place(name: str, entry: Any, size: int, path: Path) -> Place:
+    """Returns shape, dtype, first and last byte of a tensor; the bytes lie in the file and hold the shape."""
+
+    def whole(value: Any) -> bool:
+        return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{path}: {name!r}: expected dtype, shape and data_offsets, found {_brief(entry)}")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or code not in DTYPES:
+        raise CheckpointError(f"{path}: {name!r}: unknown dtype {_brief(code)}; expected one of {', '.join(DTYPES)}")
+    if not whole(shape) or not whole(offsets) or len(offsets) != 2 or len(shape) > 32:
+        raise CheckpointError(f"{path}: {name!r}: malformed shape {_brief(shape)} or data_offsets {_brief(offsets)}")
+    begin, end = offsets
+    if not begin <= end <= size:
+        raise CheckpointError(f"{path}: {name!r} lies at {begin:,} to {end:,} of {size:,} bytes: truncated?")
+    dtype = np.dtype(DTYPES[code])
+    if math.prod(shape) * dtype.itemsize != end - begin:
+        raise CheckpointError(
+            f"{path}: {name!r}: {code} {_brief(shape)} takes {math.prod(shape) * dtype.itemsize:,} bytes, found "
+            f"{end - begin:,}"
+        )
+    return tuple(shape), dtype, begin, end
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _check_places(places: list[tuple[str, int, int]], size: int, path: Path) -> None:
+    reached, before = 0, ""
+    for name, begin, end in places:
+        if begin != reached:
+            what = f"overlaps {before!r}" if begin < reached else f"leaves a hole after {before!r}"
+            raise CheckpointError(f"{path}: {name!r} {what}: expected it at byte {reached:,}, found {begin:,}")
+        reached, before = end, name
+    if reached != size:
+        raise CheckpointError(f"{path}: expected {reached:,} bytes of numbers, found {size:,}")
+
+
+def _tensor(mapped: mmap.mmap | None, start: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Tensor:
+    def read() -> np.ndarray:
+        if mapped is None or not math.prod(shape):
+            return np.empty(shape, dtype)
+        return np.frombuffer(mapped, dtype, math.prod(shape), start).reshape(shape)
+
+    return Tensor(shape, dtype, read)
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], wrote: Callable[[int], None] = lambda size: None
+) -> None:
+    """Writes tensors one at a time, under a temporary name until all are there.
+
+    wrote: told the bytes of each tensor. Raises CheckpointError where the file cannot be written or a dtype has no
+    name in the format.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    reached = 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in CODES:
+            raise CheckpointError(f"{path}: {name!r} is {tensor.dtype}, which safetensors cannot hold")
+        size = math.prod(tensor.shape) * tensor.dtype.itemsize
+        place = [reached, reached := reached + size]
+        entries[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % ALIGNMENT)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            for tensor in tensors.values():
+                file.write(np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8).data)
+                wrote(math.prod(tensor.shape) * tensor.dtype.itemsize)
+        os.replace(partial, path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from None
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,94 @@
+"""Weights by our names and by Hugging Face's: what a checkpoint gives to a forward, and takes back from a graph."""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from xlathe.errors import CheckpointError
+from xlathe.models.checkpoint import Checkpoint, Tensor
+from xlathe.models.family import Family
+from xlathe.models.resize import Shapes
+
+
+def their_name(family: Family, ours: str) -> str:
+    """Returns a weight's name in Hugging Face's files."""
+    parts = ours.split("/")
+    theirs = family.names["/".join("*" if part.isdigit() else part for part in parts)]
+    for number in filter(str.isdigit, parts):
+        theirs = theirs.replace("*", number, 1)
+    return theirs
+
+
+def is_turned(family: Family, ours: str) -> bool:
+    """Says whether files hold the transpose of a weight."""
+    return family.linear and ours.endswith("/kernel")
+
+
+def assign(
+    family: Family, shapes: Shapes, checkpoint: Checkpoint, dtype: str | None, finite: bool
+) -> dict[str, Tensor]:
+    """Returns the tensors that a forward with weights of these shapes takes, by our names, as it holds them.
+
+    dtype: what they are converted to when they are read, if anything; finite: whether NaN and infinity are refused
+        then.
+    Raises CheckpointError for a tensor that is missing, surplus or of another shape.
+    """
+    left, assigned = dict(checkpoint.tensors), {}
+    for ours, shape in shapes.items():
+        turned, theirs = is_turned(family, ours), _present(family, their_name(family, ours), left)
+        if theirs is None:
+            raise CheckpointError(f"{checkpoint.where} has no tensor {their_name(family, ours)!r} {list(shape)}")
+        expected = shape[::-1] if turned else shape
+        tensor = left.pop(theirs)
+        if tensor.shape != expected:
+            raise CheckpointError(
+                f"{checkpoint.where}: {theirs!r}: expected {list(expected)} by its configuration, found "
+                f"{list(tensor.shape)}"
+            )
+        checked = _finite(tensor, f"{checkpoint.where}: {theirs!r}") if finite else tensor
+        assigned[ours] = _convert(checked, turned, dtype)
+    _check_surplus(family, left, checkpoint)
+    return assigned
+
+
+def _present(family: Family, theirs: str, left: Mapping[str, Tensor]) -> str | None:
+    """Returns the name, or the name in a file that was saved without the head of the model around it."""
+    short = theirs.partition(".")[2]
+    return theirs if theirs in left else short if short in left else None
+
+
+def _convert(tensor: Tensor, turned: bool, dtype: str | None) -> Tensor:
+    wanted = np.dtype(jnp.dtype(dtype)) if dtype else tensor.dtype
+
+    def read() -> np.ndarray:
+        array = tensor.read().astype(wanted, copy=False)
+        return array.T if turned else array
+
+    return Tensor(tensor.shape[::-1] if turned else tensor.shape, wanted, read)
+
+
+def _finite(tensor: Tensor, what: str) -> Tensor:
+    def read() -> np.ndarray:
+        array = tensor.read()
+        if not np.isfinite(array).all():
+            bad = int(array.size - np.isfinite(array).sum())
+            raise CheckpointError(f"{what} holds {bad:,} numbers that are NaN or infinite; allow_nan=True takes them")
+        return array
+
+    return Tensor(tensor.shape, tensor.dtype, read)
+
+
+def _check_surplus(family: Family, left: Iterable[str], checkpoint: Checkpoint) -> None:
+    known = [*family.ignored, *(re.escape(name) for name in _copies(family, checkpoint.card.config))]
+    surplus = [name for name in left if not any(re.fullmatch(pattern, name) for pattern in known)]
+    if surplus:
+        more = f" and {len(surplus) - 1} more" if len(surplus) > 1 else ""
+        raise CheckpointError(f"{checkpoint.where}: {surplus[0]!r}{more}: no part of a {family.architecture}")
+
+
+def _copies(family: Family, config: Mapping[str, Any]) -> list[str]:
+    """Some writers keep both copies of a tied matrix."""
+    return [family.names["head/kernel"]] if config.get("tie_word_embeddings", True) else []

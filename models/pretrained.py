@@ -1,0 +1,108 @@
+"""Graphs of pretrained models: the family's plain forward, traced from shapes, with weights that stay on disk."""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from xlathe.errors import OptionError
+from xlathe.graph import Graph, Weights, is_shape
+from xlathe.models.checkpoint import Checkpoint, Tensor
+from xlathe.models.family import find_family
+from xlathe.models.formats.checkpoints import open_checkpoint
+from xlathe.models.naming import assign
+from xlathe.models.settings import Settings
+from xlathe.trace import trace
+
+LONGEST = 4096  # where nobody asks for more: tables and masks grow with it
+FLOATS = ("float32", "bfloat16", "float16")
+
+
+def from_pretrained(
+    source: str | os.PathLike[str],
+    *,
+    max_len: int | None = None,
+    dtype: str | None = None,
+    allow_nan: bool = False,
+) -> Graph:
+    """Returns the graph of a pretrained model, with its tokenizer and card; weights are read when they are used.
+
+    source: a directory with `config.json` and safetensors, or the name of one on the hub ("org/name"), which takes the
+        package `huggingface_hub`.
+    max_len: the longest text to serve; `max_position_embeddings`, at most 4096, where it is None.
+    dtype: "float32", "bfloat16" or "float16", of weights and activations; the files' own where it is None.
+    allow_nan: whether a weight may hold NaN or infinity; otherwise whoever reads one gets a CheckpointError.
+
+    Raises CheckpointError, naming file and tensor, for files that are damaged or incomplete and for unknown families
+    and settings; OptionError for options that do not fit.
+    """
+    if dtype is not None and dtype not in FLOATS:
+        raise OptionError(f"dtype: expected one of {', '.join(FLOATS)}, got {dtype!r}")
+    return to_graph(open_checkpoint(source), max_len=max_len, dtype=dtype, allow_nan=allow_nan)
+
+
+def to_graph(
+    checkpoint: Checkpoint, *, max_len: int | None = None, dtype: str | None = None, allow_nan: bool = False
+) -> Graph:
+    """Builds the family's forward and gives it the checkpoint's tensors; as `from_pretrained`."""
+    settings = Settings(checkpoint.card.config, f"{checkpoint.where}: config.json")
+    family = find_family(checkpoint.card.config, settings.where)
+    length = _length(settings, max_len)
+    module = nnx.eval_shape(lambda: family.build(settings, length, nnx.Rngs(0)))
+    shapes = weight_shapes(module)
+    tensors = assign(family, shapes, checkpoint, dtype, finite=not allow_nan)
+    graph = trace(_typed(module, tensors), max_len=length, tokenizer=checkpoint.tokenizer)
+    constants = {name: array for name, array in graph.weights.stored.items() if not is_shape(array)}
+    return graph.replace(weights=Weights(Stored(tensors, constants)), card=checkpoint.card, history=())
+
+
+def _length(settings: Settings, asked: int | None) -> int:
+    trained = settings.size("max_position_embeddings", settings.size("n_positions", LONGEST))
+    if asked is not None and asked > trained:
+        raise OptionError(f"max_len={asked}: {settings.where} says that it has {trained} positions")
+    return min(trained, LONGEST) if asked is None else asked
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored(Mapping[str, Any]):
+    """The weights of a graph by our names, read from their files one at a time, and its constants."""
+
+    tensors: Mapping[str, Tensor]
+    constants: Mapping[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.constants[name] if name in self.constants else self.tensors[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.tensors
+        yield from self.constants
+
+    def __len__(self) -> int:
+        return len(self.tensors) + len(self.constants)
+
+
+def weight_shapes(module: nnx.Module) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of a module's weights by our names."""
+    flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    return {_name(path): tuple(variable.get_value().shape) for path, variable in flat}
+
+
+def _name(path: Any) -> str:
+    return "/".join(map(str, path))
+
+
+def _typed(module: nnx.Module, tensors: Mapping[str, Tensor]) -> nnx.Module:
+    """Returns the module with weights of the dtypes that the tensors have."""
+    definition, state = nnx.split(module)
+
+    def typed(path: Any, variable: Any) -> Any:
+        if not isinstance(variable, nnx.Param):
+            return variable
+        tensor = tensors[_name(path)]
+        return variable.replace(jax.ShapeDtypeStruct(tensor.shape, tensor.dtype))
+
+    flat = [(path, typed(path, variable)) for path, variable in nnx.to_flat_state(state)]
+    return nnx.merge(definition, nnx.from_flat_state(flat))

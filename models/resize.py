@@ -1,0 +1,55 @@
+"""What a configuration must say of a model that was made smaller: sizes, read off the weights that are left."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from xlathe.errors import CheckpointError
+from xlathe.models.settings import Settings
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def resize_separate(shapes: Shapes, settings: Settings) -> dict[str, Any]:
+    """Sizes of layers with separate projections for queries, keys and values, and for gate and up."""
+    dim = _head_dim(settings)
+    return {
+        "intermediate_size": shapes["layers/0/feed_forward/gate/kernel"][1],
+        "num_attention_heads": shapes["layers/0/attention/query/kernel"][1] // dim,
+        "num_key_value_heads": shapes["layers/0/attention/key/kernel"][1] // dim,
+        "head_dim": dim,
+    }
+
+
+def resize_fused(shapes: Shapes, settings: Settings) -> dict[str, Any]:
+    """Sizes of layers whose projections are fused (Phi-3)."""
+    dim = _head_dim(settings)
+    queries = shapes["layers/0/attention/output/kernel"][0] // dim
+    return {
+        "intermediate_size": shapes["layers/0/feed_forward/down/kernel"][0],
+        "num_attention_heads": queries,
+        "num_key_value_heads": (shapes["layers/0/attention/fused/kernel"][1] // dim - queries) // 2,
+        "head_dim": dim,
+    }
+
+
+def _head_dim(settings: Settings) -> int:
+    return settings.size("head_dim", settings.size("hidden_size") // settings.size("num_attention_heads"))
+
+
+def drop_layers(settings: Settings, kept: list[int], indexed: tuple[str, ...]) -> dict[str, Any]:
+    """The changes that leave only some layers: their number, and the list of their kinds.
+
+    indexed: the settings by which a layer's form follows from its index. Raises CheckpointError where one of them is
+    in force and no list says what each layer is.
+    """
+    changes: dict[str, Any] = {"num_hidden_layers": len(kept)}
+    if settings.has("layer_types"):
+        kinds = settings.values["layer_types"]
+        return changes | {"layer_types": [kinds[i] for i in kept]}
+    ruling = [name for name in indexed if settings.values.get(name)]
+    if ruling and kept != list(range(len(kept))):
+        raise CheckpointError(
+            f"{settings.where}: {ruling[0]} gives a layer its form by its index, so no configuration can say that only "
+            f"the layers {kept} are left; Graph.save keeps such a graph"
+        )
+    return changes
