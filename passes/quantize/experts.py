@@ -62,9 +62,7 @@ def find_experts(graph: Graph, names: Sequence[str]) -> tuple[list[Experts], tup
             (_, (summed,)), _ = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
             found.append(Experts(members, eqn, Layout((2 - summed,), (summed - 1,))))
         elif chosen:
-            misses += [
-                f"{chosen[0]}: of {len(members)} experts that are multiplied at once only {len(chosen)} are asked"
-            ]
+            misses += [f"{chosen[0]}: only {len(chosen)} of the {len(members)} experts that are multiplied at once"]
     return found, tuple(misses)
 
 

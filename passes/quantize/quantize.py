@@ -85,12 +85,23 @@ class Quantize(Pass):
             scheme.check(name, graph.aval(name).shape, layout.shape(graph.aval(name))[1])
         hits = {"weight": len(plans)} | ({"expert": sum(len(group.names) for group in experts)} if experts else {})
         result = _replace(graph, plans, experts, scheme)
-        return result, Record("quantize", hits=hits, misses=misses)
+        notes = _unseen_experts(graph, context) if experts and not graph.is_step else ()
+        return result, Record("quantize", hits=hits, misses=misses, notes=notes)
 
     def _scheme(self) -> Scheme:
         if self.scheme == "int8":
             return Int8Channels()
         return Int4Groups(self.group or GROUP, self.symmetric, self.activations)
+
+
+def _unseen_experts(graph: Graph, context: Context) -> tuple[str, ...]:
+    """Says which experts the calibration, if there is one, never reached: what it tells does not hold for them."""
+    from xlathe.passes.observe import observe, unseen  # it reads products as this package does
+
+    if not len(context.calibration):
+        return ()
+    found = unseen(observe(graph, context.calibration, progress=context.progress))
+    return tuple(f"{name}: no token of the calibration chose this expert" for name in found)
 
 
 def _known(value: str | None, known: Iterable[str | None]) -> None:

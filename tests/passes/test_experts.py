@@ -68,7 +68,7 @@ def test_the_step_of_quantized_experts(graph: Graph) -> None:
 def test_some_experts_of_a_product_alone_are_near_misses(graph: Graph) -> None:
     record = Quantize(weights=r"layers/0/(wq|experts/[01]/ups)")(graph).history[-1]
     assert record.hits == {"weight": 1}
-    assert record.misses == ("layers/0/experts/0/ups: of 4 experts that are multiplied at once only 2 are asked",)
+    assert record.misses == ("layers/0/experts/0/ups: only 2 of the 4 experts that are multiplied at once",)
 
 
 def test_statistics_are_of_the_tokens_that_chose_an_expert(graph: Graph) -> None:
