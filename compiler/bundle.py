@@ -22,15 +22,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from xlathe import bundle_check as check
 from xlathe.aot import Signature, served_state, units
-from xlathe.errors import BundleError, OptionError, XlatheError, as_path, did_you_mean
+from xlathe.errors import BundleError, CheckpointError, OptionError, XlatheError, as_path, did_you_mean
 from xlathe.exported import PALLAS_CALLS, custom_calls, export_unit, load_program
 from xlathe.graph import Graph
-from xlathe.graph_file import DTYPE_NAMES, WeightFile
+from xlathe.graph_file import WeightFile
 from xlathe.kernels import native
 from xlathe.manifest import (
     LIBRARIES,
@@ -46,6 +44,7 @@ from xlathe.manifest import (
 )
 from xlathe.offline import runs_here
 from xlathe.program import Program
+from xlathe.safetensors_file import Tensor, write_safetensors
 from xlathe.target import find_target
 
 PathLike = str | os.PathLike[str]
@@ -66,7 +65,9 @@ def save_bundle(program: Program, directory: PathLike) -> None:
         (fresh / PROGRAMS).mkdir(parents=True)
         _write(program, program.step, fresh)
         _replace(folder, fresh, old)
-    except (OSError, SafetensorError) as error:
+    except CheckpointError as error:
+        raise BundleError(str(error)) from None
+    except OSError as error:
         raise BundleError(f"{folder} cannot be written: {error}") from None
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -129,7 +130,6 @@ def _write(program: Program, step: Graph, folder: Path) -> None:
         card=program.card,
     )
     (folder / MANIFEST).write_bytes(to_text(manifest).encode())
-    shutil.copymode(folder / MANIFEST, folder / WEIGHTS)  # which safetensors writes for its owner alone
 
 
 def _state_types(program: Program, step: Graph, rows: int) -> tuple[ArrayType, ...]:
@@ -138,11 +138,10 @@ def _state_types(program: Program, step: Graph, rows: int) -> tuple[ArrayType, .
 
 
 def _write_weights(program: Program, path: Path) -> None:
-    arrays = {name: np.asarray(array, order="C") for name, array in program.arrays.items()}
-    for name, array in arrays.items():
-        if array.dtype.name not in DTYPE_NAMES.values():
-            raise BundleError(f"{name} is {array.dtype.name}, which a weight file cannot hold")
-    save_file(arrays, path)
+    def tensor(array: Any) -> Tensor:
+        return Tensor(tuple(array.shape), np.dtype(array.dtype), lambda: np.asarray(array))
+
+    write_safetensors(path, {name: tensor(array) for name, array in program.arrays.items()})
 
 
 def _write_programs(program: Program, step: Graph, folder: Path) -> set[str]:

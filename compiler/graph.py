@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -135,6 +135,14 @@ class Weights(Mapping[str, Any]):
         if index is not None:
             return tuple(n for source in self.recipes[index].sources for n in self.trained(source, index))
         return tuple(origin.name for origin in self.origins if name in origin.targets) or (name,)
+
+    def together(self, names: Iterable[str]) -> list[list[str]]:
+        """Groups names: those that one recipe makes are in one group, which costs no more to prepare than one."""
+        groups: dict[Any, list[str]] = {}
+        for name in names:
+            index = self._maker(name, len(self.recipes))
+            groups.setdefault(name if index is None else index, []).append(name)
+        return list(groups.values())
 
     def prepare(self, names: Iterator[str] | list[str]) -> dict[str, Any]:
         """Runs the recipes, one source at a time, and returns plain arrays for `names`."""

@@ -6,56 +6,41 @@ Nothing of a saved graph is executed: the program is parsed (`xlathe.parser`), a
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from xlathe import card as cards
-from xlathe.errors import GraphFileError, OptionError, as_path
+from xlathe.errors import CheckpointError, GraphFileError, OptionError, as_path
 from xlathe.graph import Graph, Origin, Record, Weights
 from xlathe.parser import parse
 from xlathe.printer import to_text
+from xlathe.safetensors_file import Tensor, read_safetensors, write_safetensors
 
 PROGRAM, WEIGHTS, META, TOKENIZER = "graph.py", "weights.safetensors", "graph.json", "tokenizer.json"
 FORMAT, VERSION = "xlathe-graph", 1
-DTYPE_NAMES = {  # by their names in safetensors
-    "BOOL": "bool",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F32": "float32",
-    "F64": "float64",
-    "C64": "complex64",
-    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
-    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
-}
 
 
 def save_graph(graph: Graph, directory: str | os.PathLike[str]) -> None:
-    """Writes a graph, its weights prepared, into a directory (made if need be).
+    """Writes a graph into a directory (made if need be), its weights prepared one at a time.
 
     Raises GraphFileError for an equation, a name or a dtype that has no form in the files, and where they cannot be
-    written; OptionError where the card holds what JSON does not.
+    written.
     """
     folder, text = as_path(directory, GraphFileError), to_text(graph)
-    prepared = graph.weights.prepare(list(graph.names("weight", "const")))
-    arrays = {name: np.asarray(array, order="C") for name, array in prepared.items()}
-    for name, array in arrays.items():
-        if array.dtype.name not in DTYPE_NAMES.values():
-            raise GraphFileError(f"{name} is {array.dtype.name}, which a weight file cannot hold")
     try:
-        _write(graph, text, arrays, folder)
-    except (OSError, SafetensorError) as error:
+        _write(graph, text, folder)
+    except CheckpointError as error:
+        raise GraphFileError(str(error)) from None
+    except OSError as error:
         raise GraphFileError(f"{folder} cannot be written: {error}") from None
 
 
-def _write(graph: Graph, text: str, arrays: Mapping[str, np.ndarray], folder: Path) -> None:
+def _write(graph: Graph, text: str, folder: Path) -> None:
     meta = {
         "format": FORMAT,
         "version": VERSION,
@@ -65,9 +50,8 @@ def _write(graph: Graph, text: str, arrays: Mapping[str, np.ndarray], folder: Pa
         "card": cards.to_json(graph.card),
     }
     folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder / WEIGHTS, _prepared(graph))
     (folder / PROGRAM).write_text(text, encoding="utf-8")
-    save_file(dict(arrays), folder / WEIGHTS)
-    shutil.copymode(folder / PROGRAM, folder / WEIGHTS)  # which safetensors writes for its owner alone
     (folder / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
     if graph.tokenizer is not None:
         graph.tokenizer.save(str(folder / TOKENIZER))
@@ -92,41 +76,52 @@ def load_graph(directory: str | os.PathLike[str]) -> Graph:
     return graph
 
 
+def _prepared(graph: Graph) -> dict[str, Tensor]:
+    """Returns the arrays of a graph, each made when it is read; what a recipe makes is made once, for all in a row."""
+    held: dict[str, Any] = {}
+
+    def tensor(name: str, group: list[str]) -> Tensor:
+        def read() -> np.ndarray:
+            if name not in held:
+                held.clear()
+                held.update(graph.weights.prepare(group))
+            return np.asarray(held.pop(name))
+
+        aval = graph.aval(name)
+        return Tensor(tuple(map(int, aval.shape)), np.dtype(aval.dtype), read)
+
+    groups = graph.weights.together(graph.names("weight", "const"))
+    return {name: tensor(name, group) for group in groups for name in group}
+
+
 @dataclasses.dataclass(frozen=True)
 class WeightFile(Mapping[str, Any]):
-    """The arrays of a safetensors file, read one at a time.
-
-    types: shape and dtype by name, in the order of the file.
-    """
+    """The arrays of a safetensors file, mapped."""
 
     path: Path
-    types: Mapping[str, tuple[tuple[int, ...], str]]
+    tensors: Mapping[str, Tensor]
 
     @staticmethod
     def open(path: Path) -> "WeightFile":
         """Reads the header; raises GraphFileError where the file is missing, damaged or of unknown dtypes."""
         try:
-            with safe_open(path, "numpy") as file:
-                slices = {name: file.get_slice(name) for name in file.offset_keys()}
-                types = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-        except (OSError, SafetensorError) as error:
-            raise GraphFileError(f"{path} cannot be read: {error}") from None
-        for name, (_, dtype) in types.items():
-            if dtype not in DTYPE_NAMES:
-                raise GraphFileError(f"{path}: {name} has the unknown dtype {dtype}")
-        return WeightFile(path, {name: (shape, DTYPE_NAMES[code]) for name, (shape, code) in types.items()})
+            return WeightFile(path, read_safetensors(path))
+        except CheckpointError as error:
+            raise GraphFileError(str(error)) from None
+
+    @property
+    def types(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype by name, in the order of the file."""
+        return {name: (tensor.shape, tensor.dtype.name) for name, tensor in self.tensors.items()}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self.types:
-            raise KeyError(name)
-        with safe_open(self.path, "numpy") as file:
-            return file.get_tensor(name)
+        return self.tensors[name].read()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.types)
+        return iter(self.tensors)
 
     def __len__(self) -> int:
-        return len(self.types)
+        return len(self.tensors)
 
 
 def _read(path: Path) -> str:

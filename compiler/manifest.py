@@ -15,11 +15,12 @@ from xlathe import card as cards
 from xlathe.aot import Buckets, Signature, signatures
 from xlathe.card import Card
 from xlathe.errors import BundleError, OptionError
-from xlathe.graph_file import DTYPE_NAMES
+from xlathe.safetensors_file import CODES
 
 FORMAT, VERSION = "xlathe-bundle", 1
 MANIFEST, WEIGHTS, TOKENIZER, PROGRAMS = "manifest.json", "weights.safetensors", "tokenizer.json", "programs"
 LIFETIME = datetime.timedelta(days=180)  # `jax.export` promises to read what it wrote for six months
+_DTYPES = frozenset(dtype.name for dtype in CODES)
 _LARGEST = 2**48  # beyond every size that memory or a disk has
 LIBRARIES = ("xlathe", "jax", "jaxlib")
 
@@ -232,7 +233,7 @@ def _array_types(data: Mapping[str, Any], name: str) -> tuple[ArrayType, ...]:
 def _array_type(data: Mapping[str, Any]) -> ArrayType:
     return ArrayType(
         _field(data, "name", _is_name, "a name"),
-        _field(data, "dtype", lambda value: value in DTYPE_NAMES.values(), "a dtype"),
+        _field(data, "dtype", lambda value: value in _DTYPES, "a dtype"),
         tuple(_field(data, "shape", _list_of(_is_count), "a list of sizes")),
     )
 

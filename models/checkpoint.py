@@ -1,25 +1,11 @@
 """A model as its files hold it: the one form that every file format is read into and written from."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from xlathe.card import Card
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """One array of a checkpoint, read when it is asked for.
-
-    shape: outermost axis first; dtype: as NumPy (with ml_dtypes) names it, also where the file holds blocks of codes;
-    read: returns the array, a view of the mapped file where the file holds plain numbers.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    read: Callable[[], np.ndarray]
+from xlathe.safetensors_file import Tensor
 
 
 @dataclasses.dataclass(frozen=True)

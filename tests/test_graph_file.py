@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from tests.passes.decoding import fused
 from xlathe.passes import Canonicalize, KVCache, Quantize
 from xlathe.printer import to_text
 from xlathe.report import count_parameters
+from xlathe.rewrite import Packed, pack_inputs
 
 E = np.random.default_rng(0).normal(size=(11, 4)).astype(np.float32)
 IDS = np.array([[1, 2, 3, 10]], np.int32)
@@ -102,11 +104,36 @@ def test_files_are_readable_as_others_are(saved):
     assert {path.stat().st_mode for path in saved.iterdir()} == {(saved / "other").stat().st_mode}
 
 
-def test_arrays_are_read_on_demand(saved):
-    read = xl.load_graph(saved)
-    (saved / "weights.safetensors").unlink()
-    with pytest.raises(FileNotFoundError):
-        read.weights["e"]
+def test_arrays_stay_on_disk(saved):
+    assert not xl.load_graph(saved).weights["e"].flags.owndata
+
+
+def test_saving_in_place_of_what_was_loaded(saved):
+    """Before: arrays are views of the file that is written. Expected: the new file holds them, whole."""
+    before = xl.load_graph(saved)
+    array = np.array(before.weights["e"])
+    before.save(saved)
+    np.testing.assert_array_equal(xl.load_graph(saved).weights["e"], array)
+    np.testing.assert_array_equal(before.weights["e"], array)
+
+
+def test_a_recipe_runs_once_however_many_arrays_it_makes(tmp_path):
+    runs = []
+
+    def make(array):
+        runs.append(array.shape)
+        return array[:2], array[2:].astype(np.int8)
+
+    graph = xl.trace(lambda p, tokens: p["e"][tokens], params={"e": np.ones((4, 4), np.float32)}, max_len=8)
+    parts = {"a": shape(2, 4), "b": shape(2, 4, dtype=np.int8)}
+    packed = Packed(parts, make, lambda a, b: jnp.concatenate([a, b.astype(a.dtype)]))
+    pack_inputs(graph, {"e": packed}).save(tmp_path)
+    assert runs == [(4, 4)]
+    assert {array.shape for array in xl.load_graph(tmp_path).weights.values()} == {(2, 4)}
+
+
+def shape(*sizes, dtype=np.float32):
+    return jax.ShapeDtypeStruct(sizes, dtype)
 
 
 @pytest.mark.parametrize("name", ["graph.py", "graph.json", "weights.safetensors"])

@@ -1,7 +1,6 @@
 """From any checkpoint to a file or directory of another format."""
 
 import dataclasses
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +61,7 @@ def _to_huggingface(checkpoint: Checkpoint, folder: Path, type: str | None, prog
     if type is not None and type not in DTYPES:
         raise OptionError(f"type: no type {type!r} in a directory{did_you_mean(type, DTYPES)}")
     cast = checkpoint if type is None else _cast(checkpoint, DTYPES[type])
-    whole = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in cast.tensors.values())
+    whole = sum(tensor.nbytes for tensor in cast.tensors.values())
     done = 0
 
     def wrote(size: int) -> None:

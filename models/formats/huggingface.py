@@ -1,7 +1,6 @@
 """A Hugging Face directory: `config.json`, `generation_config.json`, safetensors in one file or in shards."""
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,8 @@ from xlathe.card import Card
 from xlathe.errors import CheckpointError
 from xlathe.models.checkpoint import Checkpoint, Tensor
 from xlathe.models.formats.json_file import read_json
-from xlathe.models.formats.safetensors import read_safetensors, write_safetensors
 from xlathe.models.formats.tokenizer import SETTINGS, TOKENIZER, read_chat_template, read_special_tokens, read_tokenizer
+from xlathe.safetensors_file import read_safetensors, write_safetensors
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -105,19 +104,14 @@ def _write_tensors(tensors: Mapping[str, Tensor], folder: Path, wrote: Callable[
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         write_safetensors(folder / file, part, wrote)
         places |= dict.fromkeys(part, file)
-    total = sum(size_of(tensor) for tensor in tensors.values())
+    total = sum(tensor.nbytes for tensor in tensors.values())
     _write_json({"metadata": {"total_size": total}, "weight_map": places}, folder / INDEX)
-
-
-def size_of(tensor: Tensor) -> int:
-    """Returns the bytes of an array."""
-    return math.prod(tensor.shape) * tensor.dtype.itemsize
 
 
 def _split(tensors: Mapping[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:
     part: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if part and sum(map(size_of, part.values())) + size_of(tensor) > limit:
+        if part and sum(held.nbytes for held in part.values()) + tensor.nbytes > limit:
             yield part
             part = {}
         part[name] = tensor

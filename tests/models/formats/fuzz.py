@@ -22,7 +22,7 @@ from xlathe.models.checkpoint import Checkpoint, Tensor
 from xlathe.models.formats.gguf import read_gguf, write_gguf
 from xlathe.models.formats.gguf.blocks import as_tensor
 from xlathe.models.formats.gguf.container import open_container
-from xlathe.models.formats.safetensors import read_safetensors, write_safetensors
+from xlathe.safetensors_file import read_safetensors, write_safetensors
 
 SLOW = 5.0  # seconds a file of a few kB, on a busy machine
 MEMORY = 1 << 30  # bytes beyond what the process has when it starts

@@ -9,7 +9,7 @@ import pytest
 from tests.models.tiny import LLAMA, tiny_checkpoint, write_tiny
 from xlathe.errors import CheckpointError
 from xlathe.models.formats.huggingface import read_huggingface, write_huggingface
-from xlathe.models.formats.safetensors import write_safetensors
+from xlathe.safetensors_file import write_safetensors
 
 
 def test_shards(tmp_path: Path) -> None:

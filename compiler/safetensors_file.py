@@ -3,6 +3,7 @@
 The format: https://github.com/huggingface/safetensors#format
 """
 
+import dataclasses
 import json
 import math
 import mmap
@@ -15,7 +16,6 @@ import ml_dtypes
 import numpy as np
 
 from xlathe.errors import CheckpointError
-from xlathe.models.checkpoint import Tensor
 
 DTYPES: Mapping[str, Any] = {  # by their names in the header
     "BOOL": np.bool_,
@@ -31,12 +31,31 @@ DTYPES: Mapping[str, Any] = {  # by their names in the header
     "BF16": ml_dtypes.bfloat16,
     "F32": np.float32,
     "F64": np.float64,
+    "C64": np.complex64,
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
 }
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes, as the reference implementation has it
 ALIGNMENT = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One array of a file, read when it is asked for.
+
+    shape: outermost axis first; dtype: as NumPy (with ml_dtypes) names it, also where the file holds blocks of codes;
+    read: returns the array, a view of the mapped file where the file holds plain numbers.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    read: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the array."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -146,30 +165,41 @@ def _tensor(mapped: mmap.mmap | None, start: int, shape: tuple[int, ...], dtype:
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], wrote: Callable[[int], None] = lambda size: None
 ) -> None:
-    """Writes tensors one at a time, under a temporary name until all are there.
+    """Writes tensors one at a time, in their order, under a temporary name until all are there.
 
+    In the file wide numbers come first, so that each array lies aligned in a format without padding.
     wrote: told the bytes of each tensor. Raises CheckpointError where the file cannot be written or a dtype has no
     name in the format.
     """
+    places = _places(path, tensors)
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
-    reached = 0
-    for name, tensor in tensors.items():
-        if tensor.dtype not in CODES:
-            raise CheckpointError(f"{path}: {name!r} is {tensor.dtype}, which safetensors cannot hold")
-        size = math.prod(tensor.shape) * tensor.dtype.itemsize
-        place = [reached, reached := reached + size]
-        entries[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+    for name, (begin, end) in places.items():
+        tensor = tensors[name]
+        entries[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % ALIGNMENT)
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
-            for tensor in tensors.values():
+            for name, tensor in tensors.items():
+                begin, end = places[name]
+                file.seek(8 + len(header) + begin)
                 file.write(np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8).data)
-                wrote(math.prod(tensor.shape) * tensor.dtype.itemsize)
+                wrote(end - begin)
         os.replace(partial, path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _places(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """Returns where each tensor begins and ends after the header."""
+    places, reached = {}, 0
+    for name in sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize):
+        tensor = tensors[name]
+        if tensor.dtype not in CODES:
+            raise CheckpointError(f"{path}: {name!r} is {tensor.dtype}, which safetensors cannot hold")
+        places[name] = reached, (reached := reached + tensor.nbytes)
+    return places
