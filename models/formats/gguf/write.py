@@ -22,6 +22,7 @@ FILE_TYPES: Final = {
     "BF16": LlamaFileType.MOSTLY_BF16,
     "Q8_0": LlamaFileType.MOSTLY_Q8_0,
 }
+TYPES: Final = {"F32": Type.F32, "F16": Type.F16, "BF16": Type.BF16, "Q8_0": Type.Q8_0}
 # What llama.cpp only computes with in float32, beside norms and biases.
 FLOAT32: Final = ("ffn_gate_inp.weight", "position_embd.weight", "token_types.weight", "_norm.weight")
 UNUSED: Final = (".rotary_emb.inv_freq",)  # buffers that old checkpoints carry
@@ -53,7 +54,7 @@ def write_gguf(
         plans = list(_plans(architecture, checkpoint.tensors, config))
     except KeyError as error:
         raise CheckpointError(f"{checkpoint.where}: config: expected {error.args[0]!r}, found none") from None
-    tensors = [Typed(plan, _type_of(plan, Type[type])) for plan in plans]
+    tensors = [Typed(plan, _type_of(plan, TYPES[type])) for plan in plans]
     write_container(path, {**metadata, **(extra or {})}, tensors, progress)
 
 
