@@ -17,6 +17,9 @@ from xlathe.layouts import Layout, Mixes, by_shape
 
 def layouts_of(graph: Graph) -> dict[ir.Var, Layout]:
     """Returns the layout of every live value of a forward graph; raises as `find_layouts` does."""
+    if others := [name for name in graph.names("arg") if name != "tokens"]:
+        raise DeriveError(f"no incremental step: the graph takes {', '.join(others)} beside tokens; only a decoder of "
+                          "tokens alone has one")  # fmt: skip
     (tokens,) = (v for v, i in zip(graph.jaxpr.invars, graph.inputs, strict=True) if i.kind == "arg")
     misses = [m for record in graph.history for m in record.misses if record.name == "fuse_attention"]
     return find_layouts(graph.jaxpr, tokens, misses)

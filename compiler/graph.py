@@ -156,10 +156,10 @@ class Record:
 class Graph:
     """A jaxpr with named inputs, and the weights they stand for.
 
-    jaxpr: no captured constants; axes may be symbolic. A *forward* graph has the argument `tokens` [b, t] and
-        returns logits [b, t, vocab]. A *step* graph (after the pass `kv_cache`) has the arguments `tokens` [n],
-        `positions` [n], `rows` [n] and `select` [m], and one `state` input a remembered value; it returns
-        logits [m, vocab] and the new states.
+    jaxpr: no captured constants; axes may be symbolic. A *forward* graph has the argument `tokens` [b, t], may have
+        others of its shape (a padding mask), and returns logits [b, t, vocab]. A *step* graph (after the pass
+        `kv_cache`) has the arguments `tokens` [n], `positions` [n], `rows` [n] and `select` [m], and one `state` input
+        a remembered value; it returns logits [m, vocab] and the new states.
     inputs: one a `jaxpr.invars`, in order.
     weights: arrays by input name.
     max_len: the longest row of tokens that the graph may be used with.
@@ -206,6 +206,13 @@ class Graph:
         """The number of logits a token."""
         return int(self.jaxpr.outvars[0].aval.shape[-1])
 
+    @property
+    def ids(self) -> int:
+        """The number of token ids: as many as there are logits, but where the card of an encoder knows better."""
+        if self.card is None or self.is_step or len(self.names("arg")) == 1:
+            return self.vocab
+        return int(self.card.config.get("vocab_size", self.vocab))
+
     @functools.cached_property
     def origins(self) -> tuple[Origin, ...]:
         """The trained arrays that the weights are, or were made from."""
@@ -239,6 +246,23 @@ class Graph:
         prepared = self.weights.prepare(list(self.names("weight", "const")))
         return {name: jnp.asarray(value) for name, value in prepared.items()}
 
+    def check_batch(self, batch: Any) -> dict[str, np.ndarray]:
+        """Returns the arguments of a forward graph by name, int32 [b, t]; raises `RequestError` where they do not fit.
+
+        batch: tokens alone, or a mapping with every argument.
+        """
+        given, expected = dict(batch) if isinstance(batch, Mapping) else {"tokens": batch}, self.names("arg")
+        if not self.is_step and given.keys() != set(expected):
+            found = ", ".join(sorted(given)) or "nothing"
+            raise RequestError(f"this graph takes {', '.join(sorted(expected))}; got {found}")
+        tokens = self.check_tokens(given["tokens"])
+        arrays = {name: np.asarray(value) for name, value in given.items()}
+        for name, array in arrays.items():
+            if array.shape != tokens.shape or array.dtype.kind not in "iub":
+                raise RequestError(f"{name} must be whole numbers {list(tokens.shape)}, as tokens, got {array.dtype} "
+                                   f"{list(array.shape)}")  # fmt: skip
+        return {name: array.astype(np.int32) for name, array in arrays.items()}
+
     def check_tokens(self, tokens: Any) -> np.ndarray:
         """Returns tokens as int32 [b, t]; raises `RequestError` where they do not fit this graph."""
         array = np.asarray(tokens)
@@ -248,23 +272,27 @@ class Graph:
             )
         if array.shape[1] > self.max_len:
             raise RequestError(f"{array.shape[1]} tokens a row, but the graph was traced with max_len={self.max_len}")
-        if array.min() < 0 or array.max() >= self.vocab:
-            bad = array[(array < 0) | (array >= self.vocab)][0]
-            raise RequestError(f"token id {bad} is outside the vocabulary of {self.vocab} tokens (0..{self.vocab - 1})")
+        if array.min() < 0 or array.max() >= self.ids:
+            bad = array[(array < 0) | (array >= self.ids)][0]
+            raise RequestError(f"token id {bad} is outside the vocabulary of {self.ids} tokens (0..{self.ids - 1})")
         return array.astype(np.int32)
 
-    def __call__(self, tokens: Any) -> jax.Array:
-        """Returns logits [b, t, vocab] of int32 tokens [b, t]; a step graph starts from an empty cache."""
-        checked = self.check_tokens(tokens)
-        return self._run_step(checked) if self.is_step else self._run_forward(self.arrays, checked)
+    def __call__(self, tokens: Any, **arguments: Any) -> jax.Array:
+        """Returns logits [b, t, vocab] of int32 tokens [b, t]; a step graph starts from an empty cache.
+
+        arguments: what else a forward graph takes, int32 [b, t] each.
+        """
+        batch = self.check_batch({"tokens": tokens, **arguments})
+        return self._run_step(batch["tokens"]) if self.is_step else self._run_forward(self.arrays, batch)
 
     @functools.cached_property
     def _run_forward(self) -> Callable[..., jax.Array]:
-        def run(arrays: dict[str, jax.Array], tokens: jax.Array) -> jax.Array:
-            sizes = {"b": tokens.shape[0], "t": tokens.shape[1]}
-            return ir.evaluate_at(self.jaxpr, self.bind_names({**arrays, "tokens": tokens}), sizes)[0]
+        return jax.jit(lambda arrays, batch: self.evaluate(self.jaxpr, arrays, batch)[0])
 
-        return jax.jit(run)
+    def evaluate(self, jaxpr: ir.Jaxpr, arrays: Mapping[str, Any], batch: Mapping[str, Any]) -> list[Any]:
+        """Evaluates a jaxpr with the inputs of this forward graph, at the sizes of a batch."""
+        rows, length = batch["tokens"].shape
+        return ir.evaluate_at(jaxpr, self.bind_names({**arrays, **batch}), {"b": rows, "t": length})
 
     def _run_step(self, tokens: np.ndarray) -> jax.Array:
         from xlathe.step import empty_state, ring_slack, run_step

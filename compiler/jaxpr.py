@@ -8,13 +8,14 @@ Every upstream fact relied upon here is asserted by name in `tests/test_jax_surf
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax import lax
 from jax._src import config, source_info_util
+from jax._src.core import InconclusiveDimensionOperation
 from jax._src.export.shape_poly import _DimExpr as DimExpr
 from jax._src.export.shape_poly import dim_as_value_p
 from jax._src.lax.lax import optimization_barrier_p, ragged_dot_general_p, unstack_p
@@ -210,28 +211,53 @@ def is_symbolic(dim: Dim) -> bool:
     return isinstance(dim, DimExpr)
 
 
-@contextlib.contextmanager
-def asked_equalities() -> Iterator[list[tuple[DimExpr, int]]]:
-    """Lists which sizes a model asks to equal which numbers while it is traced; those that JAX asks are not listed.
+class AskedDim(DimExpr):
+    """A size that lists in `asked` which numbers it, or a size computed from it, is asked to equal.
 
     JAX answers no where it cannot tell, since hashing asks too: `if t == 16` is followed for no length.
     """
-    asked: list[tuple[DimExpr, int]] = []
-    plain, library = DimExpr.__eq__, os.path.dirname(jax.__file__)
 
-    def noted(self: DimExpr, other: Any) -> bool:
-        caller = sys._getframe(1)
-        if caller.f_code is DimExpr.__ne__.__code__ and caller.f_back is not None:
-            caller = caller.f_back
-        if isinstance(other, int | np.integer) and not caller.f_code.co_filename.startswith(library):
-            asked.append((self, int(other)))
-        return plain(self, other)
+    __slots__ = ("asked",)
 
-    DimExpr.__eq__ = noted  # type: ignore[method-assign]
+    def __init__(self, dim: DimExpr, asked: list[tuple[DimExpr, int]]) -> None:
+        super().__init__(dim._sorted_terms, dim.scope)
+        self.asked = asked
+
+    def __eq__(self, other: Any) -> bool:
+        plain = DimExpr(self._sorted_terms, self.scope)  # which sees no other class in `other`
+        if isinstance(other, int | np.integer):
+            self.asked.append((plain, int(other)))
+        return plain == (DimExpr(other._sorted_terms, other.scope) if isinstance(other, AskedDim) else other)
+
+    __hash__ = DimExpr.__hash__
+
+
+def _asked_as_well(name: str) -> Callable[..., Any]:
+    """The method of a size that computes others, which go on to list."""
+    compute = getattr(DimExpr, name)
+
+    def computed(self: AskedDim, *others: Any) -> Any:
+        results = compute(self, *others)
+        if isinstance(results, tuple):
+            return tuple(AskedDim(r, self.asked) if is_symbolic(r) else r for r in results)
+        return AskedDim(results, self.asked) if is_symbolic(results) else results
+
+    return computed
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod", "divmod"):
+    for _method in (f"__{_name}__", f"__r{_name}__"):
+        setattr(AskedDim, _method, _asked_as_well(_method))
+for _method in ("__neg__", "__pow__", "max", "rmax", "min", "rmin"):
+    setattr(AskedDim, _method, _asked_as_well(_method))
+
+
+def may_equal(dim: Dim, number: int) -> bool:
+    """Says whether a size equals a number at some sizes; True where that is not known."""
     try:
-        yield asked
-    finally:
-        DimExpr.__eq__ = plain  # type: ignore[method-assign]
+        return not (dim < number or dim > number)
+    except InconclusiveDimensionOperation:
+        return True
 
 
 def dim_vars(dim: Dim) -> frozenset[str]:

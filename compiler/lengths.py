@@ -2,18 +2,20 @@
 
 A trace sees one side of every branch on a size. With symbolic sizes `t == 1` is false, and lengths that were aligned
 are long ones, so that `t > 9` is true: either would be followed for every row, without an error. So short lengths are
-tried, and those at which a size equals a number that the model compares it with while symbols are traced.
+tried, and of each number that the model compares a size with, while symbols are traced, the first sizes that equal it.
 
 What stays unseen: a branch on one length that is looked up by its hash (`table.get(t)`, `t in {16, 32}`), on two sizes
-together (`shape == (4, 16)`), and, where symbols cannot be traced at all, behind the line at which they failed.
+together (`shape == (4, 16)`), on `MOST_ROWS` rows or more, on some of the sizes at which an equality holds
+(`b * t == 12 and t > 3`), and, where symbols cannot be traced at all, behind the line at which they failed.
 """
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice, product
 from typing import Any
 
 import jax
 import numpy as np
+from jax import export
 
 from xlathe import jaxpr as ir
 from xlathe.align import Fit, flatten, same_program, trace_at
@@ -35,20 +37,20 @@ def check_lengths(
     arrays: Sequence[Any],
     constants: Sequence[Any],
     max_len: int,
-    asked: Sequence[tuple[ir.Dim, int]],
 ) -> None:
     """Compares programs at short lengths with a long one; where they differ, runs model and graph on a few tokens.
 
-    at: traces the model, a function of `arrays` and tokens, at concrete sizes. graph: takes `arrays`, `constants` and
-        tokens [b, t]. asked: which sizes the model asked to equal which numbers. Raises TraceError, naming the length,
-        where they do not compute the same or only one can run.
+    at: traces the model, a function of `arrays` and tokens, at sizes. graph: takes `arrays`, `constants` and tokens
+        [b, t]. Raises TraceError, naming the length, where they do not compute the same or only one can run.
     """
+    rows, length = graph.invars[-1].aval.shape
     long = (3, max(max_len - 1, 1))  # less than max_len: a slice of a whole table is no slice
     usual = [long, *(size for size in SHORT if size[1] <= max_len)]
-    single = [size for size in dict.fromkeys((ONE, *_sizes_asked_for(asked, max_len))) if size not in usual]
+    single = [ONE] if ONE not in usual else []
+    for dim, number in _asked(at, length):
+        single.extend(_sizes_that_equal(dim, number, max_len, (*usual[1:], *single)))
     traces = {size: trace_at(at, *size) for size in (*usual, *single)}
     flat = {size: flatten(trace) for size, trace in traces.items()}
-    rows, length = graph.invars[-1].aval.shape
 
     def agree(*sizes: Size) -> bool:
         return len(sizes) == 1 or same_program([flat[size] for size in sizes], Fit(sizes, rows, length))
@@ -65,15 +67,30 @@ def check_lengths(
         _compare(found, ir.evaluate(traces[size], [*arrays, tokens])[0], size)
 
 
-def _sizes_asked_for(asked: Sequence[tuple[ir.Dim, int]], max_len: int) -> Iterator[Size]:
-    """Yields the first sizes at which each of the equalities holds."""
-    for dim, number in dict.fromkeys(asked):
-        names = ir.dim_vars(dim)
-        rows = range(1, MOST_ROWS) if "b" in names else (2,)
-        lengths = range(1, max_len + 1) if "t" in names else (min(5, max_len),)
-        sizes = ((b, t) for b in rows for t in lengths)
-        holds = (size for size in sizes if ir.substitute(dim, dict(zip("bt", size, strict=True))) == number)
-        yield from itertools.islice(holds, 1)
+def _asked(at: Callable[[Any, Any], ir.Jaxpr], length: ir.DimExpr) -> Iterable[tuple[ir.Dim, int]]:
+    """Returns which sizes the model, and JAX for it, compare with which numbers in a trace with symbols."""
+    asked: list[tuple[ir.DimExpr, int]] = []
+    # In a scope of their own: JAX keeps one aval of those that are equal, which would be one that lists nothing.
+    rows, length = export.symbolic_shape("b, t", constraints=ir.dim_constraints(length))
+    try:
+        at(ir.AskedDim(rows, asked), ir.AskedDim(length, asked))
+    except Exception:  # as in `trace`: the comparisons up to there count
+        return dict.fromkeys(asked)
+    return dict.fromkeys(asked)
+
+
+def _sizes_that_equal(dim: ir.Dim, number: int, max_len: int, tried: Sequence[Size]) -> Iterator[Size]:
+    """Yields the first sizes at which `dim` is `number`, if there are some and none of them are tried anyway."""
+
+    def holds(size: Size) -> bool:
+        return bool(ir.substitute(dim, dict(zip("bt", size, strict=True))) == number)
+
+    if not ir.may_equal(dim, number) or any(map(holds, tried)):
+        return
+    names = ir.dim_vars(dim)
+    rows = range(1, MOST_ROWS) if "b" in names else (2,)
+    lengths = range(1, max_len + 1) if "t" in names else (min(5, max_len),)
+    yield from islice(filter(holds, product(rows, lengths)), 1)
 
 
 def _told(size: Size) -> str:

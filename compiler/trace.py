@@ -28,16 +28,17 @@ class Source:
     """A model reduced to a function of named arrays.
 
     names, arrays: one a leaf; trained: whether the leaf is a weight (else a mask, a table or a statistic);
-    forward: (leaves, tokens [b, t]) -> logits [b, t, vocab].
-    left_behind: (leaves, tokens) -> what the names hold after a forward, where it could have written them; but for what
-        is sown, which is never read, and counters of random keys, which `_check_deterministic` is about.
+    forward: (leaves, tokens [b, t], further arguments by name) -> logits [b, t, vocab].
+    left_behind: (leaves, tokens, further arguments) -> what the names hold after a forward, where it could have written
+        them; but for what is sown, which is never read, and counters of random keys, which `_check_deterministic` is
+        about.
     """
 
     names: tuple[str, ...]
     arrays: tuple[Any, ...]
     trained: tuple[bool, ...]
-    forward: Callable[[list[Any], Any], Any]
-    left_behind: Callable[[list[Any], Any], Mapping[str, Any]] = lambda leaves, tokens: {}
+    forward: Callable[..., Any]
+    left_behind: Callable[..., Mapping[str, Any]] = lambda leaves, tokens, **named: {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,9 @@ class Stacked:
     slices: tuple[Any, ...]
 
 
-def trace(model: Any, params: Any = None, *, max_len: int, tokenizer: Any = None) -> Graph:
+def trace(
+    model: Any, params: Any = None, *, max_len: int, tokenizer: Any = None, arguments: Sequence[str] = ()
+) -> Graph:
     """Traces a decoder or encoder into a graph whose batch and token axes are symbolic.
 
     model: an `nnx.Module`, a pair (linen module, variables), or a function f(params, tokens) with `params=`: a tree
@@ -55,6 +58,7 @@ def trace(model: Any, params: Any = None, *, max_len: int, tokenizer: Any = None
         Called with int32 tokens [b, t] it returns logits [b, t, vocab]. Its weights may be shapes without values
         (`nnx.eval_shape`, `jax.ShapeDtypeStruct`): the graph serves to plan, and nothing is allocated or run.
     max_len: the longest row that the graph must serve; bounds the symbolic length.
+    arguments: what else the model takes, by keyword: int32 [b, t] each (a padding mask, token types).
 
     Raises TraceError: where the model cannot be traced with symbolic sizes nor aligned from two lengths, does not
         return [b, t, vocab], computes something else at short lengths, draws random numbers or writes variables.
@@ -63,14 +67,17 @@ def trace(model: Any, params: Any = None, *, max_len: int, tokenizer: Any = None
         raise TraceError(f"max_len must be a whole number of at least 1, got {max_len!r}")
     max_len = int(max_len)
     source = _source(model, params)
-    jaxpr, constants = _trace_sizes(source, max_len)
-    _check_nothing_written(source)
-    names = [*source.names, *(f"const/{i}" for i in range(len(constants)))]
-    kinds = ["weight" if trained else "const" for trained in source.trained] + ["const"] * len(constants)
-    inputs = [Input(name, kind) for name, kind in zip(names, kinds, strict=True)]  # type: ignore[arg-type]
-    inputs.append(Input("tokens", "arg"))
+    jaxpr, constants = _trace_sizes(source, max_len, arguments)
+    _check_nothing_written(source, arguments)
+    captured = {f"const/{i}": array for i, array in enumerate(constants)}
+    inputs = [
+        *(Input(name, "weight" if t else "const") for name, t in zip(source.names, source.trained, strict=True)),
+        *(Input(name, "arg") for name in arguments),
+        *(Input(name, "const") for name in captured),
+        Input("tokens", "arg"),
+    ]
     _check_names(inputs)
-    arrays = dict(zip(names, [*source.arrays, *constants], strict=True))
+    arrays = {**dict(zip(source.names, source.arrays, strict=True)), **captured}
     jaxpr, inputs, arrays = _unroll(jaxpr, inputs, arrays)
     jaxpr, kept = ir.drop_dead(jaxpr, keep=lambda i: inputs[i].kind == "arg")
     inputs = [inputs[i] for i in kept]
@@ -87,11 +94,12 @@ def _source(model: Any, params: Any) -> Source:
     from flax import linen, nnx  # here alone: what is loaded from disk does without
 
     if isinstance(model, nnx.Module):
-        return _nnx_source(lambda module, tokens: module(tokens), model)
+        return _nnx_source(lambda module, tokens, **named: module(tokens, **named), model)
     if isinstance(params, nnx.Module) and callable(model):
         return _nnx_source(model, params)
     if isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], linen.Module):
-        return _function_source(lambda variables, tokens: model[0].apply(variables, tokens), model[1], drop="params/")
+        apply = model[0].apply
+        return _function_source(lambda v, tokens, **named: apply(v, tokens, **named), model[1], drop="params/")
     if isinstance(model, linen.Module):
         raise TraceError("a linen module is traced with its variables: xl.trace((module, variables), max_len=...)")
     if callable(model):
@@ -103,7 +111,7 @@ def _source(model: Any, params: Any) -> Source:
     )
 
 
-def _nnx_source(call: Callable[["nnx.Module", Any], Any], module: "nnx.Module") -> Source:
+def _nnx_source(call: Callable[..., Any], module: "nnx.Module") -> Source:
     from flax import nnx
 
     definition, state = nnx.split(module)
@@ -111,15 +119,15 @@ def _nnx_source(call: Callable[["nnx.Module", Any], Any], module: "nnx.Module") 
     paths = [path for path, _ in flat]
     variables = [variable for _, variable in flat]  # an array kept by `nnx.data` stands for itself
 
-    def run(leaves: list[Any], tokens: Any) -> tuple["nnx.Module", Any]:
+    def run(leaves: list[Any], tokens: Any, **named: Any) -> tuple["nnx.Module", Any]:
         replaced = [
             v.replace(leaf) if isinstance(v, nnx.Variable) else leaf for v, leaf in zip(variables, leaves, strict=True)
         ]
         copy = nnx.merge(definition, nnx.from_flat_state(zip(paths, replaced, strict=True)))
-        return copy, call(copy, tokens)
+        return copy, call(copy, tokens, **named)
 
-    def left_behind(leaves: list[Any], tokens: Any) -> dict[str, Any]:
-        copy, _ = run(leaves, tokens)
+    def left_behind(leaves: list[Any], tokens: Any, **named: Any) -> dict[str, Any]:
+        copy, _ = run(leaves, tokens, **named)
         state = nnx.to_flat_state(nnx.state(copy, nnx.Not(nnx.Any(nnx.Intermediate, nnx.RngState))))
         return {"/".join(map(str, path)): nnx.as_pure(variable) for path, variable in state}
 
@@ -128,7 +136,7 @@ def _nnx_source(call: Callable[["nnx.Module", Any], Any], module: "nnx.Module") 
         tuple("/".join(map(str, path)) for path in paths),
         arrays,
         tuple(isinstance(variable, nnx.Param) for variable in variables),
-        lambda leaves, tokens: run(leaves, tokens)[1],
+        lambda leaves, tokens, **named: run(leaves, tokens, **named)[1],
         left_behind,
     )
 
@@ -140,8 +148,8 @@ def _function_source(function: Callable[..., Any], params: Any, drop: str = "") 
     names = [jax.tree_util.keystr(path, simple=True, separator="/").removeprefix(drop) for path, *_ in held]
     trained = tuple(_is_trained(box) and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for _, box, leaf in held)
 
-    def forward(leaves: list[Any], tokens: Any) -> Any:
-        return function(jax.tree.unflatten(tree, leaves), tokens)
+    def forward(leaves: list[Any], tokens: Any, **named: Any) -> Any:
+        return function(jax.tree.unflatten(tree, leaves), tokens, **named)
 
     return Source(tuple(names), tuple(arrays), trained, forward)
 
@@ -166,23 +174,34 @@ def _is_trained(box: Any) -> bool:
     return not isinstance(box, nnx.Variable) or isinstance(box, nnx.Param)
 
 
-def _trace_sizes(source: Source, max_len: int) -> tuple[ir.Jaxpr, list[np.ndarray]]:
-    """Traces with symbolic sizes; where that is inconclusive, aligns traces at concrete lengths."""
+def _trace_sizes(source: Source, max_len: int, arguments: Sequence[str]) -> tuple[ir.Jaxpr, list[np.ndarray]]:
+    """Traces with symbolic sizes; where that is inconclusive, aligns traces at concrete lengths.
+
+    The jaxpr takes the arrays of the source, the further arguments, the constants that it returns, and the tokens.
+    """
     avals = [jax.ShapeDtypeStruct(np.shape(a), jnp.result_type(a)) for a in source.arrays]
 
     def at(rows: ir.Dim, length: ir.Dim) -> ir.Jaxpr:
         tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+
+        def forward(*operands: Any) -> Any:
+            leaves, named = operands[: len(avals)], dict(zip(arguments, operands[len(avals) : -1], strict=True))
+            return source.forward(list(leaves), operands[-1], **named)
+
         try:
-            jaxpr = ir.trace(lambda *xs: source.forward(list(xs[:-1]), xs[-1]), *avals, tokens)
+            jaxpr = ir.trace(forward, *avals, *[tokens] * len(arguments), tokens)
         except jax.errors.JAXTypeError as error:
             raise TraceError(f"the model branches on the values of tokens or weights: {error}") from error
         return _without_placement(ir.inline_calls(jaxpr, lambda eqn: eqn.primitive.name in ir.INLINED))
 
+    extra = len(avals), len(arguments)
+
+    def given_ones_at(rows: ir.Dim, length: ir.Dim) -> ir.Jaxpr:
+        return _given_ones(at(rows, length), *extra)
+
     rows, length = symbolic_sizes(max_len)
     try:
-        with ir.asked_equalities() as asked:
-            symbolic = at(rows, length)
-        jaxpr, constants = hoist_constants(symbolic)
+        jaxpr, constants = hoist_constants(at(rows, length))
     except TraceError:
         raise
     except Exception as inconclusive:  # symbolic sizes fail in as many ways as there are Python idioms
@@ -190,8 +209,21 @@ def _trace_sizes(source: Source, max_len: int) -> tuple[ir.Jaxpr, list[np.ndarra
     _check_logits(jaxpr)
     _check_deterministic(jaxpr)
     if not any(map(is_shape, source.arrays)):
-        check_lengths(at, jaxpr, source.arrays, constants, max_len, asked)
+        check_lengths(given_ones_at, _given_ones(jaxpr, *extra), source.arrays, constants, max_len)
     return jaxpr, constants
+
+
+def _given_ones(jaxpr: ir.Jaxpr, first: int, count: int) -> ir.Jaxpr:
+    """Returns the program without `count` inputs, shaped as the tokens and equal to 1, of which one is the `first`."""
+    if not count:
+        return jaxpr
+
+    def run(*operands: Any) -> list[Any]:
+        ones = [jnp.ones_like(operands[-1])] * count
+        return ir.evaluate(jaxpr, [*operands[:first], *ones, *operands[first:]])
+
+    avals = [v.aval for v in jaxpr.invars]
+    return ir.trace(run, *avals[:first], *avals[first + count :])
 
 
 def _without_placement(jaxpr: ir.Jaxpr) -> ir.Jaxpr:
@@ -230,12 +262,13 @@ def _check_logits(jaxpr: ir.Jaxpr) -> None:
         )
 
 
-def _check_nothing_written(source: Source) -> None:
+def _check_nothing_written(source: Source, arguments: Sequence[str]) -> None:
     """Raises TraceError where a forward changes a variable: by data flow, as transformations return what they take."""
     names: list[str] = []
 
     def after(*operands: Any) -> list[Any]:
-        left = source.left_behind(list(operands[:-1]), operands[-1])
+        named = {name: jnp.ones_like(operands[-1]) for name in arguments}
+        left = source.left_behind(list(operands[:-1]), operands[-1], **named)
         names.extend(left)
         return list(left.values())
 

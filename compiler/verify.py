@@ -214,9 +214,12 @@ def _check_array(name: str, array: Any, aval: Any) -> None:
 
 
 def _check_forward(graph: Graph) -> None:
-    if graph.names("arg") != ("tokens",):
+    if "tokens" not in graph.names("arg"):
         raise PassError(f"a forward graph has the argument tokens, this one has {graph.names('arg')}")
     tokens, outputs = graph.aval("tokens"), [v.aval for v in graph.jaxpr.outvars]
+    for name in graph.names("arg"):
+        if (aval := graph.aval(name)).shape != tokens.shape or aval.dtype != tokens.dtype:
+            raise PassError(f"{name} must be as tokens are, {type_text(tokens)}, it is {type_text(aval)}")
     shapes = [tuple(o.shape) for o in outputs]
     if tokens.ndim != 2 or tokens.dtype != jnp.int32:
         raise PassError(f"tokens must be int32[b, t], they are {type_text(tokens)}")

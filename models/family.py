@@ -23,6 +23,7 @@ class Family:
     linear: whether files hold a `kernel` as `torch.nn.Linear` does, [outputs, inputs]; GPT-2's are [inputs, outputs].
     resize: (shapes of our weights, settings) -> entries of config.json that say the sizes of a pruned model.
     indexed: settings by which a layer's form follows from its index.
+    arguments: what a forward takes beside tokens, by keyword.
     ignored: regular expressions of what may be in a file and is no weight: buffers, layers for training alone.
     """
 
@@ -32,6 +33,7 @@ class Family:
     linear: bool = True
     resize: Callable[[Shapes, Settings], dict[str, Any]] = resize_separate
     indexed: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
     ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
 
 
@@ -58,6 +60,7 @@ DECODER = {
 """The names that most decoders follow since Llama; each family adds to them or replaces some."""
 
 MODEL_TYPES: Mapping[str, str] = {  # of config.json, and the modules whose FAMILY builds them
+    "bert": "bert",
     "deepseek_v3": "deepseek_v3",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",

@@ -91,4 +91,5 @@ def _check_surplus(family: Family, left: Iterable[str], checkpoint: Checkpoint) 
 
 def _copies(family: Family, config: Mapping[str, Any]) -> list[str]:
     """Some writers keep both copies of a tied matrix."""
-    return [family.names["head/kernel"]] if config.get("tie_word_embeddings", True) else []
+    head = family.names.get("head/kernel")
+    return [head] if head and config.get("tie_word_embeddings", True) else []

@@ -54,7 +54,8 @@ def to_graph(
     module = nnx.eval_shape(lambda: family.build(settings, length, nnx.Rngs(0)))
     shapes = weight_shapes(module)
     tensors = assign(family, shapes, checkpoint, dtype, finite=not allow_nan)
-    graph = trace(_typed(module, tensors), max_len=length, tokenizer=checkpoint.tokenizer)
+    typed = _typed(module, tensors)
+    graph = trace(typed, max_len=length, tokenizer=checkpoint.tokenizer, arguments=family.arguments)
     constants = {name: array for name, array in graph.weights.stored.items() if not is_shape(array)}
     return graph.replace(weights=Weights(Stored(tensors, constants)), card=checkpoint.card, history=())
 

@@ -22,8 +22,8 @@ def observe(
 ) -> Stats:
     """Returns statistics of the input of every product with a weight; `k` is ordered as the weight's summed axes.
 
-    graph: a forward graph. batches: int32 tokens [b, t], every token counts. gram: whether to sum x^T x as well,
-    which takes k * k numbers a weight.
+    graph: a forward graph. batches: int32 tokens [b, t], every token counts, or all arguments of the graph by name.
+    gram: whether to sum x^T x as well, which takes k * k numbers a weight.
     Raises OptionError without batches.
     """
     if graph.is_step:
@@ -36,7 +36,7 @@ def observe(
     run = _compiled(graph, sources, gram)
     total: dict[str, InputStats] = {}
     for number, batch in enumerate(batches):
-        for name, found in run(graph.check_tokens(batch)).items():
+        for name, found in run(graph.check_batch(batch)).items():
             total[name] = total[name] + found if name in total else found
         progress("calibrating", (number + 1) / len(batches))
     return Stats(total)
@@ -54,13 +54,12 @@ def _inputs(graph: Graph, name: str, layout: Layout) -> list[tuple[ir.Var, tuple
     return found
 
 
-def _compiled(graph: Graph, sources: Any, gram: bool) -> Callable[[np.ndarray], dict[str, InputStats]]:
+def _compiled(graph: Graph, sources: Any, gram: bool) -> Callable[[dict[str, np.ndarray]], dict[str, InputStats]]:
     wanted = list(dict.fromkeys(var for inputs in sources.values() for var, _ in inputs))
     exposed = ir.expose(graph.jaxpr, wanted)
 
-    def run(arrays: dict[str, jax.Array], tokens: jax.Array) -> dict[str, list[Any]]:
-        sizes = {"b": tokens.shape[0], "t": tokens.shape[1]}
-        _, *values = ir.evaluate_at(exposed, graph.bind_names({**arrays, "tokens": tokens}), sizes)
+    def run(arrays: dict[str, jax.Array], batch: dict[str, jax.Array]) -> dict[str, list[Any]]:
+        _, *values = graph.evaluate(exposed, arrays, batch)
         seen = dict(zip(wanted, values, strict=True))
         return {
             name: [_statistics(_rows(seen[var], axes), gram) for var, axes in inputs]
@@ -69,8 +68,8 @@ def _compiled(graph: Graph, sources: Any, gram: bool) -> Callable[[np.ndarray], 
 
     compiled = jax.jit(run)
 
-    def collect(tokens: np.ndarray) -> dict[str, InputStats]:
-        found = jax.device_get(compiled(graph.arrays, tokens))
+    def collect(batch: dict[str, np.ndarray]) -> dict[str, InputStats]:
+        found = jax.device_get(compiled(graph.arrays, batch))
         return {name: _sum([_to_stats(each) for each in parts]) for name, parts in found.items()}
 
     return collect

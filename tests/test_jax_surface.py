@@ -288,9 +288,20 @@ def test_a_trace_depends_on_what_the_settings_tell():
 
 
 def test_equality_of_sizes_that_is_not_known_is_denied_and_can_be_heard():
-    (t,) = jax.export.symbolic_shape("t")
-    with ir.asked_equalities() as asked:
-        assert not t == 16 and t != 2 * 4 and t not in (5, 7)  # noqa: SIM201
-        jnp.broadcast_shapes((1, 3), (2, 3))
+    b, t = jax.export.symbolic_shape("b, t")
+    asked = []
+    rows, length = (ir.AskedDim(dim, asked) for dim in (b, t))
+    assert not length == 16 and length != 2 * 4 and length not in (5, 7)  # noqa: SIM201
     assert asked == [(t, 16), (t, 8), (t, 5), (t, 7)]
-    assert t != 9 and len(asked) == 4
+    assert length == t and t == length and hash(length) == hash(t) and length + 1 == 1 + t and length != rows
+    asked.clear()
+    sizes = jax.eval_shape(lambda x: x.reshape(-1), jax.ShapeDtypeStruct((rows, length + 1), "int32")).shape
+    assert sizes[0] != 39 and (b * t + b, 39) in asked
+    for size, plain in ((3 * length - 1, 3 * t - 1), (divmod(length, 7)[1], t % 7), (length // 2, t // 2)):
+        assert size != 4 and asked[-1] == (plain, 4)
+
+
+def test_numbers_that_a_size_may_equal():
+    b, t = jax.export.symbolic_shape("b, t", constraints=["b >= 1", "t >= 1", "t <= 64"])
+    assert ir.may_equal(t, 64) and ir.may_equal(b * t, 39) and ir.may_equal(t % 7, 0)
+    assert not ir.may_equal(t, 65) and not ir.may_equal(b * t, 0)

@@ -9,11 +9,12 @@ from typing import Any
 from xlathe.card import Card
 from xlathe.errors import CheckpointError
 from xlathe.models.checkpoint import Checkpoint, Tensor
+from xlathe.models.formats.json_file import read_json
 from xlathe.models.formats.safetensors import read_safetensors, write_safetensors
+from xlathe.models.formats.tokenizer import SETTINGS, TOKENIZER, read_chat_template, read_special_tokens, read_tokenizer
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-TOKENIZER = "tokenizer.json"
 SHARD = 5_000_000_000  # bytes, at most, but for a tensor that is larger: as transformers has it
 
 
@@ -25,20 +26,8 @@ def read_huggingface(folder: Path) -> Checkpoint:
     """
     config = read_json(folder / CONFIG)
     generation = read_json(folder / GENERATION) if (folder / GENERATION).exists() else {}
-    return Checkpoint(Card(config, generation), _tensors(folder), str(folder))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file; raises CheckpointError for anything else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return found
+    card = Card(config, generation, read_chat_template(folder), read_special_tokens(folder))
+    return Checkpoint(card, _tensors(folder), str(folder), read_tokenizer(folder))
 
 
 def _tensors(folder: Path) -> Mapping[str, Tensor]:
@@ -91,11 +80,17 @@ def write_huggingface(
         _write_tensors(checkpoint.tensors, folder, wrote, shard)
         if checkpoint.tokenizer is not None:
             checkpoint.tokenizer.save(str(folder / TOKENIZER))
+            _write_json(_text_settings(checkpoint.card), folder / SETTINGS)
         if checkpoint.card.generation:
             _write_json(checkpoint.card.generation, folder / GENERATION)
         _write_json(checkpoint.card.config, folder / CONFIG)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from None
+
+
+def _text_settings(card: Card) -> dict[str, Any]:
+    template = {} if card.chat_template is None else {"chat_template": card.chat_template}
+    return {"tokenizer_class": "PreTrainedTokenizerFast", **card.special_tokens, **template}
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], folder: Path, wrote: Callable[[int], None], shard: int) -> None:

@@ -30,13 +30,13 @@ def block_influence(graph: Graph, context: Context) -> tuple[float, ...]:
     exposed = ir.expose(graph.jaxpr, [var for block in blocks for var in block])
 
     @jax.jit
-    def run(arrays: Mapping[str, jax.Array], tokens: jax.Array) -> list[jax.Array]:
-        sizes = {"b": tokens.shape[0], "t": tokens.shape[1]}
-        _, *values = ir.evaluate_at(exposed, graph.bind_names({**arrays, "tokens": tokens}), sizes)
+    def run(arrays: Mapping[str, jax.Array], batch: Mapping[str, jax.Array]) -> list[jax.Array]:
+        _, *values = graph.evaluate(exposed, arrays, batch)
         return [_distance(a, b) for a, b in zip(values[::2], values[1::2], strict=True)]
 
-    sums = [np.asarray(run(graph.arrays, graph.check_tokens(batch))) for batch in context.calibration]
-    count = sum(np.asarray(batch).size for batch in context.calibration)
+    batches = [graph.check_batch(batch) for batch in context.calibration]
+    sums = [np.asarray(run(graph.arrays, batch)) for batch in batches]
+    count = sum(batch["tokens"].size for batch in batches)
     return tuple((np.sum(sums, axis=0) / count).tolist())
 
 

@@ -5,6 +5,8 @@ import types
 from collections.abc import Iterator
 from typing import Any, Final
 
+from absl import logging
+
 from xlathe.card import Card
 from xlathe.errors import CheckpointError, did_you_mean
 from xlathe.models.checkpoint import Checkpoint, Tensor
@@ -16,6 +18,7 @@ from xlathe.models.formats.gguf.header import Header, lookup
 from xlathe.models.formats.gguf.rope import FREQUENCIES, LONG, SHORT
 from xlathe.models.formats.gguf.rules import Found
 from xlathe.models.formats.gguf.values import ALIGNMENT
+from xlathe.models.formats.gguf_tokenizer import tokenizer_of
 
 TOKENS: Final = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 TEMPLATE: Final = "tokenizer.chat_template"
@@ -51,7 +54,17 @@ def as_checkpoint(file: Container) -> Checkpoint:
         if name not in used:
             raise CheckpointError(f"{file.path}: tensor {name!r}: expected none of this name in {architecture.name}")
     template = lookup(file, TEMPLATE, str)
-    return Checkpoint(Card(config, chat_template=template), types.MappingProxyType(tensors), str(file.path))
+    card = Card(config, chat_template=template)
+    return Checkpoint(card, types.MappingProxyType(tensors), str(file.path), _tokenizer(file))
+
+
+def _tokenizer(file: Container) -> Any:
+    """Returns the tokenizer; None, with a warning, where it is of a kind that is not known: the weights still are."""
+    try:
+        return tokenizer_of(file.metadata)
+    except CheckpointError as error:
+        logging.warning("%s is read without its tokenizer: %s", file.path, error)
+        return None
 
 
 def _architecture(file: Container) -> Architecture:

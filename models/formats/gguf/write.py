@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from absl import logging
 from gguf.constants import GGML_QUANT_SIZES, GGML_QUANT_VERSION, GGMLQuantizationType, LlamaFileType
 
 from xlathe.card import Card
@@ -14,6 +15,7 @@ from xlathe.models.formats.gguf.changes import Config
 from xlathe.models.formats.gguf.read import TEMPLATE, TOKENS
 from xlathe.models.formats.gguf.rules import Planned
 from xlathe.models.formats.gguf.writer import Progress, Typed, write_container
+from xlathe.models.formats.gguf_tokenizer import metadata_of
 
 Type = GGMLQuantizationType
 FILE_TYPES: Final = {
@@ -50,7 +52,7 @@ def write_gguf(
         known = did_you_mean(str(config.get("model_type")), BY_MODEL_TYPE)
         raise CheckpointError(f"{checkpoint.where}: no GGUF form of the model type {config.get('model_type')!r}{known}")
     try:
-        metadata = _metadata(architecture, checkpoint.card, type)
+        metadata = {**_metadata(architecture, checkpoint.card, type), **_text(checkpoint)}
         plans = list(_plans(architecture, checkpoint.tensors, config))
     except KeyError as error:
         raise CheckpointError(f"{checkpoint.where}: config: expected {error.args[0]!r}, found none") from None
@@ -72,6 +74,17 @@ def _metadata(architecture: Architecture, card: Card, type: str) -> dict[str, An
         **_token_ids(card),
         **({} if card.chat_template is None else {TEMPLATE: card.chat_template}),
     }
+
+
+def _text(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Returns what a file says of its tokenizer; nothing, with a warning, where GGUF has no words for it."""
+    if checkpoint.tokenizer is None:
+        return {}
+    try:
+        return metadata_of(checkpoint.tokenizer, checkpoint.card)
+    except CheckpointError as error:
+        logging.warning("%s is written without its tokenizer: %s", checkpoint.where, error)
+        return {}
 
 
 def _token_ids(card: Card) -> dict[str, int]:
