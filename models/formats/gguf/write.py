@@ -90,7 +90,7 @@ def _text(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _padded(text: dict[str, Any], rows: int) -> dict[str, Any]:
     """Returns the lists with a token for each row of the embedding: llama.cpp counts rows by them."""
-    items = {
+    items: dict[str, list[Any]] = {
         "tokens": [f"[PAD{i}]" for i in range(rows)],
         "scores": [-10000.0] * rows,
         "token_type": [UNUSED_TOKEN] * rows,
