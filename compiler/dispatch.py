@@ -200,15 +200,21 @@ class Dispatch:
         return [Layout(by_shape(out.aval.shape), True, Root(out, "counts", root.key, root.experts))]
 
     def _ragged_dot(self, eqn: ir.JaxprEqn, operands: Sequence[Layout]) -> list[Layout]:
-        rows, kernels, sizes = operands[:3]
+        rows, kernels = operands[:2]
         numbers = eqn.params["ragged_dot_dimension_numbers"]
         (summed, (over,)), batch = numbers.dot_dimension_numbers
         plain = tuple(summed) == (1,) and over in (1, 2) and not any(batch) and eqn.params["group_offset"] is None
         groups = tuple(numbers.lhs_ragged_dimensions), tuple(numbers.rhs_group_dimensions)
         if not plain or groups != ((0,), (0,)) or kernels.of_tokens:
             raise Mixes("is no product of rows with one weight a group")
+        return self._grouped(eqn, rows, operands[2], eqn.invars[2])
+
+    def _quantized_ragged_dot(self, eqn: ir.JaxprEqn, operands: Sequence[Layout]) -> list[Layout]:
+        return self._grouped(eqn, operands[0], operands[1], eqn.invars[1])
+
+    def _grouped(self, eqn: ir.JaxprEqn, rows: Layout, sizes: Layout, atom: ir.Atom) -> list[Layout]:
         root = sizes.root
-        if root is None or root.kind != "counts" or not self._is_index(eqn.invars[2], root):
+        if root is None or root.kind != "counts" or not self._is_index(atom, root):
             raise Mixes("has group sizes that are not how many tokens chose each expert")
         place = rows.axes[0][0] if len(rows.axes[0]) == 1 else None
         if not isinstance(place, Sorted) or place.key is not root.key or moves(rows.axes[1]):
@@ -322,6 +328,7 @@ _RULES: Mapping[str, _Rule] = {
     "scatter-add": Dispatch._scatter,
     "reduce_sum": Dispatch._count_by_sum,
     "ragged_dot_general": Dispatch._ragged_dot,
+    ir.OP_PREFIX + "quantized_ragged_dot": Dispatch._quantized_ragged_dot,
     "slice": Dispatch._part,
     "cumsum": Dispatch._accumulate,
 }

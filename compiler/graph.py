@@ -34,12 +34,20 @@ class Input:
 class Recipe:
     """How the inputs `targets` are made from the input `source` that they replace; a target may keep its name.
 
-    make: a frozen, picklable-free callable from one array to a tuple with one array a target.
+    make: a frozen, picklable-free callable from one array to a tuple with one array a target. more: further inputs
+    that are replaced with the source, such as the experts beside it; `make` then takes an iterable of all arrays, each
+    of which is made when it is asked for.
     """
 
     source: str
     targets: tuple[str, ...]
     make: Callable[[Any], tuple[Any, ...]]
+    more: tuple[str, ...] = ()
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All inputs that are replaced."""
+        return (self.source, *self.more)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +94,14 @@ class Weights(Mapping[str, Any]):
         index = self._maker(name, before)
         if index is None:
             return self._stored(name)
+        return self._made(index)[self.recipes[index].targets.index(name)]
+
+    def _made(self, index: int) -> tuple[Any, ...]:
+        """Returns what a recipe makes."""
         recipe = self.recipes[index]
-        return recipe.make(self._value(recipe.source, index))[recipe.targets.index(name)]
+        if recipe.more:
+            return recipe.make(self._value(source, index) for source in recipe.sources)
+        return recipe.make(self._value(recipe.source, index))
 
     def _stored(self, name: str) -> Any:
         if is_shape(array := self.stored[name]):
@@ -103,7 +117,8 @@ class Weights(Mapping[str, Any]):
     def __iter__(self) -> Iterator[str]:
         names = dict.fromkeys(self.stored)
         for recipe in self.recipes:
-            names.pop(recipe.source, None)
+            for source in recipe.sources:
+                names.pop(source, None)
             names |= dict.fromkeys(recipe.targets)
         yield from names
 
@@ -114,12 +129,12 @@ class Weights(Mapping[str, Any]):
         """Returns the mapping after `recipes` replaced their sources."""
         return dataclasses.replace(self, recipes=(*self.recipes, *recipes))
 
-    def source(self, name: str) -> str:
-        """Returns the name of the trained array that `name` is, or was made from."""
-        before = len(self.recipes)
-        while (index := self._maker(name, before)) is not None:
-            name, before = self.recipes[index].source, index
-        return next((origin.name for origin in self.origins if name in origin.targets), name)
+    def trained(self, name: str, before: int | None = None) -> tuple[str, ...]:
+        """Returns the names of the trained arrays that `name` is, or was made from."""
+        index = self._maker(name, len(self.recipes) if before is None else before)
+        if index is not None:
+            return tuple(n for source in self.recipes[index].sources for n in self.trained(source, index))
+        return tuple(origin.name for origin in self.origins if name in origin.targets) or (name,)
 
     def prepare(self, names: Iterator[str] | list[str]) -> dict[str, Any]:
         """Runs the recipes, one source at a time, and returns plain arrays for `names`."""
@@ -131,8 +146,7 @@ class Weights(Mapping[str, Any]):
             if index is None:
                 made[name] = self._stored(name)
             else:
-                recipe = self.recipes[index]
-                made.update(zip(recipe.targets, recipe.make(self._value(recipe.source, index)), strict=True))
+                made.update(zip(self.recipes[index].targets, self._made(index), strict=True))
         return {name: made[name] for name in wanted}
 
 
@@ -218,7 +232,8 @@ class Graph:
         """The trained arrays that the weights are, or were made from."""
         targets: dict[str, list[str]] = {}
         for name in self.names("weight"):
-            targets.setdefault(self.weights.source(name), []).append(name)
+            for trained in self.weights.trained(name):
+                targets.setdefault(trained, []).append(name)
         shapes = {origin.name: origin.shape for origin in self.weights.origins}
         shapes |= {name: self.aval(name).shape for name in set(targets) & set(self.names("weight"))}
         return tuple(

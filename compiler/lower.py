@@ -13,6 +13,7 @@ from xlathe import jaxpr as ir
 from xlathe.kernels import native
 from xlathe.kernels.cached_attention import cpu as cached_attention_cpu
 from xlathe.kernels.quantized_dot import cpu as quantized_dot_cpu
+from xlathe.kernels.quantized_dot import cpu_ragged as quantized_ragged_dot_cpu
 from xlathe.op import Op
 from xlathe.ops import OPS
 from xlathe.target import Target
@@ -86,6 +87,9 @@ def _cpu_kernels() -> Mapping[str, Kernel]:
     return {
         "cached_attention": Kernel(_cached_attention_on_cpu, _cached_attention_uncovered_on_cpu),
         "quantized_dot": Kernel(_quantized_dot_on_cpu, quantized_dot_cpu.uncovered),
+        "quantized_ragged_dot": Kernel(
+            quantized_ragged_dot_cpu.quantized_ragged_dot, quantized_ragged_dot_cpu.uncovered
+        ),
     }
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from xlathe import jaxpr as ir
 from xlathe.errors import OptionError
 from xlathe.graph import Graph
+from xlathe.passes.quantize.experts import Experts, find_experts
 from xlathe.passes.quantize.uses import Layout, Uses, plan_weights
 from xlathe.stats import InputStats, Stats
 
@@ -22,8 +23,9 @@ def observe(
 ) -> Stats:
     """Returns statistics of the input of every product with a weight; `k` is ordered as the weight's summed axes.
 
-    graph: a forward graph. batches: int32 tokens [b, t], every token counts, or all arguments of the graph by name.
-    gram: whether to sum x^T x as well, which takes k * k numbers a weight.
+    graph: a forward graph. batches: int32 tokens [b, t], every token counts. gram: whether to sum x^T x as well,
+    which takes k * k numbers a weight. An expert's statistics are of the tokens that chose it (`unseen` lists those
+    that none chose).
     Raises OptionError without batches.
     """
     if graph.is_step:
@@ -33,7 +35,8 @@ def observe(
         raise OptionError(f"calibration needs at least one batch of int32 tokens [b, t], got {what}")
     layouts, _ = plan_weights(graph, list(graph.names("weight")))
     sources = {name: _inputs(graph, name, layout) for name, layout in layouts.items()}
-    run = _compiled(graph, sources, gram)
+    experts, _ = find_experts(graph, list(graph.names("weight")))
+    run = _compiled(graph, sources, experts, gram)
     total: dict[str, InputStats] = {}
     for number, batch in enumerate(batches):
         for name, found in run(graph.check_batch(batch)).items():
@@ -54,17 +57,28 @@ def _inputs(graph: Graph, name: str, layout: Layout) -> list[tuple[ir.Var, tuple
     return found
 
 
-def _compiled(graph: Graph, sources: Any, gram: bool) -> Callable[[dict[str, np.ndarray]], dict[str, InputStats]]:
-    wanted = list(dict.fromkeys(var for inputs in sources.values() for var, _ in inputs))
+def unseen(stats: Stats) -> tuple[str, ...]:
+    """Returns the weights that no token of the calibration was multiplied with: experts that none chose."""
+    return tuple(name for name, found in stats.inputs.items() if not found.count)
+
+
+def _compiled(
+    graph: Graph, sources: Any, experts: Sequence[Experts], gram: bool
+) -> Callable[[dict[str, np.ndarray]], dict[str, InputStats]]:
+    routed = [var for group in experts for var in (group.rows, group.sizes)]
+    wanted = list(dict.fromkeys((*(var for inputs in sources.values() for var, _ in inputs), *routed)))
     exposed = ir.expose(graph.jaxpr, wanted)
 
     def run(arrays: dict[str, jax.Array], batch: dict[str, jax.Array]) -> dict[str, list[Any]]:
         _, *values = graph.evaluate(exposed, arrays, batch)
         seen = dict(zip(wanted, values, strict=True))
-        return {
+        plain = {
             name: [_statistics(_rows(seen[var], axes), gram) for var, axes in inputs]
             for name, inputs in sources.items()
         }
+        for group in experts:
+            plain |= _of_experts(group, seen[group.rows].astype(jnp.float32), seen[group.sizes], gram)
+        return plain
 
     compiled = jax.jit(run)
 
@@ -80,6 +94,15 @@ def _rows(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     kept = [i for i in range(x.ndim) if i not in axes]
     size = int(np.prod([x.shape[i] for i in axes]))
     return x.transpose(*kept, *axes).reshape(-1, size).astype(jnp.float32)
+
+
+def _of_experts(group: Experts, rows: jax.Array, sizes: jax.Array, gram: bool) -> dict[str, list[Any]]:
+    """Returns statistics of the rows of each expert: zeros in place of the rows of others add nothing to a sum."""
+    ends, places, found = jnp.cumsum(sizes), jnp.arange(rows.shape[0]), {}
+    for i, name in enumerate(group.names):
+        own = (places < ends[i]) & (places >= ends[i] - sizes[i])
+        found[name] = [_statistics(jnp.where(own[:, None], rows, 0.0), gram) | {"count": sizes[i]}]
+    return found
 
 
 def _statistics(x: jax.Array, gram: bool) -> dict[str, jax.Array]:

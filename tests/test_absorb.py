@@ -62,7 +62,7 @@ def test_before_and_after() -> None:
     assert misses == ()
     assert after.aval("key.keys").shape == after.aval("value.values").shape == (4, 8, 6)
     assert not {"key", "value"} & set(after.names("weight"))
-    assert after.weights.source("key.keys") == "key"
+    assert after.weights.trained("key.keys") == ("key",)
     tokens = np.random.default_rng(1).integers(0, 11, (2, 7))
     assert difference(after(tokens), before(tokens)) <= 1e-5
 

@@ -18,6 +18,8 @@ TARGETS = (
     "xlathe.quantized_dot.int8",
     "xlathe.quantized_dot.int4",
     "xlathe.quantized_dot.int4_a8",
+    "xlathe.quantized_ragged_dot.int8",
+    "xlathe.quantized_ragged_dot.int4",
     "xlathe.cached_attention.f32",
     "xlathe.cached_attention.int8",
 )

@@ -14,6 +14,7 @@ from xlathe.axes import Einsum
 from xlathe.errors import OptionError, did_you_mean
 from xlathe.graph import Graph, Recipe, Record
 from xlathe.ops.quantized_dot import BLOCK, quantized_dot
+from xlathe.passes.quantize.experts import EachExpert, Experts, emit_product, find_experts
 from xlathe.passes.quantize.schemes import Int4Groups, Int8Channels, Scheme
 from xlathe.passes.quantize.uses import Layout, Uses, plan_weights
 from xlathe.pipeline import APPROXIMATE, Context, Keeps, Pass
@@ -36,6 +37,9 @@ class Quantize(Pass):
     must match in full. The rest is for int4 alone. group: the weights in a group, 32 if it is not given. symmetric:
     false adds a zero point a group. activations: none, they stay as they are, or `int8`, they are rounded to 8 bits, a
     block of 32 at a time; another scheme, with results of its own.
+
+    The experts of a mixture (`jax.lax.ragged_dot` with a stack of them) are quantized each by itself, and lie in one
+    array with the others: `w.codes` [experts, ...], where `w` has a star for the expert's number.
 
     A weight is quantized where every use of it is a product with activations over the same axes, or a look-up of
     whole rows (a tied embedding). A product that rounds its weight to bfloat16 or float16 first takes the quantized
@@ -67,7 +71,9 @@ class Quantize(Pass):
     def apply(self, graph: Graph, context: Context) -> tuple[Graph, Record]:
         chosen = [name for name in graph.names("weight") if re.fullmatch(self.weights, name)]
         plans, misses = plan_weights(graph, chosen)
-        if not plans:
+        experts, refused = find_experts(graph, chosen)
+        misses += refused
+        if not plans and not experts:
             nearly = _nearly(misses) or _listed(graph.names("weight"))
             raise OptionError(
                 f"quantize: weights={self.weights!r} matches no weight that is multiplied with activations; {nearly}"
@@ -75,13 +81,27 @@ class Quantize(Pass):
         scheme = self._scheme()
         for name, layout in plans.items():
             scheme.check(name, graph.aval(name).shape, layout.shape(graph.aval(name))[1])
-        result = _replace(graph, plans, scheme)
-        return result, Record("quantize", hits={"weight": len(plans)}, misses=misses)
+        for name, layout in ((name, group.layout) for group in experts for name in group.names):
+            scheme.check(name, graph.aval(name).shape, layout.shape(graph.aval(name))[1])
+        hits = {"weight": len(plans)} | ({"expert": sum(len(group.names) for group in experts)} if experts else {})
+        result = _replace(graph, plans, experts, scheme)
+        notes = _unseen_experts(graph, context) if experts and not graph.is_step else ()
+        return result, Record("quantize", hits=hits, misses=misses, notes=notes)
 
     def _scheme(self) -> Scheme:
         if self.scheme == "int8":
             return Int8Channels()
         return Int4Groups(self.group or GROUP, self.symmetric, self.activations)
+
+
+def _unseen_experts(graph: Graph, context: Context) -> tuple[str, ...]:
+    """Says which experts the calibration, if there is one, never reached: what it tells does not hold for them."""
+    from xlathe.passes.observe import observe, unseen  # it reads products as this package does
+
+    if not len(context.calibration):
+        return ()
+    found = unseen(observe(graph, context.calibration, progress=context.progress))
+    return tuple(f"{name}: no token of the calibration chose this expert" for name in found)
 
 
 def _known(value: str | None, known: Iterable[str | None]) -> None:
@@ -114,7 +134,7 @@ def _listed(names: Sequence[str]) -> str:
     return "the graph has " + ", ".join([*names[:SHOWN], *["..."] * (len(names) > SHOWN)])
 
 
-def _replace(graph: Graph, plans: Mapping[str, Layout], scheme: Scheme) -> Graph:
+def _replace(graph: Graph, plans: Mapping[str, Layout], experts: Sequence[Experts], scheme: Scheme) -> Graph:
     """Adds codes, scales and zero points as inputs, replaces the products, and drops the weights."""
     parts = {name: scheme.parts(*layout.shape(graph.aval(name))) for name, layout in plans.items()}
     targets = {name: tuple(f"{name}.{part}" for part in avals) for name, avals in parts.items()}
@@ -126,7 +146,22 @@ def _replace(graph: Graph, plans: Mapping[str, Layout], scheme: Scheme) -> Graph
             replacements[use.eqn.outvars[0]] = Replacement((other,), emit, added=made)
     added = {f"{name}.{part}": aval for name, avals in parts.items() for part, aval in avals.items()}
     recipes = [Recipe(name, targets[name], scheme.recipe(layout)) for name, layout in plans.items()]
+    for group in experts:
+        stacked = _stacked(graph, group, scheme)
+        added |= stacked
+        made = tuple(stacked)
+        emit = emit_product(group.eqn, scheme.attributes())
+        replacements[group.eqn.outvars[0]] = Replacement((group.rows, group.sizes), emit, added=made)
+        each = EachExpert((scheme.recipe(group.layout),) * len(group.names))
+        recipes.append(Recipe(group.names[0], made, each, group.names[1:]))
     return rewrite_graph(graph, replacements, added).replace(weights=graph.weights.derive(*recipes))
+
+
+def _stacked(graph: Graph, group: Experts, scheme: Scheme) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the inputs that replace the matrices of experts."""
+    parts = scheme.parts(*group.layout.shape(graph.aval(group.names[0])))
+    count = len(group.names)
+    return {f"{group.stem}.{part}": jax.ShapeDtypeStruct((count, *a.shape), a.dtype) for part, a in parts.items()}
 
 
 def _product(eqn: ir.JaxprEqn, side: int, scheme: Scheme) -> Any:

@@ -55,6 +55,14 @@ struct Int4Tail {
   }
 };
 
+// The shift that makes 32 << shift the columns of a group; -1 where none does.
+inline int group_shift(int64_t k, int64_t groups) {
+  for (int shift = 0; 32 << shift <= kLargestGroup; ++shift) {
+    if (groups << (shift + 5) == k) return shift;
+  }
+  return -1;
+}
+
 // What a call of a handler is given.
 struct Int4Call {
   const xla::ffi::BufferR2<xla::ffi::F32>& x;      // [M, K]
@@ -91,14 +99,7 @@ struct Int4Call {
   }
 
  private:
-  // The group is 32 << shift; -1 where no shift makes it.
-  int shift() const {
-    const int64_t k = x.dimensions()[1], groups = scale.dimensions()[1];
-    for (int shift = 0; 32 << shift <= kLargestGroup; ++shift) {
-      if (groups << (shift + 5) == k) return shift;
-    }
-    return -1;
-  }
+  int shift() const { return group_shift(x.dimensions()[1], scale.dimensions()[1]); }
 };
 
 }  // namespace xlathe

@@ -1,0 +1,35 @@
+"""Products of groups of rows with a quantized weight each: the experts of a mixture."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from xlathe.op import op
+from xlathe.ops.quantized_dot import quantized_dot
+
+
+@op("quantized_ragged_dot")
+def quantized_ragged_dot(
+    x: jax.Array,  # [m, k], the rows of the first expert, of the second, ...
+    sizes: jax.Array,  # int32 [experts]: how many rows each has; they sum to at most m
+    codes: jax.Array,  # [experts, ...]; this and what follows as `quantized_dot` takes it, for each expert
+    scale: jax.Array,
+    *zero: jax.Array,
+    out_dtype: str,
+    **scheme: Any,
+) -> jax.Array:  # [m, n]
+    """`quantized_dot` of each row with the weight of its expert; rows after the last expert's give zeros.
+
+    An expert without rows is not read by a kernel, whatever its weight holds. This body computes all experts, one
+    after the other.
+    """
+    ends, places = jnp.cumsum(sizes), jnp.arange(x.shape[0], dtype=sizes.dtype)
+
+    def add(total: jax.Array, expert: Any) -> tuple[jax.Array, None]:
+        end, size, *parts = expert
+        product = quantized_dot.body(x, *parts, out_dtype=out_dtype, **scheme)
+        return jnp.where(((places < end) & (places >= end - size))[:, None], product, total), None
+
+    total = jnp.zeros((x.shape[0], codes.shape[1]), out_dtype)
+    return jax.lax.scan(add, total, (ends, sizes, codes, scale, *zero))[0]

@@ -1,0 +1,88 @@
+"""The weights of experts: found where a graph multiplies groups of rows with a stack of them, quantized one by one."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xlathe import jaxpr as ir
+from xlathe.graph import Graph
+from xlathe.ops.quantized_ragged_dot import quantized_ragged_dot
+from xlathe.passes.quantize.uses import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """Weights by expert, which `jax.lax.ragged_dot` multiplies groups of rows with.
+
+    names: the matrix of each expert. eqn: the product. layout: of every matrix. The rows of an expert are as many as
+    `sizes` says, one group after the other.
+    """
+
+    names: tuple[str, ...]
+    eqn: ir.JaxprEqn
+    layout: Layout
+
+    @property
+    def rows(self) -> ir.Var:
+        """[m, k]."""
+        return self.eqn.invars[0]
+
+    @property
+    def sizes(self) -> ir.Var:
+        """int32 [experts]."""
+        return self.eqn.invars[2]
+
+    @property
+    def stem(self) -> str:
+        """What the inputs that replace the matrices are called after: `layers/3/experts/*/gate/kernel`."""
+        columns = zip(*(name.split("/") for name in self.names), strict=True)
+        return "/".join(parts[0] if len(set(parts)) == 1 else "*" for parts in columns)
+
+
+def find_experts(graph: Graph, names: Sequence[str]) -> tuple[list[Experts], tuple[str, ...]]:
+    """Returns the stacks of experts whose matrices are all among `names`, and why others cannot be quantized."""
+    equations = ir.live_equations(graph.jaxpr)
+    producer, consumer = ir.producers(equations), ir.consumers(equations)
+    inputs = {v: i.name for v, i in zip(graph.jaxpr.invars, graph.inputs, strict=True) if i.kind == "weight"}
+    found, misses = [], []
+    for eqn in equations:
+        stack = producer.get(eqn.invars[1]) if eqn.primitive.name == "ragged_dot_general" else None
+        if stack is None or stack.primitive.name != "stack" or not all(a in inputs for a in stack.invars):
+            continue
+        members = tuple(inputs[a] for a in stack.invars)
+        chosen = [name for name in members if name in names]
+        used_once = all(len(consumer[v]) == 1 for v in (*stack.invars, stack.outvars[0]))
+        if len({len(name.split("/")) for name in members}) > 1 or stack.params["axis"] != 0 or not used_once:
+            misses += [f"{members[0]}: the experts beside it are used in other ways too at {ir.source_line(stack)}"]
+        elif len(chosen) == len(members):
+            (_, (summed,)), _ = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+            found.append(Experts(members, eqn, Layout((2 - summed,), (summed - 1,))))
+        elif chosen:
+            misses += [f"{chosen[0]}: only {len(chosen)} of the {len(members)} experts that are multiplied at once"]
+    return found, tuple(misses)
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class EachExpert:
+    """Recipe of parts [experts, ...] from the matrix of each expert, one at a time. makers: one an expert."""
+
+    makers: tuple[Callable[[Any], tuple[np.ndarray, ...]], ...]
+
+    def __call__(self, weights: Iterable[Any]) -> tuple[np.ndarray, ...]:
+        made = (maker(weight) for maker, weight in zip(self.makers, weights, strict=True))
+        return tuple(np.stack(parts) for parts in zip(*made, strict=True))
+
+
+def emit_product(eqn: ir.JaxprEqn, attributes: Any) -> Callable[..., jax.Array]:
+    """Emits the product of groups of rows with quantized experts: (rows, sizes, *parts)."""
+    out_dtype = str(eqn.outvars[0].aval.dtype)
+
+    def emit(rows: jax.Array, sizes: jax.Array, *parts: jax.Array) -> jax.Array:
+        return quantized_ragged_dot(rows, sizes.astype(jnp.int32), *parts, out_dtype=out_dtype, **attributes)
+
+    return emit

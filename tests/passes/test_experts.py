@@ -1,0 +1,129 @@
+"""Experts of a mixture: quantized each by itself, observed by the tokens that chose them, never read unless chosen."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.passes.decoding import difference, fused
+from tests.variants import DECODERS
+from xlathe.graph import Graph, Weights
+from xlathe.ops.quantized_dot import quantized_dot
+from xlathe.ops.quantized_ragged_dot import quantized_ragged_dot
+from xlathe.passes.kv_cache import KVCache
+from xlathe.passes.observe import observe, unseen
+from xlathe.passes.quantize import Quantize
+from xlathe.passes.quantize.rtn import quantize_channels
+from xlathe.pipeline import Context
+
+EXPERTS, LAYERS = 4, 2
+
+
+@pytest.fixture(scope="module")
+def graph() -> Graph:
+    (variant,) = (v for v in DECODERS if v.name == "stacked_when_used")
+    return fused(variant)
+
+
+def names(layer: int, matrix: str) -> list[str]:
+    return [f"layers/{layer}/experts/{e}/{matrix}" for e in range(EXPERTS)]
+
+
+def test_before_and_after(graph: Graph) -> None:
+    """Before: 4 matrices [32, 64] in each layer. Expected: one array of codes, a scale a row of each expert."""
+    quantized = Quantize(weights=r".*/experts/.*")(graph)
+    assert quantized.history[-1].hits["expert"] == 2 * EXPERTS * LAYERS
+    codes, scale = (quantized.weights[f"layers/1/experts/*/ups.{part}"] for part in ("codes", "scale"))
+    assert codes.shape == (EXPERTS, 64, 32) and codes.dtype == np.int8 and scale.shape == (EXPERTS, 64)
+    for e, name in enumerate(names(1, "ups")):
+        own_codes, own_scale = quantize_channels(graph.weights[name].T)
+        np.testing.assert_array_equal(codes[e], own_codes)
+        np.testing.assert_array_equal(scale[e], own_scale)
+    assert not any(e.primitive.name in ("ragged_dot_general", "stack") for e in quantized.jaxpr.eqns)
+    trained = {origin.name: origin.shape for origin in quantized.origins}
+    assert all(trained[name] == (32, 64) for layer in range(LAYERS) for name in names(layer, "ups"))
+
+
+@pytest.mark.parametrize("options", [{}, {"scheme": "int4", "group": 32}], ids=str)
+def test_equals_the_forward_with_rounded_experts(graph: Graph, options: dict) -> None:
+    quantized = Quantize(weights=r".*/experts/.*", **options)(graph)
+    arrays = dict(graph.weights.stored)
+    for recipe in quantized.weights.recipes:
+        for name in recipe.sources:
+            alone = Quantize(weights=".*", **options)._scheme()
+            maker = recipe.make.makers[0]
+            parts = map(jnp.asarray, maker(arrays[name]))
+            arrays[name] = np.asarray(alone.dequantize(*parts)).T
+    tokens = np.random.default_rng(0).integers(0, 61, (2, 9))
+    assert difference(quantized(tokens), graph.replace(weights=Weights(arrays))(tokens)) <= 1e-5
+    assert difference(quantized(tokens), graph(tokens)) > 1e-4
+
+
+def test_the_step_of_quantized_experts(graph: Graph) -> None:
+    quantized = Quantize()(graph)
+    tokens = np.random.default_rng(1).integers(0, 61, (2, 9))
+    assert difference(KVCache()(quantized)(tokens), quantized(tokens)) <= 1e-5
+
+
+def test_some_experts_of_a_product_alone_are_near_misses(graph: Graph) -> None:
+    record = Quantize(weights=r"layers/0/(wq|experts/[01]/ups)")(graph).history[-1]
+    assert record.hits == {"weight": 1}
+    assert record.misses == ("layers/0/experts/0/ups: only 2 of the 4 experts that are multiplied at once",)
+
+
+def test_statistics_are_of_the_tokens_that_chose_an_expert(graph: Graph) -> None:
+    tokens = np.random.default_rng(2).integers(0, 61, (3, 8))
+    found = observe(graph, [tokens[:1], tokens[1:]], gram=True).inputs
+    counts = [int(found[name].count) for name in names(0, "ups")]
+    assert sum(counts) == 2 * tokens.size and min(counts) > 0 and len(set(counts)) > 1
+    downs = [int(found[name].count) for name in names(0, "downs")]
+    assert downs == counts
+    whole = found[names(0, "ups")[0]]
+    np.testing.assert_allclose(np.diag(whole.gram), whole.sum_squares, rtol=1e-5)
+    # every token is counted twice, at its two experts: their sums are twice that of the router's input
+    total = sum(found[name].sum_squares for name in names(0, "ups"))
+    np.testing.assert_allclose(total, 2 * found["layers/0/router"].sum_squares, rtol=1e-5)
+
+
+def test_an_expert_that_no_token_chose_is_listed(graph: Graph) -> None:
+    stats = observe(graph, [np.array([[5]])])
+    missing = unseen(stats)
+    assert len(missing) == LAYERS * (EXPERTS - 2) * 2 and all("/experts/" in name for name in missing)
+    assert all(int(stats.inputs[name].count) == 0 and not stats.inputs[name].absmax.any() for name in missing)
+    record = Quantize()(graph, Context(calibration=[np.array([[5]])])).history[-1]
+    assert record.notes == tuple(f"{name}: no token of the calibration chose this expert" for name in missing)
+    assert unseen(observe(graph, [np.arange(60).reshape(2, 30)])) == ()
+
+
+def operands(sizes: list[int], bits: int, seed: int = 0) -> tuple[jax.Array, ...]:
+    rng, count, n, k = np.random.default_rng(seed), len(sizes), 50, 96
+    x = jnp.asarray(rng.normal(size=(sum(sizes) + 1, k)), jnp.float32)
+    if bits == 8:
+        codes = jnp.asarray(rng.integers(-127, 128, (count, n, k)), jnp.int8)
+        scale = jnp.asarray(rng.uniform(0.5, 1.5, (count, n)), jnp.float32)
+    else:
+        codes = jnp.asarray(rng.integers(0, 256, (count, n, k // 2)), jnp.uint8)
+        scale = jnp.asarray(rng.uniform(0.5, 1.5, (count, n, k // 32)), jnp.bfloat16)
+    return x, jnp.asarray(sizes, jnp.int32), codes, scale
+
+
+@pytest.mark.parametrize("options", [{"bits": 8}, {"bits": 4, "group": 32}], ids=str)
+def test_each_group_is_a_product_with_its_expert(options: dict) -> None:
+    sizes = [3, 0, 1, 9]
+    x, counts, codes, scale = operands(sizes, options["bits"])
+    found = quantized_ragged_dot(x, counts, codes, scale, out_dtype="float32", **options)
+    ends = np.cumsum(sizes)
+    for e, (size, end) in enumerate(zip(sizes, ends, strict=True)):
+        own = quantized_dot.body(x[end - size : end], codes[e], scale[e], out_dtype="float32", **options)
+        np.testing.assert_allclose(found[end - size : end], own, rtol=1e-5, atol=1e-4)
+    assert not found[-1].any()  # a row of no expert
+
+
+@pytest.mark.parametrize("options", [{"bits": 8}, {"bits": 4, "group": 32}], ids=str)
+def test_what_an_unchosen_expert_holds_never_leaks(options: dict) -> None:
+    x, counts, codes, scale = operands([3, 0, 1, 9], options["bits"])
+    poisoned = scale.at[1].set(jnp.nan)
+    clean, found = (
+        quantized_ragged_dot(x, counts, codes, s, out_dtype="float32", **options) for s in (scale, poisoned)
+    )
+    np.testing.assert_array_equal(found, clean)
