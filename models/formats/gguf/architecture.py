@@ -96,8 +96,8 @@ def head_dim_of(config: Config) -> int:
 
 def turned_of(config: Config) -> int:
     """The features of a head that are rotated: all, or the first `partial_rotary_factor` of them."""
-    rope = config.get("rope_parameters") or {}
-    share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", config.get("rotary_pct", 1.0)))
+    said = ((config.get("rope_parameters") or {}).get("partial_rotary_factor"), config.get("partial_rotary_factor"))
+    share = next((value for value in (*said, config.get("rotary_pct")) if value is not None), 1.0)
     return int(share * head_dim_of(config))
 
 

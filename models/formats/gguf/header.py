@@ -23,7 +23,7 @@ class Header:
     def get[T: Value](self, key: str, kind: type[T]) -> T | None: ...
     @overload
     def get[T: Value](self, key: str, kind: type[T], default: T) -> T: ...
-    def get(self, key: str, kind: type[Value], default: Any = None) -> Any:
+    def get(self, key: str, kind: type[Any], default: Any = None) -> Any:
         """Returns a value of type `kind`, or the default where the file does not say."""
         return lookup(self.file, f"{self.architecture}.{key}", kind, default)
 
@@ -42,7 +42,7 @@ class Header:
         return entry.shape
 
 
-def lookup(file: Container, key: str, kind: type[Value], default: Any = None) -> Any:
+def lookup(file: Container, key: str, kind: type[Any], default: Any = None) -> Any:
     """Returns the value of a full key; floats are the shortest decimals that float32 stores as what is there."""
     value = file.metadata.get(key)
     if value is None:

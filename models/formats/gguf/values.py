@@ -116,13 +116,8 @@ class Cursor:
 
     def _strings(self, length: int, what: str) -> list[str]:
         """Reads as `string` does, in a loop that is quick for vocabularies."""
-        found, data, position, end, size_at = (
-            [],
-            self.data,
-            self.position,
-            len(self.data),
-            struct.Struct("<Q").unpack_from,
-        )
+        data, position, end = self.data, self.position, len(self.data)
+        size_at, found = struct.Struct("<Q").unpack_from, list[bytes]()
         for _ in range(length):
             start = position + 8
             position = start + size_at(data, position)[0] if start <= end else end + 1

@@ -24,8 +24,10 @@ FILE_TYPES: Final = {
     "BF16": LlamaFileType.MOSTLY_BF16,
     "Q8_0": LlamaFileType.MOSTLY_Q8_0,
 }
+TYPES: Final = {"F32": Type.F32, "F16": Type.F16, "BF16": Type.BF16, "Q8_0": Type.Q8_0}
 # What llama.cpp only computes with in float32, beside norms and biases.
 FLOAT32: Final = ("ffn_gate_inp.weight", "position_embd.weight", "token_types.weight", "_norm.weight")
+UNUSED_TOKEN: Final = 5  # of tokenizer.ggml.token_type
 UNUSED: Final = (".rotary_emb.inv_freq",)  # buffers that old checkpoints carry
 
 
@@ -55,7 +57,7 @@ def write_gguf(
         plans = list(_plans(architecture, checkpoint.tensors, config))
     except KeyError as error:
         raise CheckpointError(f"{checkpoint.where}: config: expected {error.args[0]!r}, found none") from None
-    tensors = [Typed(plan, _type_of(plan, Type[type])) for plan in plans]
+    tensors = [Typed(plan, _type_of(plan, TYPES[type])) for plan in plans]
     write_container(path, {**metadata, **(extra or {})}, tensors, progress)
 
 
@@ -80,10 +82,22 @@ def _text(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.tokenizer is None:
         return {}
     try:
-        return metadata_of(checkpoint.tokenizer, checkpoint.card)
+        return _padded(metadata_of(checkpoint.tokenizer, checkpoint.card), int(checkpoint.card.config["vocab_size"]))
     except CheckpointError as error:
         logging.warning("%s is written without its tokenizer: %s", checkpoint.where, error)
         return {}
+
+
+def _padded(text: dict[str, Any], rows: int) -> dict[str, Any]:
+    """Returns the lists with a token for each row of the embedding: llama.cpp counts rows by them."""
+    items: dict[str, list[Any]] = {
+        "tokens": [f"[PAD{i}]" for i in range(rows)],
+        "scores": [-10000.0] * rows,
+        "token_type": [UNUSED_TOKEN] * rows,
+    }
+    lists = {f"tokenizer.ggml.{name}": padding for name, padding in items.items()}
+    padded = {key: [*text[key], *padding[len(text[key]) :]] for key, padding in lists.items() if key in text}
+    return {**text, **padded}
 
 
 def _token_ids(card: Card) -> dict[str, int]:

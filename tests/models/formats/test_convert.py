@@ -1,5 +1,7 @@
 """Checkpoints from one format to another, through the command line and from Python."""
 
+import dataclasses
+import importlib.util
 import json
 import shutil
 
@@ -9,7 +11,8 @@ import pytest
 import safetensors.numpy
 
 import xlathe as xl
-from tests.models.formats.fixtures import FIXTURES, load
+from tests.models.formats.fixtures import FIXTURES, load, of_arrays
+from tests.models.formats.test_tokenizers import byte_level
 from xlathe.errors import CheckpointError, OptionError
 from xlathe.models.formats.checkpoints import open_checkpoint
 from xlathe.models.formats.convert import convert
@@ -82,3 +85,25 @@ def test_wrong_types_and_places_are_refused(tmp_path, capsys):
     (tmp_path / "text.gguf").write_text("no checkpoint at all")
     assert main(["convert", str(tmp_path / "text.gguf"), str(tmp_path / "m.gguf")]) == 1
     assert "expected a GGUF file, which begins with" in capsys.readouterr().err
+
+
+def test_a_tokenizer_with_fewer_tokens_than_the_embedding_has_rows(tmp_path):
+    """Expected: a token a row, as llama.cpp wants it, and the tokenizer back."""
+    given, _ = load("llama")
+    arrays = {name: tensor.read() for name, tensor in given.tensors.items()}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        arrays[name] = np.resize(arrays[name], (512, 64))
+    tokenizer = byte_level("llama-bpe")
+    made = of_arrays({**given.card.config, "vocab_size": 512}, arrays)
+    write_gguf(dataclasses.replace(made, tokenizer=tokenizer), tmp_path / "m.gguf", "F32")
+    metadata = open_container(tmp_path / "m.gguf").metadata
+    tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    size = tokenizer.get_vocab_size()
+    assert size < len(tokens) == len(kinds) == 512
+    assert tokens[size:] == [f"[PAD{i}]" for i in range(size, 512)] and set(kinds[size:]) == {5}
+    found = open_checkpoint(tmp_path / "m.gguf").tokenizer
+    assert found.encode("The fox  doesn't").ids == tokenizer.encode("The fox  doesn't").ids
+    if importlib.util.find_spec("llama_cpp") is not None:
+        model = importlib.import_module("llama_cpp").Llama(str(tmp_path / "m.gguf"), n_ctx=16, verbose=False)
+        plain = tokenizer.encode("The fox  doesn't", add_special_tokens=False).ids
+        assert model.tokenize(b"The fox  doesn't", add_bos=False) == plain
