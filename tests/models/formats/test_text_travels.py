@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import xlathe as xl
-from tests.models.formats.test_tokenizers import CORPUS, byte_level, sentence_pieces
+from tests.models.formats.test_tokenizers import CORPUS, MADE
 from tests.models.tiny import LLAMA, tiny_checkpoint
 from xlathe.card import Card
 from xlathe.models.checkpoint import Checkpoint
@@ -17,7 +17,7 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.content }}<|turn|>{% endf
 
 
 def spoken(made: str) -> Checkpoint:
-    tokenizer = sentence_pieces(prefix=True) if made == "llama" else byte_level(made)
+    tokenizer = MADE[made]()
     config = {**LLAMA, "vocab_size": tokenizer.get_vocab_size(), "bos_token_id": 0, "eos_token_id": 1}
     card = Card(config, {}, TEMPLATE, {"bos_token": "<s>", "eos_token": "</s>"})
     plain = tiny_checkpoint(config)
@@ -61,7 +61,10 @@ def test_a_pretrained_model_chats(tmp_path: Path) -> None:
     np.testing.assert_array_equal(loaded([[1, 2]]), graph([[1, 2]]))
 
 
-@pytest.mark.parametrize("made", ["llama", "llama-bpe", "qwen2", "gpt-2", "deepseek-v3", "default", "tekken", "falcon"])
+KINDS = ["llama", "llama-bpe", "qwen2", "gpt-2", "gpt-4o", "deepseek-v3", "default", "tekken", "falcon", "bert"]
+
+
+@pytest.mark.parametrize("made", KINDS)
 def test_llama_cpp_gives_the_same_ids(made: str, tmp_path: Path) -> None:
     """llama.cpp reads the vocabulary alone of the file that we write."""
     library = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install xlathe[llama]")
