@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import xlathe as xl
 from xlathe import bundle, bundle_check, manifest
 from xlathe.aot import Buckets, served_state, to_step, units
+from xlathe.card import Card
 from xlathe.executable_cache import cache_folder
 from xlathe.kernels import native
 from xlathe.models.llama import Llama, LlamaConfig
@@ -26,6 +27,7 @@ from xlathe.passes import Canonicalize, Quantize
 from xlathe.program import Program, compile_unit
 
 VOCAB = 61
+CARD = Card({"model_type": "llama"}, chat_template="{{ messages }}")
 REQUEST: dict[str, Any] = {
     "prompt": [[1, 2, 3, 4, 5, 6, 7], [9]],
     "max_tokens": 6,
@@ -59,6 +61,7 @@ def compiled(graph: xl.Graph) -> Program:
         tokenizer=words,
         stop_tokens=(3,),
         step=step,
+        card=CARD,
     )
 
 
@@ -111,7 +114,9 @@ def test_a_loaded_program_generates_the_same(
 ) -> None:
     expected = programs[kind].generate(**REQUEST)
     for _ in range(2):  # compiled the first time, from the cache the second
-        found = xl.load(saved[kind], verify="all").generate(**REQUEST)
+        loaded = xl.load(saved[kind], verify="all")
+        assert loaded.card == CARD
+        found = loaded.generate(**REQUEST)
         assert [(c.tokens, c.text, c.finish_reason) for c in found] == [
             (c.tokens, c.text, c.finish_reason) for c in expected
         ]
@@ -243,6 +248,10 @@ def test_a_changed_weight_header_is_an_error_without_hashes(copy: Path) -> None:
         ("files/weights.safetensors/size", -1, "size is -1, expected a number of bytes"),
         ("files/weights.safetensors/sha256", "A" * 64, "expected 64 hexadecimal digits"),
         ("files/..~weights", {"size": 0, "sha256": "0" * 64}, "files lists '..~weights', which is no part"),
+        ("card", [], r"the model's card: expected an object of config, generation, chat_template, special_tokens"),
+        ("card/config", 3, "the model's card: config is 3, expected an object"),
+        ("card/generation", {"eos_token_id": "x"}, "the model's card: eos_token_id is 'x', expected a token id"),
+        ("card", None, "checksum is wrong"),
         ("vocab", 62, "checksum is wrong"),
         ("expires", "2999-01-01", "checksum is wrong"),
         ("remark", "hello", "checksum is wrong"),

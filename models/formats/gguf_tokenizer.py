@@ -161,6 +161,8 @@ def metadata_of(tokenizer: Tokenizer, card: Card) -> dict[str, Any]:
     if model["type"] not in writers:
         raise CheckpointError(f"GGUF has no tokenizer of the kind {model['type']}")
     ids = {f"{KEY}{name}_token_id": tokenizer.token_to_id(text) for name, text in _names(card, tokenizer).items()}
+    if UNKNOWN in kinds:  # which llama.cpp takes to be 0 or 2 where nothing is said
+        ids[f"{KEY}unknown_token_id"] = kinds.index(UNKNOWN)
     empty = tokenizer.encode("").ids
     begins = bool(empty) and empty[0] == ids.get(f"{KEY}bos_token_id")
     ends = bool(empty) and empty[-1] == ids.get(f"{KEY}eos_token_id")
@@ -275,5 +277,6 @@ def _write_word_pieces(
             "GGUF's bert tokenizer puts one token before a text and one after it, which this one does not"
         )
     unknown = tokenizer.token_to_id(data["model"]["unk_token"])
-    ids = {f"{KEY}unknown_token_id": unknown, f"{KEY}cls_token_id": ends[0], f"{KEY}seperator_token_id": ends[1]}
+    first = {f"{KEY}{name}_token_id": ends[0] for name in ("bos", "cls")}  # llama.cpp begins with either, by its age
+    ids = {**first, f"{KEY}unknown_token_id": unknown, f"{KEY}seperator_token_id": ends[1]}
     return {f"{KEY}model": "bert", f"{KEY}tokens": marked, **ids}
