@@ -35,7 +35,9 @@ def stack_weights(graph: Graph) -> Graph:
     equations = ir.live_equations(graph.jaxpr)
     consumer = ir.consumers(equations)
     weights = {v: i.name for v, i in zip(graph.jaxpr.invars, graph.inputs, strict=True) if i.kind == "weight"}
-    replacements, added, recipes = {}, {}, []
+    replacements: dict[ir.Var, Replacement] = {}
+    added: dict[str, Any] = {}
+    recipes: list[Recipe] = []
     for eqn in equations:
         stacked = eqn.primitive.name == "stack" and all(a in weights and len(consumer[a]) == 1 for a in eqn.invars)
         names = tuple(weights[a] for a in eqn.invars) if stacked else ()
