@@ -20,6 +20,7 @@ from xlathe.passes.fuse_attention import FuseAttention
 from xlathe.passes.kv_cache import KVCache
 from xlathe.passes.lower_kernels import LowerKernels
 from xlathe.passes.specialize import Specialize
+from xlathe.stacks import stack_weights
 from xlathe.step import cache_sizes, ring_slack, state_avals
 
 UNIT, CHUNKS = 32, (16, 128)  # what `xlathe.compile` takes for them
@@ -82,7 +83,7 @@ def to_step(graph: Graph) -> Graph:
     """Returns the incremental step of a graph, derived with the default passes where it still is a forward."""
     for pass_ in () if graph.is_step else (Canonicalize(), FuseAttention(), KVCache()):
         graph = pass_(graph)
-    return graph
+    return stack_weights(graph)
 
 
 def fix_step(

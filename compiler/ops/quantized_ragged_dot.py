@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from xlathe.op import op
 from xlathe.ops.quantized_dot import quantized_dot
@@ -24,12 +25,14 @@ def quantized_ragged_dot(
     An expert without rows is not read by a kernel, whatever its weight holds. This body computes all experts, one
     after the other.
     """
-    ends, places = jnp.cumsum(sizes), jnp.arange(x.shape[0], dtype=sizes.dtype)
+    # one equation each, also where the number of rows is symbolic: bodies are compared
+    ends, places = lax.cumsum(sizes), lax.iota(sizes.dtype, x.shape[0])
 
     def add(total: jax.Array, expert: Any) -> tuple[jax.Array, None]:
         end, size, *parts = expert
         product = quantized_dot.body(x, *parts, out_dtype=out_dtype, **scheme)
-        return jnp.where(((places < end) & (places >= end - size))[:, None], product, total), None
+        own = lax.broadcast_in_dim((places < end) & (places >= end - size), total.shape, (0,))
+        return lax.select(own, product, total), None
 
     total = jnp.zeros((x.shape[0], codes.shape[1]), out_dtype)
-    return jax.lax.scan(add, total, (ends, sizes, codes, scale, *zero))[0]
+    return lax.scan(add, total, (ends, sizes, codes, scale, *zero))[0]

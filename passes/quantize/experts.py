@@ -12,6 +12,7 @@ from xlathe import jaxpr as ir
 from xlathe.graph import Graph
 from xlathe.ops.quantized_ragged_dot import quantized_ragged_dot
 from xlathe.passes.quantize.uses import Layout
+from xlathe.stacks import stem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +40,7 @@ class Experts:
     @property
     def stem(self) -> str:
         """What the inputs that replace the matrices are called after: `layers/3/experts/*/gate/kernel`."""
-        columns = zip(*(name.split("/") for name in self.names), strict=True)
-        return "/".join(parts[0] if len(set(parts)) == 1 else "*" for parts in columns)
+        return stem(self.names) or self.names[0]
 
 
 def find_experts(graph: Graph, names: Sequence[str]) -> tuple[list[Experts], tuple[str, ...]]:
@@ -56,7 +56,7 @@ def find_experts(graph: Graph, names: Sequence[str]) -> tuple[list[Experts], tup
         members = tuple(inputs[a] for a in stack.invars)
         chosen = [name for name in members if name in names]
         used_once = all(len(consumer[v]) == 1 for v in (*stack.invars, stack.outvars[0]))
-        if len({len(name.split("/")) for name in members}) > 1 or stack.params["axis"] != 0 or not used_once:
+        if stem(members) is None or stack.params["axis"] != 0 or not used_once:
             misses += [f"{members[0]}: the experts beside it are used in other ways too at {ir.source_line(stack)}"]
         elif len(chosen) == len(members):
             (_, (summed,)), _ = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers

@@ -5,11 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.passes.decoding import difference, fused
 from tests.passes.test_experts import operands
+from tests.variants import DECODERS
+from xlathe.aot import fix_step
 from xlathe.errors import OptionError
 from xlathe.kernels import native
 from xlathe.kernels.quantized_dot.cpu_ragged import TARGETS, quantized_ragged_dot
 from xlathe.ops.quantized_ragged_dot import quantized_ragged_dot as operation
+from xlathe.passes.kv_cache import KVCache
+from xlathe.passes.quantize import Quantize
+from xlathe.step import empty_state, run_step
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the CPU kernels were not built")
 ISAS = native.available_isas() if native.library() else ()
@@ -60,3 +66,17 @@ def test_refused_operands() -> None:
     call = jax.ffi.ffi_call(TARGETS[8], jax.ShapeDtypeStruct((14, 50), jnp.float32))
     with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match=r"codes \[4, 50, 95\]"):
         call(x, sizes, codes[..., 1:], scale, isa="auto")
+
+
+@pytest.mark.parametrize("options", [{}, {"scheme": "int4", "group": 32}], ids=str)
+def test_a_step_is_lowered_to_it(options: dict) -> None:
+    """Two products with experts a layer, by the kernel; the same logits as the reference bodies give."""
+    (variant,) = (v for v in DECODERS if v.name == "stacked_when_used")
+    step = KVCache()(Quantize(**options)(fused(variant)))
+    lowered = fix_step(step, "cpu", rows=1, slots=16, tokens=4, selected=4)
+    hits = lowered.history[-1].hits
+    assert hits["quantized_ragged_dot: kernel"] == 4 and "quantized_ragged_dot: reference" not in hits
+    args = {"tokens": [5, 9, 1, 3], "positions": [0, 1, 2, 3], "rows": [0] * 4, "select": [0, 1, 2, 3]}
+    args = {name: np.asarray(values, np.int32) for name, values in args.items()}
+    found, expected = (run_step(graph, args, empty_state(step, 1, 16))[0] for graph in (lowered, step))
+    assert difference(found, expected) <= 1e-5

@@ -1,10 +1,13 @@
 """Experts of a mixture: quantized each by itself, observed by the tokens that chose them, never read unless chosen."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import xlathe as xl
 from tests.passes.decoding import difference, fused
 from tests.variants import DECODERS
 from xlathe.graph import Graph, Weights
@@ -63,6 +66,14 @@ def test_the_step_of_quantized_experts(graph: Graph) -> None:
     quantized = Quantize()(graph)
     tokens = np.random.default_rng(1).integers(0, 61, (2, 9))
     assert difference(KVCache()(quantized)(tokens), quantized(tokens)) <= 1e-5
+
+
+def test_saved_and_loaded(graph: Graph, tmp_path: Path) -> None:
+    quantized = Quantize()(graph)
+    quantized.save(tmp_path)
+    again, tokens = xl.load_graph(tmp_path), np.arange(6)[None]
+    np.testing.assert_array_equal(again(tokens), quantized(tokens))
+    assert again.origins == quantized.origins
 
 
 def test_some_experts_of_a_product_alone_are_near_misses(graph: Graph) -> None:
