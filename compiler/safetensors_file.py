@@ -163,16 +163,19 @@ def _tensor(mapped: mmap.mmap | None, start: int, shape: tuple[int, ...], dtype:
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, Tensor], wrote: Callable[[int], None] = lambda size: None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    wrote: Callable[[int], None] = lambda size: None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes tensors one at a time, in their order, under a temporary name until all are there.
 
     In the file wide numbers come first, so that each array lies aligned in a format without padding.
-    wrote: told the bytes of each tensor. Raises CheckpointError where the file cannot be written or a dtype has no
-    name in the format.
+    wrote: told the bytes of each tensor; metadata: texts for other readers.
+    Raises CheckpointError where the file cannot be written or a dtype has no name in the format.
     """
     places = _places(path, tensors)
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     for name, (begin, end) in places.items():
         tensor = tensors[name]
         entries[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}

@@ -241,5 +241,5 @@ def test_broken_tokenizer(saved):
 def test_dtype_that_files_cannot_hold(tmp_path):
     graph = graph_of(lambda p, ids: p["e"][ids] @ p["e"].T + p["q"].astype(jnp.float32), e=E,
                      q=np.zeros(11, jnp.int4))  # fmt: skip
-    with pytest.raises(xl.GraphFileError, match="q is int4"):
+    with pytest.raises(xl.GraphFileError, match="'q' is int4"):
         graph.save(tmp_path)

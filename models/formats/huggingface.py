@@ -14,6 +14,7 @@ from xlathe.safetensors_file import read_safetensors, write_safetensors
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+METADATA = {"format": "pt"}  # without which transformers refuses a file
 SHARD = 5_000_000_000  # bytes, at most, but for a tensor that is larger: as transformers has it
 
 
@@ -97,12 +98,12 @@ def _write_tensors(tensors: Mapping[str, Tensor], folder: Path, wrote: Callable[
         old.unlink(missing_ok=True)
     shards = list(_split(tensors, shard))
     if len(shards) == 1:
-        write_safetensors(folder / WEIGHTS, shards[0], wrote)
+        write_safetensors(folder / WEIGHTS, shards[0], wrote, METADATA)
         return
     places = {}
     for number, part in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        write_safetensors(folder / file, part, wrote)
+        write_safetensors(folder / file, part, wrote, METADATA)
         places |= dict.fromkeys(part, file)
     total = sum(tensor.nbytes for tensor in tensors.values())
     _write_json({"metadata": {"total_size": total}, "weight_map": places}, folder / INDEX)
