@@ -65,7 +65,9 @@ class LatentAttention(nnx.Module):
         if heads.query_latent is not None:
             self.query_down = linear(width, heads.query_latent, rngs, bias)
             self.query_norm = nnx.RMSNorm(heads.query_latent, epsilon=epsilon, rngs=rngs)
-        self.query = linear(heads.query_latent or width, queries, rngs)
+            self.query_up = linear(heads.query_latent, queries, rngs)
+        else:
+            self.query = linear(width, queries, rngs)
         self.latent = linear(width, heads.latent + heads.rotary, rngs, bias)
         self.latent_norm = nnx.RMSNorm(heads.latent, epsilon=epsilon, rngs=rngs)
         self.key_value = linear(heads.latent, heads.count * (heads.plain + heads.value), rngs)
@@ -73,8 +75,9 @@ class LatentAttention(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         heads, (b, t, _) = self.heads, x.shape
-        narrow = x if heads.query_latent is None else self.query_norm(self.query_down(x))
-        query = self.query(narrow).reshape(b, t, heads.count, -1)
+        direct = heads.query_latent is None
+        query = self.query(x) if direct else self.query_up(self.query_norm(self.query_down(x)))
+        query = query.reshape(b, t, heads.count, -1)
         latent, rotary = jnp.split(self.latent(x), [heads.latent], axis=-1)
         both = self.key_value(self.latent_norm(latent)).reshape(b, t, heads.count, -1)
         key, value = both[..., : heads.plain], both[..., heads.plain :]
@@ -129,7 +132,8 @@ _LATENT = {
     )
     for leaf, kind in (("kernel", "weight"), ("bias", "bias"))
 } | {
-    "layers/*/attention/query/kernel": "model.layers.*.self_attn.q_b_proj.weight",
+    "layers/*/attention/query/kernel": "model.layers.*.self_attn.q_proj.weight",
+    "layers/*/attention/query_up/kernel": "model.layers.*.self_attn.q_b_proj.weight",
     "layers/*/attention/query_norm/scale": "model.layers.*.self_attn.q_a_layernorm.weight",
     "layers/*/attention/latent_norm/scale": "model.layers.*.self_attn.kv_a_layernorm.weight",
 }

@@ -20,7 +20,8 @@ class Family:
     build: (settings, longest text to serve, rngs) -> a module that takes int32 tokens [b, t].
     names: ours by theirs, `layers/*/attention/query/kernel` -> `model.layers.*.self_attn.q_proj.weight`; the stars are
         equal. A name that a configuration has no weight for (a bias, an untied head) may be in the table all the same.
-    linear: whether files hold a `kernel` as `torch.nn.Linear` does, [outputs, inputs]; GPT-2's are [inputs, outputs].
+    linear: whether files hold a `kernel` as `torch.nn.Linear` does, [outputs, inputs]; GPT-2's are [inputs, outputs],
+        but for its head.
     resize: (shapes of our weights, settings) -> entries of config.json that say the sizes of a pruned model.
     indexed: settings by which a layer's form follows from its index.
     arguments: what a forward takes beside tokens, by keyword.

@@ -12,6 +12,7 @@ from xlathe.models.sizes import read_windows
 
 def build(settings: Settings, max_len: int, rngs: nnx.Rngs) -> Decoder:
     """Builds the model that a `config.json` of the type `gemma2` describes."""
+    settings = settings.with_defaults(sliding_window=4096, attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
     sizes = read_sizes(settings)
     heads, norm = read_heads(settings, sizes), make_norm(sizes)
     rope, bias = read_rope(settings, heads.dim, max_len), settings.flag("attention_bias", False)

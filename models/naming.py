@@ -24,7 +24,7 @@ def their_name(family: Family, ours: str) -> str:
 
 def is_turned(family: Family, ours: str) -> bool:
     """Says whether files hold the transpose of a weight."""
-    return family.linear and ours.endswith("/kernel")
+    return ours == "head/kernel" or (family.linear and ours.endswith("/kernel"))
 
 
 def assign(

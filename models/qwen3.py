@@ -12,16 +12,17 @@ from xlathe.models.sizes import Sizes, read_activation, read_upper_windows
 def build(settings: Settings, max_len: int, rngs: nnx.Rngs) -> Decoder:
     """Builds the model that a `config.json` of the type `qwen3` describes."""
     sizes, norm = Sizes.read(settings), Sizes.read(settings).rms_norm(rngs)
+    windows = read_upper_windows(settings, sizes.layers)
 
     def block(index: int) -> Block:
         feed_forward = GatedFeedForward(sizes.width, sizes.hidden, read_activation(settings), rngs=rngs)
-        return Block(norm(), attention(settings, sizes, max_len, index, rngs), norm(), feed_forward)
+        return Block(norm(), attention(settings, sizes, max_len, windows[index], rngs), norm(), feed_forward)
 
     return Decoder(sizes.vocab, sizes.width, sizes.layers, block, norm, tied=sizes.tied, rngs=rngs)
 
 
-def attention(settings: Settings, sizes: Sizes, max_len: int, index: int, rngs: nnx.Rngs) -> Attention:
-    """Makes the attention of layer `index`, which the models with experts share."""
+def attention(settings: Settings, sizes: Sizes, max_len: int, window: int | None, rngs: nnx.Rngs) -> Attention:
+    """Makes the attention of a layer, which the models with experts share."""
     bias = settings.flag("attention_bias", False)
     return Attention(
         sizes.width,
@@ -30,7 +31,7 @@ def attention(settings: Settings, sizes: Sizes, max_len: int, index: int, rngs: 
         bias=bias,
         output_bias=bias,
         head_norm=sizes.head_norm(rngs),
-        window=read_upper_windows(settings, sizes.layers)[index],
+        window=window,
         rngs=rngs,
     )
 

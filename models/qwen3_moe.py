@@ -14,6 +14,8 @@ def build(settings: Settings, max_len: int, rngs: nnx.Rngs) -> Decoder:
     """Builds the model that a `config.json` of the type `qwen3_moe` describes."""
     sizes, norm = Sizes.read(settings), Sizes.read(settings).rms_norm(rngs)
     activation = read_activation(settings)
+    slides = settings.flag("use_sliding_window", False)
+    window = settings.size("sliding_window", 4096) if slides else None  # on all layers, whatever max_window_layers is
     choice = Choice(
         experts=settings.size("num_experts", settings.size("num_local_experts", 128)),
         chosen=settings.size("num_experts_per_tok", 8),
@@ -28,7 +30,7 @@ def build(settings: Settings, max_len: int, rngs: nnx.Rngs) -> Decoder:
         return SparseFeedForward(sizes.width, settings.size("moe_intermediate_size"), router, activation, rngs=rngs)
 
     def block(index: int) -> Block:
-        return Block(norm(), attention(settings, sizes, max_len, index, rngs), norm(), feed_forward(index))
+        return Block(norm(), attention(settings, sizes, max_len, window, rngs), norm(), feed_forward(index))
 
     return Decoder(sizes.vocab, sizes.width, sizes.layers, block, norm, tied=sizes.tied, rngs=rngs)
 

@@ -1,8 +1,8 @@
 """Rotary position embeddings and the ways in which a pretrained model's frequencies are stretched.
 
 RoPE: https://arxiv.org/abs/2104.09864. The scalings follow Hugging Face's `rope_parameters` (before version 5
-`rope_theta` and `rope_scaling`): linear (position interpolation, https://arxiv.org/abs/2306.15595), llama3,
-yarn (https://arxiv.org/abs/2309.00071) and longrope (https://arxiv.org/abs/2402.13753).
+`rope_theta` and `rope_scaling`): linear (position interpolation, https://arxiv.org/abs/2306.15595), dynamic, llama3,
+yarn (https://arxiv.org/abs/2309.00071) and longrope (https://arxiv.org/abs/2402.13753, first called su).
 """
 
 import dataclasses
@@ -95,18 +95,29 @@ def _linear(base: np.ndarray, theta: float, found: Settings, settings: Settings,
     return base / found.positive("factor"), 1.0
 
 
+def _dynamic(base: np.ndarray, theta: float, found: Settings, settings: Settings, max_len: int) -> Scaled:
+    """Stretches by the length of a text longer than `max_position_embeddings` alone, and such ones are not served."""
+    found.positive("factor")
+    return base, 1.0
+
+
+def _trained(found: Settings, settings: Settings) -> int:
+    """Returns the length of text that the unscaled frequencies were trained with."""
+    name = "original_max_position_embeddings"
+    return settings.size(name, found.size(name, settings.size("max_position_embeddings")))
+
+
 def _llama3(base: np.ndarray, theta: float, found: Settings, settings: Settings, max_len: int) -> Scaled:
     """Long wavelengths are stretched, short ones kept, those between blended."""
     factor = found.positive("factor")
     low, high = found.positive("low_freq_factor"), found.positive("high_freq_factor")
-    turns = found.size("original_max_position_embeddings") * base / (2 * math.pi)
+    turns = _trained(found, settings) * base / (2 * math.pi)
     blend = np.clip((turns - low) / (high - low), 0, 1)
     return base * (blend + (1 - blend) / factor), 1.0
 
 
 def _yarn(base: np.ndarray, theta: float, found: Settings, settings: Settings, max_len: int) -> Scaled:
-    factor, dim = found.positive("factor"), 2 * base.size
-    trained = found.size("original_max_position_embeddings", settings.size("max_position_embeddings"))
+    factor, dim, trained = found.positive("factor"), 2 * base.size, _trained(found, settings)
 
     def channel(turns: float) -> float:
         return dim * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))
@@ -132,7 +143,7 @@ def _yarn_magnitude(found: Settings, factor: float) -> float:
 
 def _longrope(base: np.ndarray, theta: float, found: Settings, settings: Settings, max_len: int) -> Scaled:
     """Each channel has a factor of its own: one list for texts as long as trained with first, one for longer ones."""
-    trained = settings.size("original_max_position_embeddings", found.count("original_max_position_embeddings", 0))
+    trained = _trained(found, settings)
     name = "long_factor" if max_len > trained else "short_factor"
     factors = np.asarray(found.numbers(name))
     if factors.shape != base.shape:
@@ -145,7 +156,9 @@ def _longrope(base: np.ndarray, theta: float, found: Settings, settings: Setting
 _SCALINGS: Mapping[str, Callable[[np.ndarray, float, Settings, Settings, int], Scaled]] = {
     "default": _default,
     "linear": _linear,
+    "dynamic": _dynamic,
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,
+    "su": _longrope,
 }

@@ -17,6 +17,10 @@ class Settings:
     values: Mapping[str, Any]
     where: str = "config.json"
 
+    def with_defaults(self, **defaults: Any) -> "Settings":
+        """Returns these settings where a name that is left out has a default; one that is null stays so."""
+        return Settings({**defaults, **self.values}, self.where)
+
     def has(self, name: str) -> bool:
         return self.values.get(name) is not None
 
@@ -60,7 +64,7 @@ class Settings:
 
     def numbers(self, name: str) -> tuple[float, ...]:
         value = self._value(name, None)
-        if not isinstance(value, list) or not all(isinstance(v, int | float) and v not in (True, False) for v in value):
+        if not isinstance(value, list) or not all(type(v) in (int, float) for v in value):  # no bool
             raise self.wrong(name, "a list of numbers", value)
         return tuple(map(float, value))
 
