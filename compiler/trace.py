@@ -56,12 +56,16 @@ def trace(model: Any, params: Any = None, *, max_len: int, tokenizer: Any = None
     max_len: the longest row that the graph must serve; bounds the symbolic length.
 
     Raises TraceError: where the model cannot be traced with symbolic sizes nor aligned from two lengths, does not
-        return [b, t, vocab], computes something else at short lengths, draws random numbers or writes variables.
+        return [b, t, vocab], computes something else at short lengths, draws random numbers or writes variables, or a
+        weight is no array.
     """
     if not isinstance(max_len, int | np.integer) or max_len < 1:
         raise TraceError(f"max_len must be a whole number of at least 1, got {max_len!r}")
     max_len = int(max_len)
     source = _source(model, params)
+    for name, array in zip(source.names, source.arrays, strict=True):
+        if not _is_array(array):
+            raise TraceError(f"the weight {name!r} is of type {type(array).__name__}, expected an array of numbers")
     jaxpr, constants = _trace_sizes(source, max_len)
     _check_nothing_written(source)
     names = [*source.names, *(f"const/{i}" for i in range(len(constants)))]
@@ -135,12 +139,21 @@ def _function_source(function: Callable[..., Any], params: Any, drop: str = "") 
     tree = jax.tree.structure(params)
     names = [jax.tree_util.keystr(path, simple=True, separator="/").removeprefix(drop) for path, _ in flat]
     arrays = tuple(leaf for _, leaf in flat)
-    trained = tuple(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in arrays)
+    trained = tuple(_is_array(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in arrays)
 
     def forward(leaves: list[Any], tokens: Any) -> Any:
         return function(jax.tree.unflatten(tree, leaves), tokens)
 
     return Source(tuple(names), arrays, trained, forward)
+
+
+def _is_array(leaf: Any) -> bool:
+    """Says whether JAX takes a leaf of the weights for numbers, or for the shape of some."""
+    try:
+        jnp.result_type(leaf)
+    except TypeError:
+        return False
+    return not isinstance(leaf, str | np.dtype | type)  # `result_type` takes these for the names of types
 
 
 def _trace_sizes(source: Source, max_len: int) -> tuple[ir.Jaxpr, list[np.ndarray]]:
