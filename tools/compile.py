@@ -76,7 +76,6 @@ def _build(options: Options, source: str, destination: str, memory: int | None, 
             target=options["target"],
             stop_tokens=stop_tokens(source),
         )
-    assert program.memory is not None
     plan = program.memory if memory is None else dataclasses.replace(program.memory, memory=memory)
     _show(plan, (options["json"],), console)
     if not plan.fits:
