@@ -98,7 +98,7 @@ def _parts(
     **_: Any,
 ) -> Rows:  # float32 [splits, tiles, k, LINES, *rest]
     """Returns what each split of the cache knows of the lines."""
-    (tiles, heads, _, d), e = lines.shape, cache.values.shape[3]
+    (tiles, heads), d, e = lines.shape[:2], lines.shape[3], cache.values.shape[3]
     blocks = pl.cdiv(cache.sizes[1], SLOTS)
     splits = max(1, min(THREAD_BLOCKS // (heads * tiles), blocks))
     table = held_pages(cache)
@@ -167,13 +167,16 @@ def _attend(
     probs: Any,  # see `Tile`
     results: list[Any],  # as `Rows`, float32 [LINES, *rest]
     lines_arrived: Any,  # barrier
-    *buffers_here: Any,  # see `buffers`
+    tiles: tuple[Any, ...],  # see `Stream`
+    wide: tuple[Any, ...],  # see `Stream`
+    arrived: Any,  # see `Stream`
+    *,
     score: Callable[[jax.Array], jax.Array],
     window: int | None,
     blocks: int,
 ) -> None:
     head, split, tile = (jax.lax.axis_index(name) for name in ("head", "split", "tile"))
-    stream, lines = Stream(kept, table, *buffers_here, head), Tile(places_here, q_here, probs, window)
+    stream, lines = Stream(kept, table, tiles, wide, arrived, head), Tile(places_here, q_here, probs, window)
     for source, target in zip(places, places_here, strict=True):
         plgpu.copy_gmem_to_smem(source.at[tile], target, lines_arrived)
     plgpu.copy_gmem_to_smem(q.at[tile, head], q_here, lines_arrived)
