@@ -102,6 +102,7 @@ def load_bundle(directory: PathLike, *, verify: str = "structure") -> Program:
         stop_tokens=manifest.stop_tokens,
         target=manifest.target,
         card=manifest.card,
+        memory=manifest.memory,
         seconds=time.perf_counter() - start,
     )
 
@@ -126,6 +127,7 @@ def _write(program: Program, step: Graph, folder: Path) -> None:
         inputs=tuple(ArrayType(name, dtype, shape) for name, (shape, dtype) in inputs.items()),
         states={rows: _state_types(program, step, rows) for rows in program.buckets.batches},
         custom_calls=tuple(sorted(calls)),
+        memory=program.memory,
         files={path.relative_to(folder).as_posix(): check.file_entry(path) for path in files},
         card=program.card,
     )

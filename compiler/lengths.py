@@ -71,9 +71,9 @@ def _asked(at: Callable[[Any, Any], ir.Jaxpr], length: ir.DimExpr) -> Iterable[t
     """Returns which sizes the model, and JAX for it, compare with which numbers in a trace with symbols."""
     asked: list[tuple[ir.DimExpr, int]] = []
     # In a scope of their own: JAX keeps one aval of those that are equal, which would be one that lists nothing.
-    rows, length = export.symbolic_shape("b, t", constraints=ir.dim_constraints(length))
+    own = export.symbolic_shape("b, t", constraints=ir.dim_constraints(length))
     try:
-        at(ir.AskedDim(rows, asked), ir.AskedDim(length, asked))
+        at(*(ir.AskedDim(dim, asked) for dim in own if isinstance(dim, ir.DimExpr)))
     except Exception:  # as in `trace`: the comparisons up to there count
         return dict.fromkeys(asked)
     return dict.fromkeys(asked)

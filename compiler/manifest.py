@@ -15,9 +15,10 @@ from xlathe import card as cards
 from xlathe.aot import Buckets, Signature, signatures
 from xlathe.card import Card
 from xlathe.errors import BundleError, OptionError
+from xlathe.memory import CacheSize, MemoryPlan
 from xlathe.safetensors_file import CODES
 
-FORMAT, VERSION = "xlathe-bundle", 1
+FORMAT, VERSION = "xlathe-bundle", 2
 MANIFEST, WEIGHTS, TOKENIZER, PROGRAMS = "manifest.json", "weights.safetensors", "tokenizer.json", "programs"
 LIFETIME = datetime.timedelta(days=180)  # `jax.export` promises to read what it wrote for six months
 _DTYPES = frozenset(dtype.name for dtype in CODES)
@@ -55,7 +56,8 @@ class Manifest:
     """What a bundle says of itself.
 
     versions: of the libraries that wrote it; target: a name from `xlathe.target`; platform: XLA's name of it;
-    inputs: the arrays of the weight file, in its order; states: what is remembered, by number of rows;
+    inputs: the arrays of the weight file, in its order; states: what is remembered, by number of rows; memory: what
+    the programs take of the target;
     custom_calls: the FFI targets that the programs need (the reference programs need none); files: by path
     inside the bundle, the manifest itself left out; card: what the model's checkpoint said, where it was one.
     """
@@ -71,6 +73,7 @@ class Manifest:
     inputs: tuple[ArrayType, ...]
     states: Mapping[int, tuple[ArrayType, ...]]
     custom_calls: tuple[str, ...]
+    memory: MemoryPlan
     files: Mapping[str, FileEntry]
     card: Card | None = None
 
@@ -137,25 +140,20 @@ def _json(data: Mapping[str, Any]) -> str:
 
 
 def _manifest(data: Mapping[str, Any]) -> Manifest:
-    buckets = _field(data, "buckets", _is_object, "an object")
+    buckets, target = _buckets(data), _field(data, "target", _is_name, "a name")
     manifest = Manifest(
         built=_date(data, "built"),
         expires=_date(data, "expires"),
         versions=_versions(data),
-        target=_field(data, "target", _is_name, "a name"),
+        target=target,
         platform=_field(data, "platform", _is_name, "a name"),
         vocab=_field(data, "vocab", _is_size, "a positive number"),
-        buckets=Buckets(
-            batches=_sizes(buckets, "batches"),
-            chunks=_sizes(buckets, "chunks"),
-            unit=_field(buckets, "unit", _is_size, "a positive number"),
-            slots=_field(buckets, "slots", _is_size, "a positive number"),
-            gamma=_field(buckets, "gamma", _is_count, "a number"),
-        ),
+        buckets=buckets,
         stop_tokens=tuple(_field(data, "stop_tokens", _list_of(_is_count), "a list of token ids")),
         inputs=_array_types(data, "inputs"),
         states=_states(data),
         custom_calls=tuple(_field(data, "custom_calls", _list_of(_is_name), "a list of names")),
+        memory=_memory(data, target, buckets),
         files=_files(data),
         card=_card(data),
     )
@@ -164,6 +162,36 @@ def _manifest(data: Mapping[str, Any]) -> Manifest:
             f"states are of {sorted(manifest.states)} rows, the programs of {manifest.buckets.batches}"
         )
     return manifest
+
+
+def _buckets(data: Mapping[str, Any]) -> Buckets:
+    buckets = _field(data, "buckets", _is_object, "an object")
+    return Buckets(
+        batches=_sizes(buckets, "batches"),
+        chunks=_sizes(buckets, "chunks"),
+        unit=_field(buckets, "unit", _is_size, "a positive number"),
+        slots=_field(buckets, "slots", _is_size, "a positive number"),
+        gamma=_field(buckets, "gamma", _is_count, "a number"),
+    )
+
+
+def _memory(data: Mapping[str, Any], target: str, buckets: Buckets) -> MemoryPlan:
+    memory = _field(data, "memory", _is_object, "an object")
+    cache = _field(memory, "cache", _is_object, "an object")
+    return MemoryPlan(
+        target=target,
+        batch=max(buckets.batches),
+        context=buckets.slots,
+        weights=_field(memory, "weights", _is_count, "a number of bytes"),
+        cache=CacheSize(
+            row=_field(cache, "row", _is_count, "a number of bytes"),
+            token=_field(cache, "token", _is_count, "a number of bytes"),
+            page=_field(cache, "page", _is_size, "a positive number"),
+        ),
+        temporaries=_field(memory, "temporaries", _or_none(_is_count), "a number of bytes or null"),
+        unknown=_field(memory, "unknown", _is_text, "a text"),
+        memory=_field(memory, "memory", _or_none(_is_count), "a number of bytes or null"),
+    )
 
 
 def _field(data: Mapping[str, Any], name: str, fits: Callable[[Any], bool], expected: str) -> Any:
@@ -187,6 +215,10 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) < 1000 and value.isprintable()
 
 
+def _is_text(value: Any) -> bool:
+    return value == "" or _is_name(value)
+
+
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < _LARGEST
 
@@ -197,6 +229,10 @@ def _is_size(value: Any) -> bool:
 
 def _is_sha256(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _or_none(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or fits(value)
 
 
 def _list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, final
 
+import jax
 import numpy as np
 
 from xlathe import jaxpr as ir
@@ -183,9 +184,13 @@ class Pipeline:
         a reproducer where one fails. limit: stops after so many rewrites, as `bisect` does; a pass that does not
         tell its rewrites apart is one. Nothing is expected then.
         Raises what the failing pass raises, with the pass and its place; PassError where a result is
-        malformed, differs more than promised, or an expected rule found too little.
+        malformed, differs more than promised, or an expected rule found too little; OptionError where calibration is
+        no sequence, also where no pass reads it.
         """
         check_graph(graph, "a pipeline")
+        if isinstance(calibration, str | bytes) or not isinstance(calibration, Sequence | np.ndarray | jax.Array):
+            found = type(calibration).__name__
+            raise OptionError(f"calibration must be a list of batches, int32 tokens [b, t], got {found}")
         context = Context(calibration, seed, progress, limit)
         watching: list[Instrument] = [Dump(Path(dump))] if dump is not None else []
         watching += [PrintAfterChange()] if print_after_change else []

@@ -83,8 +83,8 @@ class Program:
 
     calls: the compiled units by name (`aot.units`), none where they are for another machine; step and speculation: the
     graph they were compiled from and how they draft, None where the program was loaded from disk; target: what they
-    were compiled for; memory: what they take of it, None where the program was loaded from disk; seconds: how long
-    compiling or loading took; card: what the model's checkpoint said, None where it was none.
+    were compiled for; memory: what they take of it; seconds: how long compiling or loading took; card: what the model's
+    checkpoint said, None where it was none.
     """
 
     calls: Mapping[str, Callable[..., Any]]
@@ -92,12 +92,12 @@ class Program:
     state_avals: Mapping[int, Mapping[str, Any]]  # by number of rows, by name
     buckets: Buckets
     vocab: int
+    memory: MemoryPlan
     tokenizer: Any = None
     stop_tokens: tuple[int, ...] = ()
     step: Graph | None = None
     speculation: Speculation | None = None
     target: str = "cpu"
-    memory: MemoryPlan | None = None
     seconds: float = 0.0
     card: Card | None = None
 

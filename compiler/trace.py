@@ -61,12 +61,16 @@ def trace(
     arguments: what else the model takes, by keyword: int32 [b, t] each (a padding mask, token types).
 
     Raises TraceError: where the model cannot be traced with symbolic sizes nor aligned from two lengths, does not
-        return [b, t, vocab], computes something else at short lengths, draws random numbers or writes variables.
+        return [b, t, vocab], computes something else at short lengths, draws random numbers or writes variables, or a
+        weight is no array.
     """
     if not isinstance(max_len, int | np.integer) or max_len < 1:
         raise TraceError(f"max_len must be a whole number of at least 1, got {max_len!r}")
     max_len = int(max_len)
     source = _source(model, params)
+    for name, array in zip(source.names, source.arrays, strict=True):
+        if not _is_array(array):
+            raise TraceError(f"the weight {name!r} is of type {type(array).__name__}, expected an array of numbers")
     jaxpr, constants = _trace_sizes(source, max_len, arguments)
     _check_nothing_written(source, arguments)
     captured = {f"const/{i}": array for i, array in enumerate(constants)}
@@ -146,7 +150,7 @@ def _function_source(function: Callable[..., Any], params: Any, drop: str = "") 
     held = [(path + inner, box, leaf) for path, box in boxes for inner, leaf in _inside(box)]
     arrays, tree = jax.tree.flatten(params)
     names = [jax.tree_util.keystr(path, simple=True, separator="/").removeprefix(drop) for path, *_ in held]
-    trained = tuple(_is_trained(box) and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for _, box, leaf in held)
+    trained = tuple(_is_trained(box) and _is_inexact(leaf) for _, box, leaf in held)
 
     def forward(leaves: list[Any], tokens: Any, **named: Any) -> Any:
         return function(jax.tree.unflatten(tree, leaves), tokens, **named)
@@ -172,6 +176,19 @@ def _is_trained(box: Any) -> bool:
     from flax import nnx
 
     return not isinstance(box, nnx.Variable) or isinstance(box, nnx.Param)
+
+
+def _is_inexact(leaf: Any) -> bool:
+    return _is_array(leaf) and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+
+
+def _is_array(leaf: Any) -> bool:
+    """Says whether JAX takes a leaf of the weights for numbers, or for the shape of some."""
+    try:
+        jnp.result_type(leaf)
+    except TypeError:
+        return False
+    return not isinstance(leaf, str | np.dtype | type)  # `result_type` takes these for the names of types
 
 
 def _trace_sizes(source: Source, max_len: int, arguments: Sequence[str]) -> tuple[ir.Jaxpr, list[np.ndarray]]:

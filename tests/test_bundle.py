@@ -22,9 +22,11 @@ from xlathe.aot import Buckets, served_state, to_step, units
 from xlathe.card import Card
 from xlathe.executable_cache import cache_folder
 from xlathe.kernels import native
+from xlathe.memory import plan_from_graph
 from xlathe.models.llama import Llama, LlamaConfig
 from xlathe.passes import Canonicalize, Quantize
 from xlathe.program import Program, compile_unit
+from xlathe.target import find_target
 
 VOCAB = 61
 CARD = Card({"model_type": "llama"}, chat_template="{{ messages }}")
@@ -58,6 +60,7 @@ def compiled(graph: xl.Graph) -> Program:
         state_avals={2: served_state(step, buckets, 2, None)},
         buckets=buckets,
         vocab=VOCAB,
+        memory=plan_from_graph(step, buckets, find_target("cpu"), None),
         tokenizer=words,
         stop_tokens=(3,),
         step=step,
@@ -227,7 +230,7 @@ def test_a_changed_weight_header_is_an_error_without_hashes(copy: Path) -> None:
     ("path", "value", "expected"),
     [
         ("format", "xlathe-graph", "expected format 'xlathe-bundle'"),
-        ("version", 2, "version is 2, expected 1"),
+        ("version", 1, "version is 1, expected 2"),
         ("built", "yesterday", "built is 'yesterday', expected a date"),
         ("versions/jax", None, "jax is None, expected a version"),
         ("platform", "", "platform is '', expected a name"),
@@ -244,6 +247,11 @@ def test_a_changed_weight_header_is_an_error_without_hashes(copy: Path) -> None:
         ("inputs/0/dtype", "float33", "dtype is 'float33', expected a dtype"),
         ("inputs/0/shape", [1.5], r"shape is \[1.5\], expected a list of sizes"),
         ("states", {"-2": []}, "expected numbers of rows"),
+        ("memory", None, "memory is None, expected an object"),
+        ("memory/weights", -1, "weights is -1, expected a number of bytes"),
+        ("memory/cache/page", 0, "page is 0, expected a positive number"),
+        ("memory/temporaries", "few", "temporaries is 'few', expected a number of bytes or null"),
+        ("memory/batch", 3, "checksum is wrong"),
         ("custom_calls", "abs", "custom_calls is 'abs', expected a list of names"),
         ("files/weights.safetensors/size", -1, "size is -1, expected a number of bytes"),
         ("files/weights.safetensors/sha256", "A" * 64, "expected 64 hexadecimal digits"),

@@ -93,11 +93,13 @@ def test_a_cache_without_tokens_sets_no_limit_to_the_context() -> None:
     assert "any" in rings.to_text()
 
 
-def test_this_machines_compiler_knows_the_temporaries(forward: xl.Graph) -> None:
+def test_this_machines_compiler_knows_the_temporaries(forward: xl.Graph, tmp_path: Path) -> None:
     program = xl.compile(forward, max_len=32, chunks=(8,), unit=4, target="cpu")
-    assert program.memory is not None and program.memory.temporaries is not None
+    assert program.memory.temporaries is not None
     logits = 4 * SMALL.vocab
     assert program.memory.temporaries >= logits  # a program takes and gives them beside the cache
+    program.save(tmp_path / "bundle")
+    assert xl.load(tmp_path / "bundle").memory == program.memory
 
 
 @pytest.fixture(scope="module")

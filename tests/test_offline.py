@@ -33,7 +33,7 @@ def test_a_program_for_another_machine_is_saved_and_not_run(
     graph: xl.Graph, tmp_path: Path, name: str, platform: str, extra: str
 ) -> None:
     program = xl.compile(graph, max_len=16, chunks=(4,), unit=4, target=name)
-    assert program.memory is not None and program.memory.temporaries is None
+    assert program.memory.temporaries is None
     assert f"not known without the compiler: pip install 'xlathe[{extra}]'" in program.memory.to_text()
     with pytest.raises(xl.XlatheError, match=f"this program is for {name} and cannot run here: save it"):
         program.generate([[1, 2]], 2)

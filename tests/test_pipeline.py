@@ -248,3 +248,9 @@ def test_report_counts_what_recipes_replaced():
     assert f"{parameters:,} parameters" in before.report() and f"{parameters:,} parameters" in after.report()
     assert f"{8 * stored / parameters:.2f} bits a weight" in after.report()
     assert jnp.float32 == before.aval("embed").dtype
+
+
+@pytest.mark.parametrize("calibration", [3, None, "text", {"tokens": [[1]]}, iter([])])
+def test_calibration_of_a_wrong_type_is_refused_even_where_nobody_reads_it(calibration):
+    with pytest.raises(xl.errors.OptionError, match=rf"list of batches, .* got {type(calibration).__name__}"):
+        xl.Pipeline([])(graph(), calibration=calibration)

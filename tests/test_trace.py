@@ -233,6 +233,14 @@ def test_wrong_kind_of_model(arguments, reason):
         xl.trace(*arguments, max_len=8)
 
 
+@pytest.mark.parametrize("leaf", ["relu", "float32", np.float32, np.array(["relu"]), object()])
+def test_a_weight_that_is_no_array_is_named(leaf):
+    weights = {"embed": EMBED, "layers": {"activation": leaf}}
+    found = f"weight 'layers/activation' is of type {type(leaf).__name__}, expected an array"
+    with pytest.raises(xl.TraceError, match=found):
+        xl.trace(lambda p, i: logits_of(p["embed"][i]), weights, max_len=8)
+
+
 def test_names_that_slices_of_stacked_weights_would_take():
     """Before: `w` of two layers and a weight in a folder called 0. Expected: an error, as slice 0 is `0/w`."""
 

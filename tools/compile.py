@@ -75,7 +75,6 @@ def _build(options: Options, source: str, destination: str, memory: int | None, 
             max_len=options["max_len"],
             target=options["target"],
         )
-    assert program.memory is not None
     plan = program.memory if memory is None else dataclasses.replace(program.memory, memory=memory)
     _show(plan, (options["json"],), console)
     if not plan.fits:

@@ -11,12 +11,12 @@ SWIZZLE = 128  # bytes: tiles of 8 lines by 128 bytes are what wgmma reads witho
 
 
 def tiled(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory whose lines are a multiple of 128 bytes, laid out for wgmma and for bulk copies."""
-    line = SWIZZLE // jnp.dtype(dtype).itemsize
+    """Shared memory whose lines are 64 or a multiple of 128 bytes, laid out for wgmma and for bulk copies."""
+    size = jnp.dtype(dtype).itemsize
+    swizzle = min(SWIZZLE, shape[-1] * size)
     lowering: Any = plgpu  # mypy takes the transforms for abstract
-    return plgpu.SMEM(
-        shape, dtype, transforms=(lowering.TilingTransform((8, line)), lowering.SwizzleTransform(SWIZZLE))
-    )
+    transforms = lowering.TilingTransform((8, swizzle // size)), lowering.SwizzleTransform(swizzle)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def product(x: Any, y: Any, columns: int) -> jax.Array:

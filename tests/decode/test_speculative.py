@@ -23,9 +23,11 @@ from xlathe.decode.logits import leave_only
 from xlathe.decode.speculative import Speculation
 from xlathe.decode.units import NO_TOKEN
 from xlathe.errors import OptionError
+from xlathe.memory import plan_from_graph
 from xlathe.models.llama import Llama, LlamaConfig
 from xlathe.passes import CacheLayout
 from xlathe.program import Program, _Run
+from xlathe.target import find_target
 
 VOCAB, SLOTS, ROWS = 61, 48, 3
 CONFIG = LlamaConfig(VOCAB, width=32, layers=1, query_heads=4, key_value_heads=2, head_dim=8, hidden=64)
@@ -63,6 +65,7 @@ def built(target: xl.Graph, draft: Any = None, gamma: int = 4, rule: str = "matc
         state_avals={ROWS: served_state(step, buckets, ROWS, speculation)},
         buckets=buckets,
         vocab=step.vocab,
+        memory=plan_from_graph(step, buckets, find_target("cpu"), speculation),
         tokenizer=words,
         step=step,
         speculation=speculation,
