@@ -1,8 +1,8 @@
 """Pair the axes of a look-up in which every row, or token, reads its own entries.
 
-`x[jnp.arange(b)[:, None, None], jnp.arange(t)[None, :, None], chosen]` says by two counting indices that row i and token
-j read from row i and token j. The same look-up with paired axes (`operand_batching_dims` of XLA's gather) needs no such
-index, so that nothing in it depends on where a token stands.
+`x[jnp.arange(b)[:, None, None], jnp.arange(t)[None, :, None], chosen]` says by two counting indices that row i and
+token j read from row i and token j. The same look-up with paired axes (`operand_batching_dims` of a gather) needs no
+such index, so that nothing in it depends on where a token stands.
 """
 
 from collections.abc import Mapping

@@ -4,7 +4,19 @@ Test data for the tracer, the recognition of attention, and the derivation of th
 forward over whole sequences, tiny, with random weights that make attention peaked.
 """
 
-from tests.variants import attention, blocks, latent, libraries, masks, models, positions, refused, softmax, stacked
+from tests.variants import (
+    attention,
+    blocks,
+    latent,
+    libraries,
+    masks,
+    met,
+    models,
+    positions,
+    refused,
+    softmax,
+    stacked,
+)
 from tests.variants.base import Variant, as_function, forward
 
 DECODERS: tuple[Variant, ...] = (
@@ -17,6 +29,7 @@ DECODERS: tuple[Variant, ...] = (
     *blocks.DECODERS,
     *latent.DECODERS,
     *models.DECODERS,
+    *met.DECODERS,
 )
 REFUSED: tuple[Variant, ...] = (*refused.REFUSED, *softmax.REFUSED, *masks.REFUSED)
 
