@@ -15,7 +15,7 @@ INSTALL_INPUTS := pyproject.toml setup.py $(shell find compiler/kernels -name '*
 
 PYTHONS := $(or $(PYTHON),python3.13 python3.12 python3 $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.1[2-9]*/bin/python3))
 
-.PHONY: help install demo test test-kernels lint bench fuzz clean
+.PHONY: help install demo test test-kernels test-others lint bench fuzz clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -36,6 +36,14 @@ test-kernels:  ## compile the GPU and TPU kernels with the real compilers, and s
 	@$(MAKE) --no-print-directory install VENV=$(COMPILERS) EXTRAS=test,gpu,tpu
 	$(COMPILERS)/bin/pytest $(SIMULATED) $(ARGS)
 
+# What pins other versions of JAX than ours, or needs a training stack to be installed but not to run a forward.
+OTHERS := dantinox==0.4.14 gemma==2.0.2
+test-others:  ## trace, shrink and serve decoders that others wrote, in an environment of its own
+	@$(MAKE) --no-print-directory install VENV=.others EXTRAS=test,others
+	.others/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(OTHERS)
+	.others/bin/python -m pip install --quiet --disable-pip-version-check pyyaml msgpack tqdm
+	.others/bin/pytest tests/others $(ARGS)
+
 lint: $(STAMP)  ## check style, layering and types
 	$(BIN)/ruff check .
 	rm -rf build/typed
@@ -53,7 +61,7 @@ fuzz: $(STAMP)  ## read damaged checkpoints for SECONDS=60, from SEED=0 on
 	$(BIN)/python -m tests.models.formats.fuzz $(SECONDS) $(SEED)
 
 clean:  ## remove everything that make has built, but the compilers of test-kernels
-	rm -rf .venv .venv-jax-* build $(LIBRARY)
+	rm -rf .venv .venv-jax-* .others build $(LIBRARY)
 
 $(STAMP): $(INSTALL_INPUTS)
 	@python=$$(for p in $(PYTHONS); do \

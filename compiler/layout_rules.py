@@ -60,6 +60,10 @@ def _repeated(size: ir.Dim) -> Factors:
     return (Spread(size),) if ir.is_symbolic(size) else (int(size),)
 
 
+def _empty(eqn: ir.JaxprEqn, operands: Sequence[Layout]) -> list[Axes]:
+    return [tuple(_repeated(size) for size in eqn.outvars[0].aval.shape)]
+
+
 def _squeeze(eqn: ir.JaxprEqn, operands: Sequence[Layout]) -> list[Axes]:
     return [tuple(factors for i, factors in enumerate(_one(operands)) if i not in eqn.params["dimensions"])]
 
@@ -219,6 +223,27 @@ def _gather(eqn: ir.JaxprEqn, operands: Sequence[Layout]) -> list[Axes]:
     return [tuple(next(offsets if axis in numbers.offset_dims else looked_up) for axis in range(ndim))]
 
 
+def _scatter(eqn: ir.JaxprEqn, operands: Sequence[Layout]) -> list[Axes]:
+    """Writes to known places of axes that hold no tokens, as in `x.at[..., ::2].set(y)`."""
+    numbers, (array, places, updates) = eqn.params["dimension_numbers"], operands
+    if places.of_tokens or any(map(moves, places.axes)) or numbers.operand_batching_dims:
+        raise Mixes("writes to places that depend on the tokens or positions")
+    written = {*numbers.inserted_window_dims, *numbers.scatter_dims_to_operand_dims}
+    _axes_stay(array.axes, sorted(written), "writes to some places of")
+    windows = (axis for axis in range(len(array.axes)) if axis not in numbers.inserted_window_dims)
+    window = dict(zip(windows, numbers.update_window_dims, strict=True))
+    kept = [axis for axis in range(len(array.axes)) if axis not in written]
+    fitted = same([
+        Layout(tuple(array.axes[axis] for axis in kept), array.of_tokens),
+        Layout(tuple(updates.axes[window[axis]] for axis in kept), updates.of_tokens),
+    ])  # fmt: skip
+    left = iter(fitted)
+    loose = [updates.axes[i] for i in range(len(updates.axes)) if i not in {window[axis] for axis in kept}]
+    if any(map(moves, loose)):
+        raise Mixes("writes every token to the same places")
+    return [tuple(factors if axis in written else next(left) for axis, factors in enumerate(array.axes))]
+
+
 def _attention(eqn: ir.JaxprEqn, operands: Sequence[Layout]) -> list[Axes]:
     for operand, what in zip(operands, ("queries", "keys", "values"), strict=False):
         if not operand.of_tokens or operand.axes[:2] != (("b",), ("t",)):
@@ -244,6 +269,7 @@ RULES: Mapping[str, Rule] = {
     "transpose": _transpose,
     "broadcast_in_dim": _broadcast,
     "squeeze": _squeeze,
+    "empty": _empty,
     "expand_dims": _expand_dims,
     "reshape": _reshape,
     "dot_general": _dot_general,
@@ -257,6 +283,8 @@ RULES: Mapping[str, Rule] = {
     "pad": _window,
     "split": _window,
     "gather": _gather,
+    "scatter": _scatter,
+    "scatter_add": _scatter,
     "sort": _along("dimension", "sorts along"),
     "top_k": _along("axis", "takes the largest along"),
     "rev": _along("dimensions", "reverses"),

@@ -1,11 +1,12 @@
 """Pair the axes of a look-up in which every row, or token, reads its own entries.
 
 `x[jnp.arange(b)[:, None, None], jnp.arange(t)[None, :, None], chosen]` says by two counting indices that row i and
-token j read from row i and token j. The same look-up with paired axes (`operand_batching_dims` of XLA's gather) needs
-no such index, so that nothing in it depends on where a token stands.
+token j read from row i and token j. The same look-up with paired axes (`operand_batching_dims` of a gather) needs no
+such index, so that nothing in it depends on where a token stands.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from jax import lax
@@ -49,7 +50,7 @@ def _paired(eqn: ir.JaxprEqn, producer: Mapping[ir.Var, ir.JaxprEqn]) -> Replace
     )
     kept = [columns[i] for i in left]
 
-    def emit(entries: object, *indices: object) -> object:
+    def emit(entries: Any, *indices: Any) -> Any:
         return ir.bind(eqn, [entries, lax.concatenate(indices, index.aval.ndim - 1)], dimension_numbers=paired)[0]
 
     return Replacement((table, *kept), emit)
@@ -75,7 +76,7 @@ def _counted(atom: ir.Atom, producer: Mapping[ir.Var, ir.JaxprEqn]) -> int | Non
         return None
     name, operands = eqn.primitive.name, eqn.invars
     if name == "iota":
-        return eqn.params["dimension"]  # type: ignore[no-any-return]
+        return eqn.params["dimension"]
     if name in _MOVES:
         return _counted(operands[0], producer)
     if name == "broadcast_in_dim" and (axis := _counted(operands[0], producer)) is not None:

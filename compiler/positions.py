@@ -114,6 +114,10 @@ class Static:
         )
         return lax.broadcast_in_dim(self(eqn.invars[0], kept), self.shape(var.aval, roles), axes)
 
+    def _empty(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
+        """Room that is written to later; what it holds before is nobody's to read."""
+        return jnp.zeros(self.shape(var.aval, roles), var.aval.dtype)
+
     def _reshape(self, eqn: ir.JaxprEqn, var: ir.Var, roles: Roles) -> Any:
         try:
             carry(eqn, [self.layouts[a] for a in eqn.invars[:1] if isinstance(a, ir.Var)])
@@ -222,6 +226,7 @@ class Static:
 _RULES = {
     "iota": Static._iota,
     "broadcast_in_dim": Static._broadcast,
+    "empty": Static._empty,
     "reshape": Static._reshape,
     "transpose": Static._transpose,
     "squeeze": Static._squeeze,

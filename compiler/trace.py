@@ -15,6 +15,7 @@ from xlathe.align import trace_aligned
 from xlathe.errors import TraceError
 from xlathe.graph import Graph, Input, Record, Weights, is_shape
 from xlathe.lengths import check_lengths
+from xlathe.values import uniform_value
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -209,7 +210,7 @@ def _trace_sizes(source: Source, max_len: int, arguments: Sequence[str]) -> tupl
             jaxpr = ir.trace(forward, *avals, *[tokens] * len(arguments), tokens)
         except jax.errors.JAXTypeError as error:
             raise TraceError(f"the model branches on the values of tokens or weights: {error}") from error
-        return _without_placement(ir.inline_calls(jaxpr, lambda eqn: eqn.primitive.name in ir.INLINED))
+        return _settled(ir.inline_calls(jaxpr, lambda eqn: eqn.primitive.name in ir.INLINED))
 
     extra = len(avals), len(arguments)
 
@@ -243,9 +244,19 @@ def _given_ones(jaxpr: ir.Jaxpr, first: int, count: int) -> ir.Jaxpr:
     return ir.trace(run, *avals[:first], *avals[first + count :])
 
 
-def _without_placement(jaxpr: ir.Jaxpr) -> ir.Jaxpr:
-    """Drops where arrays should lie on the author's devices: a graph is compiled for others."""
-    return ir.retrace(jaxpr, lambda eqn, operands: operands if eqn.primitive.name == "sharding_constraint" else None)
+def _settled(jaxpr: ir.Jaxpr) -> ir.Jaxpr:
+    """Takes branches whose condition is a known number, and drops where arrays lie on the author's devices."""
+    producer = ir.producers(jaxpr.eqns)
+
+    def rule(eqn: ir.JaxprEqn, operands: list[Any]) -> list[Any] | None:
+        if eqn.primitive.name == "sharding_constraint":
+            return operands
+        if eqn.primitive.name != "cond" or (index := uniform_value(eqn.invars[0], producer)) is None:
+            return None
+        branches = eqn.params["branches"]
+        return ir.evaluate(_settled(branches[min(max(int(index), 0), len(branches) - 1)]), operands[1:], caller=eqn)
+
+    return ir.retrace(jaxpr, rule)
 
 
 def symbolic_sizes(max_len: int) -> tuple[ir.Dim, ir.Dim]:

@@ -130,6 +130,51 @@ def test_linen_names():
     assert set(graph.names("weight")) == {"embed/embedding", "head/kernel", "head/bias"}
 
 
+def test_a_function_of_an_nnx_module():
+    """Before: a module that takes more than tokens and returns more than logits. Expected: its own names and kinds."""
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.embed, self.offset = nnx.Embed(11, 4, rngs=nnx.Rngs(0)), nnx.BatchStat(jnp.ones(11))
+
+        def __call__(self, ids, positions, cache):
+            return self.embed.attend(self.embed(ids)) + self.offset[...] * positions[..., None], cache
+
+    def call(model, ids):
+        return model(ids, jnp.arange(ids.shape[1])[None], None)[0]
+
+    model, ids = Model(), np.array([[1, 2, 3]], np.int32)
+    for graph in (
+        xl.trace(call, model, max_len=8),
+        xl.trace(lambda state, ids: call(nnx.merge(nnx.graphdef(model), state), ids), nnx.state(model), max_len=8),
+    ):
+        assert graph.names("weight") == ("embed/embedding",) and graph.names("const") == ("offset",)
+        assert relative(graph(ids), call(model, ids)) < 1e-6
+
+
+def test_partitioned_weights_keep_their_names():
+    class Model(linen.Module):
+        @linen.compact
+        def __call__(self, ids):
+            init = linen.with_partitioning(linen.initializers.lecun_normal(), (None, "model"))
+            x = linen.Dropout(0.5)(linen.Embed(11, 4, name="embed")(ids), deterministic=True)
+            return linen.Dense(11, kernel_init=init, use_bias=False, name="head")(x)
+
+    module = Model()
+    graph = xl.trace((module, module.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))), max_len=8)
+    assert set(graph.names("weight")) == {"embed/embedding", "head/kernel"}
+
+
+def test_a_branch_that_is_decided_is_taken():
+    def model(params, ids):
+        x = lax.cond(ids.shape[1] <= ids.shape[1], lambda x: x, jnp.flip, params["embed"][ids])
+        return lax.cond(ids.shape[1] < 1, jnp.flip, jnp.tanh, x) @ params["embed"].T
+
+    graph = xl.trace(model, {"embed": EMBED}, max_len=8)
+    assert "cond" not in {e.primitive.name for e in graph.jaxpr.eqns}
+    assert relative(graph([[1, 2, 3]]), np.tanh(EMBED[[[1, 2, 3]]]) @ EMBED.T) < 1e-6
+
+
 def test_captured_arrays_become_constants():
     table = np.linspace(0, 1, 8 * 11, dtype=np.float32).reshape(8, 11)
 

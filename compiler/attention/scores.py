@@ -172,7 +172,7 @@ class ScoresWalk:
             if eqn is None:
                 return True
             if eqn.primitive.name in ELEMENTWISE:
-                stack += [(a, labels) for a in eqn.invars if a.aval.ndim]
+                stack += [(a, of_operand(a, labels)) for a in eqn.invars if a.aval.ndim]
                 continue
             try:
                 upper = self.axes.backward(eqn, labels)
@@ -204,9 +204,9 @@ class ScoresWalk:
     def _shifted(self, eqn: ir.JaxprEqn, labels: Labels) -> ir.Atom | None:
         """Returns the other side where one is the same on every key, which softmax ignores."""
         left, right = eqn.invars
-        if not self._varies(right, labels):
+        if not self._varies(right, of_operand(right, labels)):
             return left
-        return right if eqn.primitive.name == "add" and not self._varies(left, labels) else None
+        return right if eqn.primitive.name == "add" and not self._varies(left, of_operand(left, labels)) else None
 
     def _biased(self, eqn: ir.JaxprEqn, labels: Labels, scale: float) -> ir.Atom:
         """Returns the side that holds the product, and adds the other one as a bias."""
@@ -251,9 +251,16 @@ class ScoresWalk:
         raise Miss("a select on the scores without a large negative fill", eqn)
 
 
+def of_operand(atom: ir.Atom, labels: Labels) -> Labels:
+    """Returns an elementwise operand's labels from those of the result: scalars and axes of size 1 are repeated."""
+    if not atom.aval.ndim:
+        return ()
+    return tuple(() if ir.same_dim(n, 1) else label for n, label in zip(atom.aval.shape, labels, strict=True))
+
+
 def strip(value: Value, axes: Axes, producer: Mapping[ir.Var, ir.JaxprEqn]) -> Value:
     """Walks up through views that cost nothing to redo; dtypes stay."""
-    var, labels = value.var, value.labels
+    var, labels = value.var, of_operand(value.var, value.labels)
     while (eqn := producer.get(var)) is not None and eqn.primitive.name != "convert_element_type":
         try:
             upper = axes.backward(eqn, labels)

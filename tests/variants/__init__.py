@@ -11,6 +11,7 @@ from tests.variants import (
     latent,
     libraries,
     masks,
+    met,
     models,
     positions,
     refused,
@@ -30,6 +31,7 @@ DECODERS: tuple[Variant, ...] = (
     *experts.DECODERS,
     *latent.DECODERS,
     *models.DECODERS,
+    *met.DECODERS,
 )
 REFUSED: tuple[Variant, ...] = (*refused.REFUSED, *experts.REFUSED, *softmax.REFUSED, *masks.REFUSED)
 
