@@ -80,7 +80,7 @@ MODEL_TYPES: Mapping[str, str] = {  # of config.json, and the modules whose FAMI
 def find_family(config: Mapping[str, Any], where: str) -> Family:
     """Returns the family of a configuration; raises CheckpointError for an unknown one."""
     kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
+    if not isinstance(kind, str) or kind not in MODEL_TYPES:
         raise CheckpointError(f"{where}: no family for model_type {kind!r}{did_you_mean(str(kind), MODEL_TYPES)}")
     family: Family = importlib.import_module(f"xlathe.models.{MODEL_TYPES[kind]}").FAMILY
     return family

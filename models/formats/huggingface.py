@@ -100,7 +100,7 @@ def _write_tensors(tensors: Mapping[str, Tensor], folder: Path, wrote: Callable[
     if len(shards) == 1:
         write_safetensors(folder / WEIGHTS, shards[0], wrote, METADATA)
         return
-    places = {}
+    places: dict[str, str] = {}
     for number, part in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         write_safetensors(folder / file, part, wrote, METADATA)
