@@ -13,7 +13,7 @@ from safetensors import safe_open
 from tests.models.parity.cases import Case, Family
 from tests.models.parity.values import checkpoint
 from xlathe.models.checkpoint import Tensor
-from xlathe.models.formats.safetensors import write_safetensors
+from xlathe.safetensors_file import write_safetensors
 
 EXPECTED = Path(__file__).parent / "expected"
 FIXTURES = "XLATHE_FIXTURES"  # names a folder with one checkpoint and one expected.safetensors a family
