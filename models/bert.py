@@ -55,7 +55,7 @@ class Bert(nnx.Module):
         norm = functools.partial(nnx.LayerNorm, width, epsilon=settings.positive("layer_norm_eps", 1e-12), rngs=rngs)
         self.embedding = nnx.Embed(settings.size("vocab_size"), width, rngs=rngs)
         self.positions = nnx.Embed(settings.size("max_position_embeddings"), width, rngs=rngs)
-        self.types = nnx.Embed(settings.size("type_vocab_size"), width, rngs=rngs)
+        self.types = nnx.Embed(settings.size("type_vocab_size", 2), width, rngs=rngs)
         self.norm = norm()
         layers = settings.size("num_hidden_layers")
         self.layers = nnx.List([Layer(settings, norm, rngs=rngs) for _ in range(layers)])

@@ -459,7 +459,18 @@ DEEPSEEK_V3 = Family(
     ),
 )
 
-FAMILIES: tuple[Family, ...] = (
+BERT = Family(
+    "bert",
+    {**SIZES, "type_vocab_size": 2},
+    (
+        Case("plain", {}),
+        Case("activation", {"hidden_act": "gelu_new", "layer_norm_eps": 1e-3}),
+        Case("defaults", {}, absent=("type_vocab_size",)),
+    ),
+)
+
+ENCODERS: tuple[Family, ...] = (BERT,)
+DECODERS: tuple[Family, ...] = (
     LLAMA,
     MISTRAL,
     QWEN2,
@@ -473,6 +484,7 @@ FAMILIES: tuple[Family, ...] = (
     QWEN3_MOE,
     DEEPSEEK_V3,
 )
+FAMILIES: tuple[Family, ...] = (*DECODERS, *ENCODERS)
 
 
 def every_case() -> Iterator[tuple[Family, Case]]:

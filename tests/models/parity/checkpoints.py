@@ -37,9 +37,14 @@ def read_expected(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def expected_of(family: Family, case: Case) -> Expected:
-    arrays, _ = read_expected(EXPECTED / f"{family.model_type}.safetensors")
-    prompts, logits, greedy = (arrays[f"{case.name}.{what}"] for what in ("input_ids", "logits", "greedy"))
+    prompts, logits, greedy = (arrays_of(family, case)[what] for what in ("input_ids", "logits", "greedy"))
     return Expected(prompts, logits, greedy[0])
+
+
+def arrays_of(family: Family, case: Case) -> dict[str, np.ndarray]:
+    arrays, _ = read_expected(EXPECTED / f"{family.model_type}.safetensors")
+    prefix = f"{case.name}."
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
 
 def write_case(family: Family, case: Case, folder: Path) -> None:

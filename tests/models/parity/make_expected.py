@@ -5,8 +5,9 @@
     /tmp/hf/bin/python -m tests.models.parity.make_expected [MODEL_TYPE ...]    # in the root of the repository
 
 One file a family, `expected/<model_type>.safetensors`: for each case input_ids int32 [2, 20], logits float32
-[2, 20, vocab], greedy int32 [1, 12] (what follows row 0), and in its metadata the versions and the names and shapes of
-the checkpoint's tensors. Eager attention, float32, CPU, no cache.
+[2, 20, vocab], greedy int32 [1, 12] (what follows row 0); of an encoder attention_mask and token_type_ids int32
+[2, 20] and, as logits, its last hidden state [2, 20, width]; and in its metadata the versions and the names and shapes
+of the checkpoint's tensors. Eager attention, float32, CPU, no cache.
 """
 
 import json
@@ -19,9 +20,9 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from tests.models.parity.cases import FAMILIES, Case, Family
+from tests.models.parity.cases import ENCODERS, FAMILIES, Case, Family
 from tests.models.parity.values import checkpoint
 
 EXPECTED = Path(__file__).parent / "expected"
@@ -42,7 +43,7 @@ def write(family: Family) -> None:
     for case in family.cases:
         found, shapes[case.name] = expected(family, case)
         arrays |= {f"{case.name}.{name}": array for name, array in found.items()}
-        print(family.model_type, case.name, found["greedy"].tolist(), flush=True)
+        print(family.model_type, case.name, found.get("greedy", np.empty(0)).tolist(), flush=True)
     metadata = {
         "transformers": transformers.__version__,
         "torch": torch.__version__,
@@ -55,13 +56,16 @@ def expected(family: Family, case: Case) -> tuple[dict[str, np.ndarray], dict[st
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         (path / "config.json").write_text(json.dumps(family.config(case)))
-        shapes = saved_shapes(path)
+        loader = AutoModel if family in ENCODERS else AutoModelForCausalLM
+        shapes = saved_shapes(path, loader)
         name = f"{family.model_type}/{case.name}"
         save_file(checkpoint(name, shapes, case.embedding), path / "model.safetensors", {"format": "pt"})
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = loader.from_pretrained(
             path, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
         )
     assert not any(report.values()), f"{name}: {report}"
+    if family in ENCODERS:
+        return encode(model.eval()), shapes
     for seed in range(PROMPTS):
         prompt = np.random.RandomState(seed).randint(0, model.config.vocab_size, (ROWS, LENGTH))
         if (found := run(model.eval(), prompt)) is not None:
@@ -69,12 +73,25 @@ def expected(family: Family, case: Case) -> tuple[dict[str, np.ndarray], dict[st
     raise AssertionError(f"{name}: no prompt whose greedy tokens are clear")
 
 
-def saved_shapes(path: Path) -> dict[str, list[int]]:
+def saved_shapes(path: Path, loader: type) -> dict[str, list[int]]:
     """Returns the tensors that a checkpoint of this configuration has on disk, which are not those in memory."""
     with tempfile.TemporaryDirectory() as other:
-        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)).save_pretrained(other)
+        loader.from_config(AutoConfig.from_pretrained(path)).save_pretrained(other)
         with safe_open(Path(other) / "model.safetensors", "np") as file:
             return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+
+
+@torch.no_grad()
+def encode(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """Returns inputs and last hidden state of an encoder; the second row is padded."""
+    ids = np.random.RandomState(0).randint(0, model.config.vocab_size, (ROWS, LENGTH))
+    arrays = {
+        "input_ids": ids,
+        "attention_mask": (np.arange(LENGTH) < np.asarray([[LENGTH], [LENGTH - 7]])).astype(np.int64),
+        "token_type_ids": ids % 2,
+    }
+    hidden = model(**{name: torch.from_numpy(array) for name, array in arrays.items()}).last_hidden_state
+    return {name: array.astype(np.int32) for name, array in arrays.items()} | {"logits": hidden.numpy()}
 
 
 @torch.no_grad()

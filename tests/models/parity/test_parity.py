@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 import xlathe
-from tests.models.parity.cases import FAMILIES, WINDOW, Case, Family, every_case
+from tests.models.parity.cases import ENCODERS, FAMILIES, WINDOW, Case, Family, every_case
 from tests.models.parity.checkpoints import (
     FIXTURES,
     Expected,
+    arrays_of,
     expected_of,
     expected_of_fixture,
     fixtures,
@@ -82,7 +83,7 @@ def check_greedy(graph: Graph, expected: Expected, folder: Path | None = None) -
     assert row.tokens == tuple(expected.greedy)
 
 
-@cases("logits")
+@cases("greedy tokens")
 def test_what_config_json_says(family: Family, case: Case, folder: Path) -> None:
     """All of one configuration in one test: tracing and deriving it takes most of the time."""
     graph, expected = fused(folder, case.max_len), expected_of(family, case)
@@ -91,6 +92,15 @@ def test_what_config_json_says(family: Family, case: Case, folder: Path) -> None
     step = KVCache()(graph)
     check_chunks(step, expected)
     check_greedy(step, expected)
+
+
+@pytest.mark.parametrize(("family", "case"), [(family, case) for family in ENCODERS for case in family.cases])
+def test_encoders(family: Family, case: Case, folder: Path) -> None:
+    """Expected: padded tokens are seen by none, and the rest is as transformers has it, the padded places included."""
+    graph, arrays = fused(folder), arrays_of(family, case)
+    arguments = {name: arrays[name] for name in graph.names("arg") if name != "tokens"}
+    assert difference(graph(arrays["input_ids"], **arguments), arrays["logits"]) < RTOL
+    check_recognized(graph)
 
 
 @cases("ring")
@@ -110,7 +120,7 @@ def test_a_bundle_gives_the_same_tokens(family: Family, case: Case, folder: Path
 def test_the_compared_outputs_depend_on_masks_and_positions() -> None:
     """Logits of a text differ from token to token, and no row of them is flat."""
     for family, case in every_case():
-        logits = expected_of(family, case).logits
+        logits = arrays_of(family, case)["logits"]
         assert logits.std(axis=-1).min() > 0.1 * math.sqrt(case.embedding)
         assert np.abs(np.diff(logits, axis=1)).max(axis=-1).min() > 1e-2
 

@@ -5,9 +5,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-PEAKED = ("q_proj", "k_proj", "q_b_proj", "kv_b_proj", "qkv_proj", "c_attn", "query_key_value")
+PEAKED = (
+    *("q_proj", "k_proj", "q_b_proj", "kv_b_proj", "qkv_proj", "c_attn", "query_key_value"),
+    *("self.query", "self.key"),
+)
 INPUTS_FIRST = ("c_attn", "c_proj", "c_fc")  # GPT-2's matrices are [inputs, outputs]
-EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "wpe")
+EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "wpe", "_embeddings")
 
 
 def values(case: str, name: str, shape: tuple[int, ...], embedding: float = 1.0) -> np.ndarray:
