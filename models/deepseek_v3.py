@@ -11,6 +11,7 @@ from xlathe.models.family import DECODER, FEED_FORWARD, Family
 from xlathe.models.layers import Block, Decoder, GatedFeedForward, linear
 from xlathe.models.moe import Choice, GroupedSigmoidRouter, SparseFeedForward
 from xlathe.models.qwen3_moe import EXPERTS
+from xlathe.models.resize import feed_forward_sizes
 from xlathe.models.rope import Rope, read_rope
 from xlathe.models.settings import Settings
 from xlathe.models.sizes import Sizes, read_activation
@@ -146,6 +147,5 @@ FAMILY = Family(
     "DeepseekV3ForCausalLM",
     build,
     DECODER | FEED_FORWARD | EXPERTS | _LATENT | _ROUTED,
-    # layers after the last one predict further tokens, in training and to draft with
-    ignored=(r".*rotary_emb\.inv_freq", r"model\.layers\.\d+\.(eh_proj|enorm|hnorm|shared_head|embed_tokens)\..*"),
+    resize=lambda shapes, settings: feed_forward_sizes(shapes),
 )

@@ -60,11 +60,10 @@ def _renumber(name: str, kept: list[int]) -> str:
 
 def _resized(family: Family, settings: Settings, shapes: Shapes, kept: list[int]) -> dict[str, Any]:
     """Returns the configuration with what differs changed, and nothing else."""
-    changes = {**family.resize(shapes, settings), **drop_layers(settings, kept, family.indexed)}
-    module = _shapes(family, dict(settings.values))
+    module = _shapes(family, settings.values)
     if {name: shapes.get(name) for name in module} == module and len(module) == len(shapes):
         return dict(settings.values)
-    return {**settings.values, **changes}
+    return {**settings.values, **family.resize(shapes, settings), **drop_layers(settings, kept, family.indexed)}
 
 
 def _shapes(family: Family, config: Mapping[str, Any], length: int = 1) -> dict[str, tuple[int, ...]]:

@@ -23,7 +23,7 @@ class Family:
     linear: whether files hold a `kernel` as `torch.nn.Linear` does, [outputs, inputs]; GPT-2's are [inputs, outputs],
         but for its head.
     resize: (shapes of our weights, settings) -> entries of config.json that say the sizes of a pruned model.
-    indexed: settings by which a layer's form follows from its index.
+    indexed: settings by which what a layer computes, and not its weights, follows from its index.
     arguments: what a forward takes beside tokens, by keyword.
     ignored: regular expressions of what may be in a file and is no weight: buffers, layers for training alone.
     """

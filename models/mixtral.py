@@ -5,6 +5,7 @@ from flax import nnx
 from xlathe.models.family import ATTENTION, DECODER, Family
 from xlathe.models.layers import Attention, Block, Decoder
 from xlathe.models.moe import Choice, SoftmaxRouter, SparseFeedForward
+from xlathe.models.resize import resize_experts
 from xlathe.models.rope import read_rope
 from xlathe.models.settings import Settings
 from xlathe.models.sizes import Sizes, read_activation
@@ -34,4 +35,4 @@ _EXPERTS = {
 }
 _ROUTER = {"layers/*/feed_forward/router/gate/kernel": "model.layers.*.block_sparse_moe.gate.weight"}
 
-FAMILY = Family("MixtralForCausalLM", build, DECODER | ATTENTION | _EXPERTS | _ROUTER)
+FAMILY = Family("MixtralForCausalLM", build, DECODER | ATTENTION | _EXPERTS | _ROUTER, resize=resize_experts)

@@ -82,7 +82,8 @@ def _finite(tensor: Tensor, what: str) -> Tensor:
 
 
 def _check_surplus(family: Family, left: Iterable[str], checkpoint: Checkpoint) -> None:
-    known = [*family.ignored, *(re.escape(name) for name in _copies(family, checkpoint.card.config))]
+    config = checkpoint.card.config
+    known = [*family.ignored, *map(re.escape, _copies(family, config)), *_drafting(config)]
     surplus = [name for name in left if not any(re.fullmatch(pattern, name) for pattern in known)]
     if surplus:
         more = f" and {len(surplus) - 1} more" if len(surplus) > 1 else ""
@@ -93,3 +94,9 @@ def _copies(family: Family, config: Mapping[str, Any]) -> list[str]:
     """Some writers keep both copies of a tied matrix."""
     head = family.names.get("head/kernel")
     return [head] if head and config.get("tie_word_embeddings", True) else []
+
+
+def _drafting(config: Mapping[str, Any]) -> list[str]:
+    """Layers after the last one predict further tokens, in training and to draft with (DeepSeek-V3)."""
+    last, more = config.get("num_hidden_layers", 0), config.get("num_nextn_predict_layers") or 0
+    return [rf"model\.layers\.{last + i}\..*" for i in range(more)]

@@ -11,9 +11,24 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 def resize_separate(shapes: Shapes, settings: Settings) -> dict[str, Any]:
     """Sizes of layers with separate projections for queries, keys and values, and for gate and up."""
+    return _heads(shapes, settings) | feed_forward_sizes(shapes)
+
+
+def feed_forward_sizes(shapes: Shapes) -> dict[str, Any]:
+    """Sizes of feed-forward layers, of one for all tokens and of experts, where there are such."""
+    places = {"intermediate_size": "feed_forward/gate/kernel", "moe_intermediate_size": "experts/0/gate/kernel"}
+    found = {key: [shape[1] for name, shape in shapes.items() if name.endswith(end)] for key, end in places.items()}
+    return {key: widths[0] for key, widths in found.items() if widths}
+
+
+def resize_experts(shapes: Shapes, settings: Settings) -> dict[str, Any]:
+    """Sizes of layers whose only feed-forward is of experts (Mixtral)."""
+    return _heads(shapes, settings) | {"intermediate_size": feed_forward_sizes(shapes)["moe_intermediate_size"]}
+
+
+def _heads(shapes: Shapes, settings: Settings) -> dict[str, Any]:
     dim = _head_dim(settings)
     return {
-        "intermediate_size": shapes["layers/0/feed_forward/gate/kernel"][1],
         "num_attention_heads": shapes["layers/0/attention/query/kernel"][1] // dim,
         "num_key_value_heads": shapes["layers/0/attention/key/kernel"][1] // dim,
         "head_dim": dim,

@@ -1,13 +1,18 @@
 """Graphs back into Hugging Face directories."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import xlathe as xl
-from tests.models.tiny import GEMMA2, write_tiny
+from tests.models.tiny import GEMMA2, LLAMA, MIXTRAL, tiny_checkpoint, write_tiny
 from xlathe import passes
+from xlathe.card import Card
+from xlathe.models.checkpoint import Checkpoint
+from xlathe.models.formats.huggingface import write_huggingface
 
 TOKENS = np.arange(20).reshape(2, 10) % 61
 
@@ -31,6 +36,25 @@ def test_a_pruned_graph_and_its_configuration(tmp_path: Path) -> None:
     assert again.card is not None
     assert {key: again.card.config[key] for key in expected} == expected
     np.testing.assert_allclose(again(TOKENS), pruned(TOKENS), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [MIXTRAL, GEMMA2], ids=lambda config: config["model_type"])
+def test_what_nothing_was_changed_of_has_the_same_configuration(tmp_path: Path, config: dict[str, Any]) -> None:
+    xl.from_pretrained(write_tiny(tmp_path / "a", config)).save_pretrained(tmp_path / "b")
+    before, after = (json.loads((tmp_path / folder / "config.json").read_text()) for folder in "ab")
+    assert after == before | {"dtype": "float32"}
+
+
+def test_layers_for_drafting_are_no_surplus(tmp_path: Path) -> None:
+    """Before: one layer beyond the last, as DeepSeek-V3's files have it. Expected: ignored, where the settings say so."""
+    made = tiny_checkpoint(LLAMA)
+    extra = {"model.layers.3.enorm.weight": made.tensors["model.norm.weight"]}
+    for more in (0, 1):
+        card = Card({**LLAMA, "num_nextn_predict_layers": more})
+        write_huggingface(Checkpoint(card, {**made.tensors, **extra}, "test"), tmp_path / str(more))
+    assert xl.from_pretrained(tmp_path / "1").vocab == 61
+    with pytest.raises(xl.CheckpointError, match=r"'model\.layers\.3\.enorm\.weight': no part of"):
+        xl.from_pretrained(tmp_path / "0")
 
 
 def test_layers_are_renumbered(tmp_path: Path) -> None:

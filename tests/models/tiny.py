@@ -37,6 +37,12 @@ GEMMA2 = LLAMA | {
     "attn_logit_softcapping": 50.0,
     "tie_word_embeddings": True,
 }
+MIXTRAL = LLAMA | {
+    "model_type": "mixtral",
+    "architectures": ["MixtralForCausalLM"],
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
 
 
 def tiny_checkpoint(config: Mapping[str, Any] = LLAMA, dtype: Any = np.float32) -> Checkpoint:
