@@ -46,7 +46,7 @@ def test_what_nothing_was_changed_of_has_the_same_configuration(tmp_path: Path, 
 
 
 def test_layers_for_drafting_are_no_surplus(tmp_path: Path) -> None:
-    """Before: one layer beyond the last, as DeepSeek-V3's files have it. Expected: ignored, where the settings say so."""
+    """Before: a layer beyond the last, as DeepSeek-V3 has it. Expected: ignored, where the settings say so."""
     made = tiny_checkpoint(LLAMA)
     extra = {"model.layers.3.enorm.weight": made.tensors["model.norm.weight"]}
     for more in (0, 1):
