@@ -94,8 +94,8 @@ _PARTS = {
 FAMILY = Family(
     "BertModel",
     build,
-    {f"{ours}/{leaf}": f"bert.{theirs}.weight" for ours, (theirs, leaf) in _PARTS.items()}
-    | {f"{ours}/bias": f"bert.{theirs}.bias" for ours, (theirs, leaf) in _PARTS.items() if leaf != "embedding"},
+    {f"{ours}/{leaf}": f"{theirs}.weight" for ours, (theirs, leaf) in _PARTS.items()}
+    | {f"{ours}/bias": f"{theirs}.bias" for ours, (theirs, leaf) in _PARTS.items() if leaf != "embedding"},
     resize=lambda shapes, settings: {"intermediate_size": shapes["layers/0/feed_forward/up/kernel"][1]},
     arguments=("attention_mask", "token_type_ids"),
     ignored=(r"(bert\.)?(pooler\..*|embeddings\.position_ids)", r"cls\..*"),

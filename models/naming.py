@@ -38,7 +38,7 @@ def assign(
     """
     left, assigned = dict(checkpoint.tensors), {}
     for ours, shape in shapes.items():
-        turned, theirs = is_turned(family, ours), _present(family, their_name(family, ours), left)
+        turned, theirs = is_turned(family, ours), _present(their_name(family, ours), left, checkpoint.card.config)
         if theirs is None:
             raise CheckpointError(f"{checkpoint.where} has no tensor {their_name(family, ours)!r} {list(shape)}")
         expected = shape[::-1] if turned else shape
@@ -54,10 +54,10 @@ def assign(
     return assigned
 
 
-def _present(family: Family, theirs: str, left: Mapping[str, Tensor]) -> str | None:
-    """Returns the name, or the name in a file that was saved without the head of the model around it."""
-    short = theirs.partition(".")[2]
-    return theirs if theirs in left else short if short in left else None
+def _present(theirs: str, left: Mapping[str, Tensor], config: Mapping[str, Any]) -> str | None:
+    """Returns the name, or the one in a file that was saved without the head of the model around it, or with one."""
+    without, within = theirs.partition(".")[2], f"{config.get('model_type')}.{theirs}"
+    return next((name for name in (theirs, without, within) if name in left), None)
 
 
 def _convert(tensor: Tensor, turned: bool, dtype: str | None) -> Tensor:

@@ -7,12 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file
 
-import xlathe as xl
-from xlathe import passes
 from xlathe.models.moe import Choice, GroupedSigmoidRouter, SoftmaxRouter, SparseFeedForward
-from xlathe.models.pretrained import from_pretrained
 
 WIDTH, EXPERTS = 12, 8
 X = np.random.default_rng(0).normal(size=(2, 5, WIDTH)).astype(np.float32)
@@ -61,26 +57,3 @@ def test_a_token_gets_the_weighted_sum_of_its_experts(shared: int | None) -> Non
         parts = [w * np.asarray(layer.experts[int(e)](token)) for w, e in zip(weights[i], experts[i], strict=True)]
         expected = sum(parts) + (0 if layer.shared is None else np.asarray(layer.shared(token)))
         np.testing.assert_allclose(found.reshape(-1, WIDTH)[i], expected, rtol=1e-4, atol=1e-5)
-
-
-BYTES = {"mixtral": 768, "qwen3-moe": 768, "deepseek-v3": 288}  # a token, in three layers; of DeepSeek the latent alone
-
-
-@pytest.mark.parametrize("name", BYTES)
-def test_as_transformers_computes_it(name: str) -> None:
-    """Logits, and sixteen tokens decoded through the derived cache by a compiled program."""
-    if not (FIXTURES / name).is_dir():
-        pytest.skip(
-            f"no {FIXTURES / name}: set XLATHE_HF_FIXTURES to a folder of checkpoints with expected.safetensors"
-        )
-    expected = load_file(FIXTURES / name / "expected.safetensors")
-    graph = from_pretrained(FIXTURES / name, max_len=64)
-    logits = np.asarray(graph(expected["input_ids"]))
-    assert np.abs(logits - expected["logits"]).max() <= 2e-4 * np.abs(expected["logits"]).max()
-    fused = passes.FuseAttention()(passes.Canonicalize()(graph))
-    assert fused.history[-1].hits == {"attention": 3}
-    step = passes.KVCache()(fused)
-    assert f"{BYTES[name]} bytes a token" in step.history[-1].notes
-    program = xl.compile(step, max_batch=1, max_len=64, chunks=(24,), unit=16)
-    (answer,) = program.generate(expected["greedy"][:, :24].tolist(), max_tokens=16)
-    assert list(answer.tokens) == expected["greedy"][0, 24:].tolist()

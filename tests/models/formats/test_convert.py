@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import shutil
 
 import ml_dtypes
 import numpy as np
@@ -11,13 +10,14 @@ import pytest
 import safetensors.numpy
 
 import xlathe as xl
-from tests.models.formats.fixtures import FIXTURES, load, of_arrays
+from tests.models.formats.families import compute, load, of_arrays
 from tests.models.formats.test_tokenizers import byte_level
 from xlathe.errors import CheckpointError, OptionError
 from xlathe.models.formats.checkpoints import open_checkpoint
 from xlathe.models.formats.convert import convert
 from xlathe.models.formats.gguf import write_gguf
 from xlathe.models.formats.gguf.container import open_container
+from xlathe.models.formats.huggingface import write_huggingface
 from xlathe.tools.main import main
 
 TOKENIZER = {
@@ -31,9 +31,11 @@ TOKENIZER = {
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_directory_becomes_a_gguf_file_and_a_directory_again(family, tmp_path, capsys):
-    """Expected: numbers and logits of the directory that transformers wrote, also from the file in between."""
-    given, expected = load(family)
-    source, file, back = str(FIXTURES / family), str(tmp_path / "m.gguf"), str(tmp_path / "back")
+    """Expected: numbers and logits of the first directory, also from the file in between."""
+    given = load(family)
+    expected = compute(given)
+    write_huggingface(given, tmp_path / "source")
+    source, file, back = (str(tmp_path / name) for name in ("source", "m.gguf", "back"))
     assert main(["convert", source, file, "--type=F32"]) == 0
     assert main(["convert", file, back]) == 0
     out, err = capsys.readouterr()
@@ -49,7 +51,8 @@ def test_a_directory_becomes_a_gguf_file_and_a_directory_again(family, tmp_path,
 
 
 def test_types_of_a_gguf_file_and_what_it_says_of_its_tokenizer(tmp_path):
-    given, expected = load("llama")
+    given = load("llama")
+    expected = compute(given)
     write_gguf(given, tmp_path / "a.gguf", "F32", extra={**TOKENIZER, "general.name": "Tiny"})
     total = convert(tmp_path / "a.gguf", tmp_path / "b.gguf")
     container = open_container(tmp_path / "b.gguf")
@@ -63,9 +66,10 @@ def test_types_of_a_gguf_file_and_what_it_says_of_its_tokenizer(tmp_path):
 
 
 def test_a_directory_gets_the_type_that_is_asked_for(tmp_path):
-    given, _ = load("llama")
+    given = load("llama")
+    write_huggingface(given, tmp_path / "source")
     reported: list[tuple[int, int]] = []
-    total = convert(FIXTURES / "llama", tmp_path / "half", "BF16", lambda *both: reported.append(both))
+    total = convert(tmp_path / "source", tmp_path / "half", "BF16", lambda *both: reported.append(both))
     assert reported[-1] == (total, total) and total == sum(t.read().size * 2 for t in given.tensors.values())
     found = open_checkpoint(tmp_path / "half")
     for name, tensor in given.tensors.items():
@@ -74,14 +78,13 @@ def test_a_directory_gets_the_type_that_is_asked_for(tmp_path):
 
 
 def test_wrong_types_and_places_are_refused(tmp_path, capsys):
-    load("llama")
+    write_huggingface(load("llama"), tmp_path / "source")
     with pytest.raises(OptionError, match="no type 'Q4_0' to write"):
-        convert(FIXTURES / "llama", tmp_path / "m.gguf", "Q4_0")
+        convert(tmp_path / "source", tmp_path / "m.gguf", "Q4_0")
     with pytest.raises(OptionError, match="no type 'Q8_0' in a directory"):
-        convert(FIXTURES / "llama", tmp_path / "out", "Q8_0")
-    shutil.copytree(FIXTURES / "llama", tmp_path / "same")
+        convert(tmp_path / "source", tmp_path / "out", "Q8_0")
     with pytest.raises(CheckpointError, match="another place than the source"):
-        convert(tmp_path / "same", tmp_path / "same")
+        convert(tmp_path / "source", tmp_path / "source")
     (tmp_path / "text.gguf").write_text("no checkpoint at all")
     assert main(["convert", str(tmp_path / "text.gguf"), str(tmp_path / "m.gguf")]) == 1
     assert "expected a GGUF file, which begins with" in capsys.readouterr().err
@@ -89,7 +92,7 @@ def test_wrong_types_and_places_are_refused(tmp_path, capsys):
 
 def test_a_tokenizer_with_fewer_tokens_than_the_embedding_has_rows(tmp_path):
     """Expected: a token a row, as llama.cpp wants it, and the tokenizer back."""
-    given, _ = load("llama")
+    given = load("llama")
     arrays = {name: tensor.read() for name, tensor in given.tensors.items()}
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         arrays[name] = np.resize(arrays[name], (512, 64))

@@ -4,8 +4,8 @@ import gguf
 import numpy as np
 import pytest
 
-from tests.models.formats import fixtures
-from tests.models.formats.fixtures import FAMILIES
+from tests.models.formats import families
+from tests.models.formats.families import FAMILIES
 from xlathe.errors import CheckpointError
 from xlathe.models.formats.gguf import read_gguf, write_gguf
 from xlathe.models.formats.gguf.architectures import BY_MODEL_TYPE
@@ -31,7 +31,7 @@ def is_said(family: str, key: str) -> bool:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_comes_back_as_it_was(family, tmp_path):
-    given, _ = fixtures.load(family)
+    given = families.load(family)
     write_gguf(given, tmp_path / "m.gguf", "F32")
     found = read_gguf(tmp_path / "m.gguf")
 
@@ -51,7 +51,7 @@ def test_a_family_comes_back_as_it_was(family, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_names_are_those_of_llama_cpp_s_table(family, tmp_path):
-    given, _ = fixtures.load(family)
+    given = families.load(family)
     write_gguf(given, tmp_path / "m.gguf", "F32")
     found = set(open_container(tmp_path / "m.gguf").entries)
 
@@ -76,7 +76,7 @@ def test_names_are_those_of_llama_cpp_s_table(family, tmp_path):
 @pytest.mark.parametrize("type", ["Q8_0", "F16", "BF16"])
 @pytest.mark.parametrize("family", ["llama", "mixtral", "bert", "gpt2", "deepseek-v3"])
 def test_norms_biases_routers_and_positions_stay_float32(family, type, tmp_path):
-    given, _ = fixtures.load(family)
+    given = families.load(family)
     write_gguf(given, tmp_path / "m.gguf", type)
     container = open_container(tmp_path / "m.gguf")
     assert container.metadata["general.file_type"] == gguf.LlamaFileType[f"MOSTLY_{type}"]
@@ -89,7 +89,7 @@ def test_norms_biases_routers_and_positions_stay_float32(family, type, tmp_path)
 
 
 def test_llama_s_rotary_rows_are_those_of_the_converter(tmp_path):
-    given, _ = fixtures.load("llama")
+    given = families.load("llama")
     write_gguf(given, tmp_path / "m.gguf", "F32")
     container = open_container(tmp_path / "m.gguf")
     for part, heads in (("q", 4), ("k", 2)):
@@ -102,7 +102,7 @@ def test_llama_s_rotary_rows_are_those_of_the_converter(tmp_path):
 
 def test_latent_up_projections_in_one_piece_are_read_too(tmp_path):
     """Files from before llama.cpp split them: attn_kv_b as Hugging Face has it, and sizes of plain attention."""
-    given, _ = fixtures.load("deepseek-v3")
+    given = families.load("deepseek-v3")
     write_gguf(given, tmp_path / "split.gguf", "F32")
     container = open_container(tmp_path / "split.gguf")
     writer = gguf.GGUFWriter(tmp_path / "fused.gguf", "deepseek2")
@@ -130,10 +130,10 @@ def test_latent_up_projections_in_one_piece_are_read_too(tmp_path):
 
 
 def test_names_without_the_model_s_prefix_are_known(tmp_path):
-    given, _ = fixtures.load("gpt2")
+    given = families.load("gpt2")
     bare = {name.removeprefix("transformer."): tensor.read() for name, tensor in given.tensors.items()}
     bare["h.0.attn.bias"] = np.tril(np.ones((1, 1, 4, 4), np.float32))  # a buffer of old checkpoints
-    write_gguf(fixtures.of_arrays(given.card.config, bare), tmp_path / "m.gguf", "F32")
+    write_gguf(families.of_arrays(given.card.config, bare), tmp_path / "m.gguf", "F32")
     assert set(read_gguf(tmp_path / "m.gguf").tensors) == set(given.tensors)
 
 
@@ -149,19 +149,19 @@ def test_names_without_the_model_s_prefix_are_known(tmp_path):
     ],
 )
 def test_what_gguf_cannot_say_is_refused_and_nothing_is_left(change, message, tmp_path):
-    given, _ = fixtures.load("llama")
+    given = families.load("llama")
     arrays = {name: tensor.read() for name, tensor in given.tensors.items()}
     with pytest.raises(CheckpointError, match=message):
-        write_gguf(fixtures.of_arrays({**given.card.config, **change}, arrays), tmp_path / "m.gguf", "F32")
+        write_gguf(families.of_arrays({**given.card.config, **change}, arrays), tmp_path / "m.gguf", "F32")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_is_replaced_only_by_a_whole_one(tmp_path):
-    given, _ = fixtures.load("llama")
+    given = families.load("llama")
     arrays = {name: tensor.read() for name, tensor in given.tensors.items()}
     arrays["lm_head.weight"] = np.full_like(arrays["lm_head.weight"], 1e6)  # written near the end of F16's
     path = tmp_path / "m.gguf"
     path.write_text("what was there")
     with pytest.raises(CheckpointError, match=r"'output\.weight': expected numbers that fit F16"):
-        write_gguf(fixtures.of_arrays(given.card.config, arrays), path, "F16")
+        write_gguf(families.of_arrays(given.card.config, arrays), path, "F16")
     assert [p.name for p in tmp_path.iterdir()] == ["m.gguf"] and path.read_text() == "what was there"

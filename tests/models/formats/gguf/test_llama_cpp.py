@@ -1,4 +1,4 @@
-"""GGUF files that we write, run by llama.cpp: what transformers computed from the same weights comes out.
+"""GGUF files that we write, run by llama.cpp: what our forwards compute, which are compared with transformers elsewhere.
 
 Needs `pip install .[llama]`, which compiles llama.cpp. Weights and its cache are float32.
 """
@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.models.formats import fixtures
+from tests.models.formats import families
 from xlathe.models.formats.gguf import read_gguf, write_gguf
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed: pip install .[llama]"
 )
 F32 = 0  # ggml's type of the cache
-FAMILIES = [name for name in fixtures.FAMILIES if name not in ("bert", "mistral-window")]
+FAMILIES = [name for name in families.FAMILIES if name not in ("bert", "mistral-window")]
 # ggml looks GELU up in a table of float16: half a unit in the last place, 2^-11, of each activation
 TABLE = ("gemma2", "gemma3", "gpt2", "gpt-neox")
 
@@ -25,7 +25,7 @@ def opened(family: str, folder: Path, **options):
     """Returns llama.cpp's model of a family, and what was computed from it."""
     from llama_cpp import Llama
 
-    checkpoint, expected = fixtures.load(family)
+    checkpoint = families.load(family)
     path = folder / "m.gguf"
     write_gguf(checkpoint, path, "F32")
     common = {
@@ -37,7 +37,7 @@ def opened(family: str, folder: Path, **options):
         "type_v": F32,
         "verbose": False,
     }
-    return Llama(str(path), **common, **options), expected
+    return Llama(str(path), **common, **options), families.compute(checkpoint)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -49,7 +49,7 @@ def test_llama_cpp_computes_the_same_logits_and_text(family, tmp_path):
         model.eval(row.tolist())
         np.testing.assert_allclose(model.scores[: len(row)], logits, rtol=0, atol=rtol * np.abs(logits).max())
 
-    greedy = expected["greedy"][0].tolist()
+    greedy = expected["greedy"].tolist()
     found = greedy[:24]
     model.reset()
     model.eval(found)
@@ -74,7 +74,8 @@ def test_llama_cpp_reads_the_numbers_that_we_read_from_other_types(type, tmp_pat
     """Before: a file of codes. Expected: the logits of a float32 file with the numbers that we decode from them."""
     from llama_cpp import Llama
 
-    checkpoint, expected = fixtures.load("qwen3")
+    checkpoint = families.load("qwen3")
+    expected = families.compute(checkpoint)
     write_gguf(checkpoint, tmp_path / "codes.gguf", type)
     write_gguf(read_gguf(tmp_path / "codes.gguf"), tmp_path / "decoded.gguf", "F32")
     logits = []

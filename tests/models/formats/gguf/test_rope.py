@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from tests.models.formats import fixtures
+from tests.models.formats import families
 from xlathe.errors import CheckpointError
 from xlathe.models.formats.gguf import read_gguf, write_gguf
 from xlathe.models.formats.gguf.blocks import as_tensor
@@ -18,9 +18,9 @@ LLAMA3 = {
 
 
 def written(path, family: str, **change):
-    given, _ = fixtures.load(family)
+    given = families.load(family)
     arrays = {name: tensor.read() for name, tensor in given.tensors.items()}
-    write_gguf(fixtures.of_arrays({**given.card.config, **change}, arrays), path / "m.gguf", "F32")
+    write_gguf(families.of_arrays({**given.card.config, **change}, arrays), path / "m.gguf", "F32")
     return open_container(path / "m.gguf"), read_gguf(path / "m.gguf").card.config
 
 
