@@ -1,4 +1,4 @@
-"""GGUF files that we write, run by llama.cpp: what our forwards compute, which are compared with transformers elsewhere.
+"""GGUF files that we write, run by llama.cpp: what our forwards compute, which are compared with transformers.
 
 Needs `pip install .[llama]`, which compiles llama.cpp. Weights and its cache are float32.
 """
