@@ -266,17 +266,20 @@ def symbolic_sizes(max_len: int) -> tuple[ir.Dim, ir.Dim]:
 
 
 def hoist_constants(jaxpr: ir.Jaxpr) -> tuple[ir.Jaxpr, list[np.ndarray]]:
-    """Turns captured constants into inputs, placed before the last input (the tokens)."""
-    constants = list(jaxpr.consts)
+    """Turns captured constants into inputs, one for all that are equal, placed before the last input (the tokens)."""
+    captured = [np.asarray(c) for c in jaxpr.consts]
+    keys = [(c.shape, c.dtype, c.tobytes()) for c in captured]
+    constants = dict(zip(keys, captured, strict=True))
+    places = list(constants)
     weights = [v.aval for v in jaxpr.invars[:-1]]
     tokens = jaxpr.invars[-1].aval
 
     def hoisted(*operands: Any) -> list[Any]:
         leaves, held, last = operands[: len(weights)], operands[len(weights) : -1], operands[-1]
-        return ir.evaluate(jaxpr, [*leaves, last], constants=held)
+        return ir.evaluate(jaxpr, [*leaves, last], constants=[held[places.index(key)] for key in keys])
 
-    result = ir.trace(hoisted, *weights, *(jax.typeof(c) for c in constants), tokens)
-    return result, [np.asarray(c) for c in constants]
+    result = ir.trace(hoisted, *weights, *(jax.typeof(c) for c in constants.values()), tokens)
+    return result, list(constants.values())
 
 
 def _check_logits(jaxpr: ir.Jaxpr) -> None:
