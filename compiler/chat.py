@@ -131,6 +131,8 @@ def _to_json(
 ) -> str:
     """Jinja's own escapes HTML, which a prompt is not."""
     separators = None if separators is None else tuple(separators)
+    if (isinstance(indent, int) and indent > 16) or len(str(indent)) > 16 or len(str(separators)) > 64:
+        raise RequestError("the chat template asks for an indent or separators that are too long")
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import mmap
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,13 +66,15 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     allocated by what the header says: only what lies in the file is mapped.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: expected a regular file")
         size = path.stat().st_size
         with path.open("rb") as file:
             header, start = _header(file.read(8), size, path), 0
             start = 8 + header
             entries = _parse(file.read(header), path)
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size > start else None
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a name with a NUL is a ValueError
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     places = {name: _place(name, entry, size - start, path) for name, entry in entries.items()}
     ordered = sorted(places.items(), key=lambda item: item[1][2])
@@ -95,8 +98,8 @@ def _parse(text: bytes, path: Path) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise CheckpointError(f"{path}: {next(n for n in names if names.count(n) > 1)!r} is there twice")
+            (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+            raise CheckpointError(f"{path}: {_brief(twice)} is there twice")
         return found
 
     try:
@@ -116,22 +119,23 @@ def _place(name: str, entry: Any, size: int, path: Path) -> Place:
     """Returns shape, dtype, first and last byte of a tensor; the bytes lie in the file and hold the shape."""
 
     def whole(value: Any) -> bool:
-        return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+        return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**62 for n in value)
 
+    where = f"{path}: {_brief(name)}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{path}: {name!r}: expected dtype, shape and data_offsets, found {_brief(entry)}")
+        raise CheckpointError(f"{where}: expected dtype, shape and data_offsets, found {_brief(entry)}")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
-        raise CheckpointError(f"{path}: {name!r}: unknown dtype {_brief(code)}; expected one of {', '.join(DTYPES)}")
+        raise CheckpointError(f"{where}: unknown dtype {_brief(code)}; expected one of {', '.join(DTYPES)}")
     if not whole(shape) or not whole(offsets) or len(offsets) != 2 or len(shape) > 32:
-        raise CheckpointError(f"{path}: {name!r}: malformed shape {_brief(shape)} or data_offsets {_brief(offsets)}")
+        raise CheckpointError(f"{where}: malformed shape {_brief(shape)} or data_offsets {_brief(offsets)}")
     begin, end = offsets
     if not begin <= end <= size:
-        raise CheckpointError(f"{path}: {name!r} lies at {begin:,} to {end:,} of {size:,} bytes: truncated?")
+        raise CheckpointError(f"{where} lies at {begin:,} to {end:,} of {size:,} bytes: truncated?")
     dtype = np.dtype(DTYPES[code])
     if math.prod(shape) * dtype.itemsize != end - begin:
         raise CheckpointError(
-            f"{path}: {name!r}: {code} {_brief(shape)} takes {math.prod(shape) * dtype.itemsize:,} bytes, found "
+            f"{where}: {code} {_brief(shape)} takes {math.prod(shape) * dtype.itemsize:,} bytes, found "
             f"{end - begin:,}"
         )
     return tuple(shape), dtype, begin, end
@@ -146,8 +150,8 @@ def _check_places(places: list[tuple[str, int, int]], size: int, path: Path) -> 
     reached, before = 0, ""
     for name, begin, end in places:
         if begin != reached:
-            what = f"overlaps {before!r}" if begin < reached else f"leaves a hole after {before!r}"
-            raise CheckpointError(f"{path}: {name!r} {what}: expected it at byte {reached:,}, found {begin:,}")
+            what = f"overlaps {_brief(before)}" if begin < reached else f"leaves a hole after {_brief(before)}"
+            raise CheckpointError(f"{path}: {_brief(name)} {what}: expected it at byte {reached:,}, found {begin:,}")
         reached, before = end, name
     if reached != size:
         raise CheckpointError(f"{path}: expected {reached:,} bytes of numbers, found {size:,}")

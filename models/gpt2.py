@@ -58,8 +58,10 @@ def _block(settings: Settings, index: int, norm: functools.partial[nnx.LayerNorm
 
 
 def _heads(settings: Settings, index: int) -> Heads:
-    count = settings.size("n_head")
-    dim = settings.size("n_embd") // count
+    count, width = settings.size("n_head"), settings.size("n_embd")
+    if width % count:
+        raise settings.wrong("n_head", f"a divisor of n_embd, {width}", count)
+    dim = width // count
     scale = dim**-0.5 if settings.flag("scale_attn_weights", True) else 1.0
     depth = index + 1 if settings.flag("scale_attn_by_inverse_layer_idx", False) else 1
     return Heads(count, count, dim, scale / depth)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from xlathe.errors import CheckpointError
 from xlathe.models.layers import Activation, GatedFeedForward, linear
 
 
@@ -26,6 +27,10 @@ class Choice:
     chosen: int
     normalized: bool = True
     scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.chosen > self.experts:
+            raise CheckpointError(f"config.json: a token gets {self.chosen} experts, but there are {self.experts}")
 
 
 class SoftmaxRouter(nnx.Module):

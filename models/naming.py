@@ -11,6 +11,7 @@ from xlathe.errors import CheckpointError
 from xlathe.models.checkpoint import Checkpoint, Tensor
 from xlathe.models.family import Family
 from xlathe.models.resize import Shapes
+from xlathe.models.settings import Settings
 
 
 def their_name(family: Family, ours: str) -> str:
@@ -43,6 +44,10 @@ def assign(
             raise CheckpointError(f"{checkpoint.where} has no tensor {their_name(family, ours)!r} {list(shape)}")
         expected = shape[::-1] if turned else shape
         tensor = left.pop(theirs)
+        if not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.dtype.itemsize < 2:
+            raise CheckpointError(
+                f"{checkpoint.where}: {theirs!r}: expected float32, bfloat16, float16 or float64, found {tensor.dtype}"
+            )
         if tensor.shape != expected:
             raise CheckpointError(
                 f"{checkpoint.where}: {theirs!r}: expected {list(expected)} by its configuration, found "
@@ -98,5 +103,6 @@ def _copies(family: Family, config: Mapping[str, Any]) -> list[str]:
 
 def _drafting(config: Mapping[str, Any]) -> list[str]:
     """Layers after the last one predict further tokens, in training and to draft with (DeepSeek-V3)."""
-    last, more = config.get("num_hidden_layers", 0), config.get("num_nextn_predict_layers") or 0
+    settings = Settings(config)
+    last, more = settings.count("num_hidden_layers", 0), settings.count("num_nextn_predict_layers", 0)
     return [rf"model\.layers\.{last + i}\..*" for i in range(more)]

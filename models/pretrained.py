@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from xlathe.errors import OptionError
+from xlathe.errors import CheckpointError, OptionError
 from xlathe.graph import Graph, Weights, is_shape
 from xlathe.models.checkpoint import Checkpoint, Tensor
 from xlathe.models.family import find_family
@@ -18,6 +18,10 @@ from xlathe.models.settings import Settings
 from xlathe.trace import trace
 
 LONGEST = 4096  # where nobody asks for more: tables and masks grow with it
+COUNTS = (
+    *("num_hidden_layers", "n_layer", "num_nextn_predict_layers"),
+    *("num_experts", "num_local_experts", "n_routed_experts"),
+)
 FLOATS = ("float32", "bfloat16", "float16")
 
 
@@ -30,8 +34,8 @@ def from_pretrained(
 ) -> Graph:
     """Returns the graph of a pretrained model, with its tokenizer and card; weights are read when they are used.
 
-    source: a directory with `config.json` and safetensors, or the name of one on the hub ("org/name"), which takes the
-        package `huggingface_hub`.
+    source: a directory with `config.json` and safetensors, the name of one on the hub ("org/name"), which takes the
+        package `huggingface_hub`, or a GGUF file.
     max_len: the longest text to serve; `max_position_embeddings`, at most 4096, where it is None.
     dtype: "float32", "bfloat16" or "float16", of weights and activations; the files' own where it is None.
     allow_nan: whether a weight may hold NaN or infinity; otherwise whoever reads one gets a CheckpointError.
@@ -50,6 +54,7 @@ def to_graph(
     """Builds the family's forward and gives it the checkpoint's tensors; as `from_pretrained`."""
     settings = Settings(checkpoint.card.config, f"{checkpoint.where}: config.json")
     family = find_family(checkpoint.card.config, settings.where)
+    _check_settings(settings, len(checkpoint.tensors))
     length = _length(settings, max_len)
     module = nnx.eval_shape(lambda: family.build(settings, length, nnx.Rngs(0)))
     shapes = weight_shapes(module)
@@ -60,8 +65,21 @@ def to_graph(
     return graph.replace(weights=Weights(Stored(tensors, constants)), card=checkpoint.card, history=())
 
 
+def _check_settings(settings: Settings, tensors: int) -> None:
+    """Refuses what no family builds, and counts by which a forward would be built before its tensors are looked at."""
+    if settings.has("quantization_config"):
+        raise CheckpointError(
+            f"{settings.where}: quantization_config: expected weights as they were trained, found quantized ones"
+        )
+    for name in COUNTS:
+        if settings.has(name) and settings.count(name) > tensors:
+            raise settings.wrong(name, f"at most as many as there are tensors, {tensors}", settings.values[name])
+
+
 def _length(settings: Settings, asked: int | None) -> int:
     trained = settings.size("max_position_embeddings", settings.size("n_positions", LONGEST))
+    if asked is not None and (type(asked) is not int or asked < 1):
+        raise OptionError(f"max_len: expected a whole number of at least 1, got {asked!r}")
     if asked is not None and asked > trained:
         raise OptionError(f"max_len={asked}: {settings.where} says that it has {trained} positions")
     return min(trained, LONGEST) if asked is None else asked

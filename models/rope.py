@@ -66,6 +66,8 @@ def read_rope(settings: Settings, head_dim: int, max_len: int, layer_type: str |
     found = _parameters(settings, layer_type)
     kind = found.one_of("rope_type", _SCALINGS, "default")
     share = found.positive("partial_rotary_factor", settings.positive("partial_rotary_factor", 1.0))
+    if share > 1:
+        raise settings.wrong("partial_rotary_factor", "a share of at most 1", share)
     dim = int(head_dim * share)
     theta = found.positive("rope_theta", settings.positive("rope_theta", 10_000.0))
     frequencies, magnitude = _SCALINGS[kind](_inverse(dim, theta), theta, found, settings, max_len)
@@ -75,6 +77,8 @@ def read_rope(settings: Settings, head_dim: int, max_len: int, layer_type: str |
 def _parameters(settings: Settings, layer_type: str | None) -> Settings:
     """Returns `rope_parameters` (of the layer type), or `rope_scaling` of older files with their `type`."""
     name = "rope_parameters" if settings.has("rope_parameters") else "rope_scaling"
+    if settings.has("rope_scaling") and settings.values["rope_scaling"] != settings.values[name]:
+        raise settings.wrong("rope_scaling", "what rope_parameters says, or nothing", settings.values["rope_scaling"])
     if not settings.has(name):
         return Settings({}, settings.where)
     found = settings.within(name)

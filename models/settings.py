@@ -6,6 +6,8 @@ from typing import Any
 
 from xlathe.errors import CheckpointError
 
+LARGEST = 2**24  # beyond every size that models have; what allocates or counts by a number from a file trusts this
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -27,20 +29,20 @@ class Settings:
     def size(self, name: str, default: int | None = None) -> int:
         """Returns a whole number of at least 1."""
         value = self._value(name, default)
-        if type(value) is not int or value < 1:
-            raise self.wrong(name, "a positive whole number", value)
+        if type(value) is not int or not 1 <= value <= LARGEST:
+            raise self.wrong(name, f"a whole number from 1 to {LARGEST}", value)
         return value
 
     def count(self, name: str, default: int | None = None) -> int:
         """Returns a whole number of at least 0."""
         value = self._value(name, default)
-        if type(value) is not int or value < 0:
-            raise self.wrong(name, "a whole number, not negative", value)
+        if type(value) is not int or not 0 <= value <= LARGEST:
+            raise self.wrong(name, f"a whole number from 0 to {LARGEST}", value)
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300:
             raise self.wrong(name, "a number", value)
         return float(value)
 
@@ -87,7 +89,9 @@ class Settings:
             raise CheckpointError(f"{self.where}: {name} is {self.values[name]!r}: {why}")
 
     def wrong(self, name: str, expected: str, found: Any) -> CheckpointError:
-        return CheckpointError(f"{self.where}: {name}: expected {expected}, found {found!r}")
+        text = repr(found)
+        shown = text if len(text) <= 80 else text[:77] + "..."
+        return CheckpointError(f"{self.where}: {name}: expected {expected}, found {shown}")
 
     def _value(self, name: str, default: Any) -> Any:
         value = self.values.get(name)

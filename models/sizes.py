@@ -27,6 +27,8 @@ class Sizes:
         """Reads a `config.json`; tied: what holds where it does not say. Raises CheckpointError."""
         width, queries = settings.size("hidden_size"), settings.size("num_attention_heads")
         keys_values = settings.size("num_key_value_heads", queries)
+        if not settings.has("head_dim") and width < queries:
+            raise settings.wrong("num_attention_heads", f"at most hidden_size, {width}", queries)
         if queries % keys_values:
             raise settings.wrong("num_key_value_heads", f"a divisor of {queries} heads", keys_values)
         return Sizes(

@@ -59,4 +59,4 @@ def _answer(program: "Program", turns: list[Turn], sampling: Options) -> str:
     return answer
 
 
-VERB = Verb("chat", "talk with a bundle or a graph directory that has a chat template", ("SOURCE",), define, run)
+VERB = Verb("chat", "talk with a bundle, a checkpoint or a graph that has a chat template", ("SOURCE",), define, run)

@@ -119,6 +119,4 @@ def _bytes(text: str | None) -> int | None:
     return round(float(match[1]) * _UNITS[match[2]])
 
 
-VERB = Verb(
-    "compile", "compile a graph directory, or the word demo, into a bundle", ("SOURCE", "OUT"), define, run
-)
+VERB = Verb("compile", "compile a checkpoint, a graph or the word demo into a bundle", ("SOURCE", "OUT"), define, run)

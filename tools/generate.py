@@ -20,7 +20,7 @@ def run(options: Options, source: str, prompt: str) -> None:
 
 VERB = Verb(
     "generate",
-    "complete a prompt by a bundle, a graph directory or the demo",
+    "complete a prompt by a bundle, a checkpoint, a graph directory or the demo",
     ("SOURCE", "PROMPT"),
     define,
     run,

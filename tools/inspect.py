@@ -27,4 +27,4 @@ def run(options: Options, source: str) -> None:
         print(graph.report())
 
 
-VERB = Verb("inspect", "report on a graph directory, the demo or a bundle", ("SOURCE",), define, run)
+VERB = Verb("inspect", "report on a checkpoint, a graph directory, the demo or a bundle", ("SOURCE",), define, run)

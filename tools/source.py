@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from xlathe.errors import OptionError, did_you_mean
+from xlathe.errors import OptionError, RequestError, did_you_mean
 from xlathe.tools.command import Options, UsageError
 
 if TYPE_CHECKING:
@@ -115,11 +115,14 @@ def is_bundle(source: str) -> bool:
 
 
 def open_program(source: str) -> "Program":
-    """Loads the bundle `source`, or compiles the demo or a graph directory with the default passes."""
+    """Loads the bundle `source`, or compiles the demo, a checkpoint or a graph directory with the default passes."""
     if is_bundle(source):
         from xlathe.bundle import load_bundle
 
         return load_bundle(source)
     from xlathe.program import compile
 
-    return compile(open_graph(source))
+    graph = open_graph(source)
+    if graph.tokenizer is None:  # told before it is compiled
+        raise RequestError(f"{source} has no tokenizer, so it completes no text; Program.generate takes token ids")
+    return compile(graph)

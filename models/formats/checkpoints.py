@@ -16,13 +16,17 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     Raises CheckpointError where there is none, or what is there is damaged.
     """
     path = as_path(source, CheckpointError)
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return read_huggingface(_download(str(source)))
+    except (OSError, ValueError) as error:  # too long a name, or one with a NUL
+        raise CheckpointError(f"{str(source)[:80]!r} cannot be opened: {type(error).__name__}") from None
     if path.is_dir():
         return read_huggingface(path)
-    if path.exists():
-        from xlathe.models.formats.gguf import read_gguf  # it imports the package gguf
+    from xlathe.models.formats.gguf import read_gguf  # it imports the package gguf
 
-        return read_gguf(path)
-    return read_huggingface(_download(str(source)))
+    return read_gguf(path)
 
 
 def _download(name: str) -> Path:
@@ -39,4 +43,4 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # what the library raises derives from these
-        raise CheckpointError(f"{name} cannot be fetched from the hub: {error}") from None
+        raise CheckpointError(f"{name} cannot be fetched from the hub: {str(error).splitlines()[0]}") from None

@@ -26,16 +26,18 @@ def tokenizer_of(metadata: Metadata) -> Tokenizer | None:
     are missing, malformed or of different lengths.
     """
     kind = metadata.get(f"{KEY}model", "none")
+    if not isinstance(kind, str):
+        raise CheckpointError(f"{KEY}model: expected a text, found {type(kind).__name__}")
     if kind == "none":
         return None
     builders = dict(zip(KINDS, (_byte_level, _sentence_pieces, _word_pieces, _unigram), strict=True))
     if kind not in builders:
-        raise CheckpointError(f"{KEY}model: no tokenizer {kind!r}{did_you_mean(str(kind), builders)}")
+        raise CheckpointError(f"{KEY}model: no tokenizer {kind!r}{did_you_mean(kind, builders)}")
     texts = _list(metadata, "tokens", str)
     if len(set(texts)) != len(texts) or not texts:
         raise CheckpointError(f"{KEY}tokens: expected texts that differ, found none or some twice")
     try:
-        tokenizer = builders[str(kind)](metadata, texts)
+        tokenizer = builders[kind](metadata, texts)
     except CheckpointError:
         raise
     except Exception as error:  # the library raises plain Exception

@@ -6,11 +6,14 @@ from typing import Any
 
 from xlathe.errors import CheckpointError
 
+LARGEST = 100_000_000  # bytes
 
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file; raises CheckpointError for anything else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and (not path.is_file() or path.stat().st_size > LARGEST):
+            raise CheckpointError(f"{path}: expected a regular file of at most {LARGEST:,} bytes")
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     except (ValueError, RecursionError) as error:

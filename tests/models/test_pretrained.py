@@ -94,7 +94,7 @@ def test_nan_is_refused_where_it_is_read_unless_allowed(tmp_path: Path) -> None:
         ({"model_type": "lama"}, "no family for model_type 'lama'; did you mean 'llama'"),
         ({"model_type": None}, "no family for model_type None"),
         ({"hidden_size": None}, "hidden_size is missing"),
-        ({"hidden_size": "32"}, "hidden_size: expected a positive whole number, found '32'"),
+        ({"hidden_size": "32"}, "hidden_size: expected a whole number from 1 to 16777216, found '32'"),
         ({"num_key_value_heads": 3}, "num_key_value_heads: expected a divisor of 4 heads, found 3"),
         ({"hidden_act": "gelou"}, "hidden_act: expected one of .*, found 'gelou'"),
         ({"rope_scaling": {"type": "spiral"}}, "rope_type: expected one of .*, found 'spiral'"),

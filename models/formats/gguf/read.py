@@ -42,6 +42,7 @@ def passed_on(path: Any) -> dict[str, Any]:
 def as_checkpoint(file: Container) -> Checkpoint:
     """Returns what a file holds under Hugging Face's names."""
     architecture = _architecture(file)
+    _layers(file)  # before anything is counted by what the metadata alone say
     config = {**read_config(architecture, Header(file, architecture.name)), **_token_ids(file)}
     tensors: dict[str, Tensor] = {}
     used = {FREQUENCIES, LONG, SHORT}
@@ -89,10 +90,9 @@ def _layers(file: Container) -> int:
     there = {found[1] for name in file.entries if (found := re.match(r"blk\.(0|[1-9]\d{0,9})\.", name))}
     layers = Header(file, lookup(file, "general.architecture", str)).need("block_count", int)
     if there != set(map(str, range(min(layers, len(there) + 1)))):
-        missing = next(b for b in range(layers + 1) if str(b) not in there)
-        raise CheckpointError(
-            f"{file.path}: expected tensors of {layers} layers, found {len(there)}; the first without any is {missing}"
-        )
+        missing = next((b for b in range(min(layers, len(there) + 1)) if str(b) not in there), None)
+        which = "" if missing is None else f"; the first without any is {missing}"
+        raise CheckpointError(f"{file.path}: expected tensors of {layers} layers, found {len(there)}{which}")
     return layers
 
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from xlathe.models.formats.gguf.architecture import (
     EMBEDDINGS,
+    HEAD,
     LAYER,
     LLAMA_LIKE,
     NORMS,
@@ -48,7 +49,7 @@ PHI3: Final = Architecture(
     name="phi3",
     model_types=("phi3",),
     prefix="model.",
-    keys=LLAMA_LIKE,
+    keys=(*LLAMA_LIKE, *HEAD),
     once=EMBEDDINGS,
     block=(
         *NORMS,
