@@ -245,12 +245,14 @@ def _given_ones(jaxpr: ir.Jaxpr, first: int, count: int) -> ir.Jaxpr:
 
 
 def _settled(jaxpr: ir.Jaxpr) -> ir.Jaxpr:
-    """Takes branches whose condition is a known number, and drops where arrays lie on the author's devices."""
+    """Takes branches whose condition is known, drops where arrays lie on the author's devices, and fills empty arrays."""
     producer = ir.producers(jaxpr.eqns)
 
     def rule(eqn: ir.JaxprEqn, operands: list[Any]) -> list[Any] | None:
         if eqn.primitive.name == "sharding_constraint":
             return operands
+        if eqn.primitive.name == "empty":  # whose numbers nobody reads
+            return [jnp.zeros(eqn.outvars[0].aval.shape, eqn.outvars[0].aval.dtype)]
         if eqn.primitive.name != "cond" or (index := uniform_value(eqn.invars[0], producer)) is None:
             return None
         branches = eqn.params["branches"]
