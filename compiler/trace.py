@@ -245,7 +245,7 @@ def _given_ones(jaxpr: ir.Jaxpr, first: int, count: int) -> ir.Jaxpr:
 
 
 def _settled(jaxpr: ir.Jaxpr) -> ir.Jaxpr:
-    """Takes branches whose condition is known, drops where arrays lie on the author's devices, and fills empty arrays."""
+    """Takes branches whose condition is known, drops where arrays lie on devices, and fills empty arrays with zeros."""
     producer = ir.producers(jaxpr.eqns)
 
     def rule(eqn: ir.JaxprEqn, operands: list[Any]) -> list[Any] | None:
