@@ -41,8 +41,12 @@ class Llama(Decoder):
         rope = Rope.plain(config.head_dim, config.rope_theta)
 
         def block(index: int) -> Block:
-            attention = Attention(config.width, heads, rope, rngs=rngs)
-            return Block(norm(), attention, norm(), GatedFeedForward(config.width, config.hidden, rngs=rngs))
+            return Block(
+                norm(),
+                Attention(config.width, heads, rope, rngs=rngs),
+                norm(),
+                GatedFeedForward(config.width, config.hidden, rngs=rngs),
+            )
 
         super().__init__(config.vocab, config.width, config.layers, block, norm, rngs=rngs)
 
