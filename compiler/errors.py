@@ -50,6 +50,12 @@ def as_path(value: Any, kind: type[XlatheError]) -> Path:
         raise kind(f"expected the path of a directory, got {value!r}") from None
 
 
+def brief(value: Any) -> str:
+    """Returns what `value` looks like, cut to a length that fits a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns `"; did you mean 'x'?"` for the closest of `known`, else the list of all of them."""
     known = sorted(known)

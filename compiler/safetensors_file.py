@@ -16,7 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from xlathe.errors import CheckpointError
+from xlathe.errors import CheckpointError, brief
 
 DTYPES: Mapping[str, Any] = {  # by their names in the header
     "BOOL": np.bool_,
@@ -99,7 +99,7 @@ def _parse(text: bytes, path: Path) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
             (twice, _), *_ = Counter(name for name, _ in pairs).most_common(1)
-            raise CheckpointError(f"{path}: {_brief(twice)} is there twice")
+            raise CheckpointError(f"{path}: {brief(twice)} is there twice")
         return found
 
     try:
@@ -121,37 +121,32 @@ def _place(name: str, entry: Any, size: int, path: Path) -> Place:
     def whole(value: Any) -> bool:
         return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**62 for n in value)
 
-    where = f"{path}: {_brief(name)}"
+    where = f"{path}: {brief(name)}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{where}: expected dtype, shape and data_offsets, found {_brief(entry)}")
+        raise CheckpointError(f"{where}: expected dtype, shape and data_offsets, found {brief(entry)}")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
-        raise CheckpointError(f"{where}: unknown dtype {_brief(code)}; expected one of {', '.join(DTYPES)}")
+        raise CheckpointError(f"{where}: unknown dtype {brief(code)}; expected one of {', '.join(DTYPES)}")
     if not whole(shape) or not whole(offsets) or len(offsets) != 2 or len(shape) > 32:
-        raise CheckpointError(f"{where}: malformed shape {_brief(shape)} or data_offsets {_brief(offsets)}")
+        raise CheckpointError(f"{where}: malformed shape {brief(shape)} or data_offsets {brief(offsets)}")
     begin, end = offsets
     if not begin <= end <= size:
         raise CheckpointError(f"{where} lies at {begin:,} to {end:,} of {size:,} bytes: truncated?")
     dtype = np.dtype(DTYPES[code])
     if math.prod(shape) * dtype.itemsize != end - begin:
         raise CheckpointError(
-            f"{where}: {code} {_brief(shape)} takes {math.prod(shape) * dtype.itemsize:,} bytes, found "
+            f"{where}: {code} {brief(shape)} takes {math.prod(shape) * dtype.itemsize:,} bytes, found "
             f"{end - begin:,}"
         )
     return tuple(shape), dtype, begin, end
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _check_places(places: list[tuple[str, int, int]], size: int, path: Path) -> None:
     reached, before = 0, ""
     for name, begin, end in places:
         if begin != reached:
-            what = f"overlaps {_brief(before)}" if begin < reached else f"leaves a hole after {_brief(before)}"
-            raise CheckpointError(f"{path}: {_brief(name)} {what}: expected it at byte {reached:,}, found {begin:,}")
+            what = f"overlaps {brief(before)}" if begin < reached else f"leaves a hole after {brief(before)}"
+            raise CheckpointError(f"{path}: {brief(name)} {what}: expected it at byte {reached:,}, found {begin:,}")
         reached, before = end, name
     if reached != size:
         raise CheckpointError(f"{path}: expected {reached:,} bytes of numbers, found {size:,}")

@@ -92,7 +92,8 @@ class LatentAttention(nnx.Module):
 
 def build(settings: Settings, max_len: int, rngs: nnx.Rngs) -> Decoder:
     """Builds the model that a `config.json` of the type `deepseek_v3` describes."""
-    sizes, norm = Sizes.read(settings), Sizes.read(settings).rms_norm(rngs)
+    sizes = Sizes.read(settings)
+    norm = sizes.rms_norm(rngs)
     heads, activation = LatentHeads.read(settings), read_activation(settings)
     rope = dataclasses.replace(
         read_rope(settings, heads.rotary, max_len), interleaved=settings.flag("rope_interleave", True)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from xlathe.models.layers import Attention, GatedFeedForward, Heads
+from xlathe.models.layers import Attention, Decoder, GatedFeedForward, Heads
 from xlathe.models.settings import Settings
 from xlathe.models.sizes import Sizes, read_activation
 
@@ -66,3 +66,18 @@ def make_norm(sizes: Sizes, width: int | None = None) -> Callable[[], OffsetNorm
 def feed_forward(settings: Settings, sizes: Sizes, rngs: nnx.Rngs) -> GatedFeedForward:
     activation = read_activation(settings, "hidden_activation", "gelu_pytorch_tanh")
     return GatedFeedForward(sizes.width, sizes.hidden, activation, rngs=rngs)
+
+
+def decoder(settings: Settings, sizes: Sizes, block: Callable[[int], nnx.Module], rngs: nnx.Rngs) -> Decoder:
+    """Puts scaled embeddings before the layers, and logits that may be soft-capped after them."""
+    return Decoder(
+        sizes.vocab,
+        sizes.width,
+        sizes.layers,
+        block,
+        make_norm(sizes),
+        tied=sizes.tied,
+        scaled=True,
+        soft_cap=settings.optional_number("final_logit_softcapping"),
+        rngs=rngs,
+    )

@@ -3,7 +3,7 @@
 from flax import nnx
 
 from xlathe.models.family import ATTENTION, DECODER, FEED_FORWARD, Family
-from xlathe.models.gemma import NORMS, SandwichBlock, feed_forward, make_norm, read_heads, read_sizes
+from xlathe.models.gemma import NORMS, SandwichBlock, decoder, feed_forward, make_norm, read_heads, read_sizes
 from xlathe.models.layers import Attention, Decoder
 from xlathe.models.rope import read_rope
 from xlathe.models.settings import Settings
@@ -32,17 +32,7 @@ def build(settings: Settings, max_len: int, rngs: nnx.Rngs) -> Decoder:
         )
         return SandwichBlock(norm, attention, feed_forward(settings, sizes, rngs))
 
-    return Decoder(
-        sizes.vocab,
-        sizes.width,
-        sizes.layers,
-        block,
-        norm,
-        tied=sizes.tied,
-        scaled=True,
-        soft_cap=settings.optional_number("final_logit_softcapping"),
-        rngs=rngs,
-    )
+    return decoder(settings, sizes, block, rngs)
 
 
 FAMILY = Family("Gemma2ForCausalLM", build, DECODER | NORMS | ATTENTION | FEED_FORWARD, indexed=("sliding_window",))

@@ -6,7 +6,7 @@ https://arxiv.org/abs/2503.19786. The text model.
 from flax import nnx
 
 from xlathe.models.family import ATTENTION, DECODER, FEED_FORWARD, Family
-from xlathe.models.gemma import NORMS, SandwichBlock, feed_forward, make_norm, read_heads, read_sizes
+from xlathe.models.gemma import NORMS, SandwichBlock, decoder, feed_forward, make_norm, read_heads, read_sizes
 from xlathe.models.layers import Attention, Decoder
 from xlathe.models.rope import Rope, read_rope
 from xlathe.models.settings import Settings
@@ -36,17 +36,7 @@ def build(settings: Settings, max_len: int, rngs: nnx.Rngs) -> Decoder:
         )
         return SandwichBlock(norm, attention, feed_forward(settings, sizes, rngs))
 
-    return Decoder(
-        sizes.vocab,
-        sizes.width,
-        sizes.layers,
-        block,
-        norm,
-        tied=sizes.tied,
-        scaled=True,
-        soft_cap=settings.optional_number("final_logit_softcapping"),
-        rngs=rngs,
-    )
+    return decoder(settings, sizes, block, rngs)
 
 
 def _rope(settings: Settings, dim: int, max_len: int, sliding: bool) -> Rope:

@@ -73,7 +73,8 @@ def describe(config: LlamaConfig, positions: int) -> dict[str, Any]:
 
 def build(settings: Settings, max_len: int, rngs: nnx.Rngs) -> Decoder:
     """Builds the model that a `config.json` of the type `llama` describes."""
-    sizes, norm = Sizes.read(settings), Sizes.read(settings).rms_norm(rngs)
+    sizes = Sizes.read(settings)
+    norm = sizes.rms_norm(rngs)
     rope, activation = read_rope(settings, sizes.heads.dim, max_len), read_activation(settings)
     attention_bias, bias = settings.flag("attention_bias", False), settings.flag("mlp_bias", False)
 

@@ -12,7 +12,8 @@ from xlathe.models.sizes import Sizes, read_activation
 def build(settings: Settings, max_len: int, rngs: nnx.Rngs) -> Decoder:
     """Builds the model that a `config.json` of the type `mistral` describes."""
     settings = settings.with_defaults(sliding_window=4096)
-    sizes, norm = Sizes.read(settings), Sizes.read(settings).rms_norm(rngs)
+    sizes = Sizes.read(settings)
+    norm = sizes.rms_norm(rngs)
     rope, activation = read_rope(settings, sizes.heads.dim, max_len), read_activation(settings)
     window = settings.optional_size("sliding_window")
 

@@ -14,7 +14,8 @@ from xlathe.models.sizes import Sizes, read_activation
 def build(settings: Settings, max_len: int, rngs: nnx.Rngs) -> Decoder:
     """Builds the model that a `config.json` of the type `mixtral` describes."""
     settings = settings.with_defaults(rms_norm_eps=1e-5, rope_theta=1e6)
-    sizes, norm = Sizes.read(settings), Sizes.read(settings).rms_norm(rngs)
+    sizes = Sizes.read(settings)
+    norm = sizes.rms_norm(rngs)
     rope, activation = read_rope(settings, sizes.heads.dim, max_len), read_activation(settings)
     window = settings.optional_size("sliding_window")
     choice = Choice(settings.size("num_local_experts", 8), settings.size("num_experts_per_tok", 2))

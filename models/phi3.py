@@ -48,7 +48,8 @@ class FusedFeedForward(nnx.Module):
 def build(settings: Settings, max_len: int, rngs: nnx.Rngs) -> Decoder:
     """Builds the model that a `config.json` of the type `phi3` describes."""
     settings = settings.with_defaults(rms_norm_eps=1e-5, original_max_position_embeddings=4096)
-    sizes, norm = Sizes.read(settings), Sizes.read(settings).rms_norm(rngs)
+    sizes = Sizes.read(settings)
+    norm = sizes.rms_norm(rngs)
     rope, activation = read_rope(settings, sizes.heads.dim, max_len), read_activation(settings)
     window = settings.optional_size("sliding_window")
 

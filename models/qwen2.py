@@ -14,7 +14,8 @@ from xlathe.models.sizes import Sizes, read_activation, read_upper_windows
 
 def build(settings: Settings, max_len: int, rngs: nnx.Rngs) -> Decoder:
     """Builds the model that a `config.json` of the type `qwen2` describes."""
-    sizes, norm = Sizes.read(settings), Sizes.read(settings).rms_norm(rngs)
+    sizes = Sizes.read(settings)
+    norm = sizes.rms_norm(rngs)
     rope, activation = read_rope(settings, sizes.heads.dim, max_len), read_activation(settings)
     windows = read_upper_windows(settings, sizes.layers)
 

@@ -11,7 +11,8 @@ from xlathe.models.sizes import Sizes, read_activation, read_upper_windows
 
 def build(settings: Settings, max_len: int, rngs: nnx.Rngs) -> Decoder:
     """Builds the model that a `config.json` of the type `qwen3` describes."""
-    sizes, norm = Sizes.read(settings), Sizes.read(settings).rms_norm(rngs)
+    sizes = Sizes.read(settings)
+    norm = sizes.rms_norm(rngs)
     windows = read_upper_windows(settings, sizes.layers)
 
     def block(index: int) -> Block:

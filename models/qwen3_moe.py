@@ -12,7 +12,8 @@ from xlathe.models.sizes import Sizes, read_activation
 
 def build(settings: Settings, max_len: int, rngs: nnx.Rngs) -> Decoder:
     """Builds the model that a `config.json` of the type `qwen3_moe` describes."""
-    sizes, norm = Sizes.read(settings), Sizes.read(settings).rms_norm(rngs)
+    sizes = Sizes.read(settings)
+    norm = sizes.rms_norm(rngs)
     activation = read_activation(settings)
     slides = settings.flag("use_sliding_window", False)
     window = settings.size("sliding_window", 4096) if slides else None  # on all layers, whatever max_window_layers is

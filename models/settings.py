@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from xlathe.errors import CheckpointError
+from xlathe.errors import CheckpointError, brief
 
 LARGEST = 2**24  # beyond every size that models have; what allocates or counts by a number from a file trusts this
 
@@ -89,9 +89,7 @@ class Settings:
             raise CheckpointError(f"{self.where}: {name} is {self.values[name]!r}: {why}")
 
     def wrong(self, name: str, expected: str, found: Any) -> CheckpointError:
-        text = repr(found)
-        shown = text if len(text) <= 80 else text[:77] + "..."
-        return CheckpointError(f"{self.where}: {name}: expected {expected}, found {shown}")
+        return CheckpointError(f"{self.where}: {name}: expected {expected}, found {brief(found)}")
 
     def _value(self, name: str, default: Any) -> Any:
         value = self.values.get(name)

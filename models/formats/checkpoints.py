@@ -5,7 +5,7 @@ import os
 import re
 from pathlib import Path
 
-from xlathe.errors import CheckpointError, as_path
+from xlathe.errors import CheckpointError, as_path, brief
 from xlathe.models.checkpoint import Checkpoint
 from xlathe.models.formats.huggingface import read_huggingface
 
@@ -21,7 +21,7 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     except FileNotFoundError:
         return read_huggingface(_download(str(source)))
     except (OSError, ValueError) as error:  # too long a name, or one with a NUL
-        raise CheckpointError(f"{str(source)[:80]!r} cannot be opened: {type(error).__name__}") from None
+        raise CheckpointError(f"{brief(str(source))} cannot be opened: {type(error).__name__}") from None
     if path.is_dir():
         return read_huggingface(path)
     from xlathe.models.formats.gguf import read_gguf  # it imports the package gguf
