@@ -128,7 +128,7 @@ class _Flow:
             return self._reduce
         if ir.is_op(eqn, "attention"):
             return self._attention
-        return getattr(self, f"_{name}", self._unknown)
+        return getattr(self, f"_{name.replace('-', '_')}", self._unknown)
 
     def _block(self, labels: Sequence[Label], eqn: ir.JaxprEqn, what: str) -> None:
         for label in labels:
@@ -310,6 +310,49 @@ class _Flow:
             if axis in taken:
                 self._block(labels[-1:], eqn, "looks it up by index")
         return [Coupled(tuple(labels), tuple(sorted(self._zero(table, tuple(labels)))))]
+
+    def _scatter(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
+        """Rows written into a table: the axes that are found by index are blocked, the others are one with the rows'."""
+        table, index, rows = operands
+        numbers = eqn.params["dimension_numbers"]
+        if numbers.operand_batching_dims or numbers.scatter_indices_batching_dims:
+            raise Conflict
+        self._block([index.labels[-1]], eqn, "finds a place by it")
+        found = {*numbers.scatter_dims_to_operand_dims, *numbers.inserted_window_dims}
+        offsets = (i for i in range(len(table.labels)) if i not in numbers.inserted_window_dims)
+        batch = iter(index.labels[:-1])
+        whole, written = eqn.invars[0].aval.shape, eqn.invars[2].aval.shape
+        for i, label in enumerate(rows.labels):
+            if i not in numbers.update_window_dims:
+                self.dims.unify(label, next(batch))
+                continue
+            axis = next(offsets)
+            if axis not in found and ir.same_dim(written[i], whole[axis]):
+                self.dims.unify(table.labels[axis], label)
+            else:
+                self._block([table.labels[axis], label], eqn, "writes part of it")
+        self._block([table.labels[i] for i in found], eqn, "finds a place by it")
+        table_0 = set(range(len(self.dims.sizes))) if is_zero(eqn.invars[0], self.producer) else self._zero(table)
+        return [Coupled(table.labels, tuple(sorted(table_0 & self._zero(rows, table.labels))))]
+
+    _scatter_add = _scatter
+
+    def _ragged_dot_general(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
+        """Rows [m, k] by weights [groups, k, n], in any order of axes; which rows are whose is told by number."""
+        rows, weights, sizes = operands
+        numbers = eqn.params["ragged_dot_dimension_numbers"]
+        ((lhs_sum,), (rhs_sum,)), batch = numbers.dot_dimension_numbers
+        group, ragged = numbers.rhs_group_dimensions, numbers.lhs_ragged_dimensions
+        if batch != ((), ()) or len(group) != 1 or len(ragged) != 1 or ragged[0] == lhs_sum or len(rows.labels) != 2:
+            raise Conflict
+        (features,) = {0, 1, 2} - {group[0], rhs_sum}
+        self.dims.unify(rows.labels[lhs_sum], weights.labels[rhs_sum])
+        summed = rows.labels[lhs_sum]
+        if not self.dims.atoms(summed) <= self._zero(rows) | self._zero(weights):
+            self._block([summed], eqn, "sums over it and neither side is a weight")
+        self._block([weights.labels[group[0]], *sizes.labels], eqn, "finds a group by number in it")
+        labels = rows.labels[ragged[0]], weights.labels[features]
+        return [Coupled(labels, tuple(sorted(self._zero(weights, labels[1:]) | self._zero(rows, labels[:1]))))]
 
     def _attention(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
         """Axes of q are [b, t, k, g, d], of k [b, s, k, d], of v [b, s, k, e], of terms [b, k, g, t, s]."""

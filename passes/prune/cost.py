@@ -1,6 +1,7 @@
 """What a graph costs, counted from shapes alone, also for shapes that it does not have yet."""
 
 import math
+from collections.abc import Callable, Iterable
 
 import jax.numpy as jnp
 
@@ -11,13 +12,19 @@ from xlathe.dimensions import Kept, Label
 from xlathe.graph import Graph
 from xlathe.passes.prune.plan import Cost
 
+# Products, and the axes of their left side that they sum over.
+SUMS: dict[str, Callable[[ir.JaxprEqn], Iterable[int]]] = {
+    "dot_general": lambda eqn: [i for i, _ in Einsum.of(eqn).contracted],
+    "ragged_dot_general": lambda eqn: eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers[0][0],
+}
+
 
 def cost(graph: Graph, coupling: Coupling, kept: Kept) -> Cost:
     """Returns the cost of the graph when only `kept` of each dimension stays; `coupling` is that of the graph."""
 
     def size(label: Label) -> int:
         n = coupling.dimensions.size_of(label, kept)
-        return 1 if ir.is_symbolic(n) else int(n)
+        return int(ir.substitute(n, dict.fromkeys(ir.dim_vars(n), 1)))  # of one token of one text
 
     parameters = stored = 0
     for item, var in zip(graph.inputs, graph.jaxpr.invars, strict=True):
@@ -27,14 +34,10 @@ def cost(graph: Graph, coupling: Coupling, kept: Kept) -> Cost:
             stored += count * jnp.dtype(var.aval.dtype).itemsize
     flops = 0
     for eqn in ir.live_equations(graph.jaxpr):
-        if eqn.primitive.name == "dot_general" and any("t" in ir.dim_vars(n) for n in eqn.outvars[0].aval.shape):
-            left = _labels(coupling, eqn.invars[0])
-            einsum = Einsum.of(eqn)
-            summed = math.prod(size(left[i]) for i, _ in einsum.contracted)
-            flops += 2 * summed * math.prod(size(label) for label in coupling.values[eqn.outvars[0]].labels)
+        (out,) = eqn.outvars[:1]
+        if eqn.primitive.name in SUMS and any("t" in ir.dim_vars(n) for n in out.aval.shape):
+            left = eqn.invars[0]
+            assert isinstance(left, ir.Var)
+            summed = math.prod(size(coupling.values[left].labels[i]) for i in SUMS[eqn.primitive.name](eqn))
+            flops += 2 * summed * math.prod(size(label) for label in coupling.values[out].labels)
     return Cost(parameters, stored, flops)
-
-
-def _labels(coupling: Coupling, atom: ir.Atom) -> tuple[Label, ...]:
-    assert isinstance(atom, ir.Var)
-    return coupling.values[atom].labels
