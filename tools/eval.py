@@ -1,14 +1,16 @@
-"""`xlathe eval`: how well a graph or a bundle predicts a text, and how far it is from another one."""
+"""`xlathe eval`: how well a model predicts a text, and how far it is from another one."""
 
 import dataclasses
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from xlathe.errors import OptionError
 from xlathe.tools.command import Options, UsageError, Verb
 from xlathe.tools.console import bar, make_console
+from xlathe.tools.protocol import LLAMA_CPP, PROTOCOLS, Protocol, beginning, cut, find_protocol
 from xlathe.tools.source import is_bundle, open_graph
 from xlathe.tools.text import encode, read_text
 
@@ -16,76 +18,128 @@ if TYPE_CHECKING:
     import numpy as np
     from tokenizers import Tokenizer
 
-    from xlathe.verify import Model
+    from xlathe.tools.quality import Quality
+    from xlathe.verify import Estimate, Model
 
 
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("text", None, "file of the text that is predicted, in UTF-8", flag_values=values)
-    flags.DEFINE_string("reference", None, "graph directory or bundle to compare with", flag_values=values)
+    flags.DEFINE_string(
+        "reference", None, "what to compare with: the demo, a checkpoint, a graph directory, a bundle", flag_values=values
+    )
+    define_protocol(values)
+    flags.DEFINE_string("json", None, "file for the figures", flag_values=values)
+
+
+def define_protocol(values: flags.FlagValues) -> None:
+    """Adds the flags that say how a text is evaluated."""
+    names = " or ".join(each.name for each in PROTOCOLS)
+    flags.DEFINE_string("protocol", LLAMA_CPP.name, f"how a text is evaluated: {names}", flag_values=values)
+    flags.DEFINE_integer("context", None, "tokens of a window; the protocol's own by default", flag_values=values)
 
 
 def run(options: Options, source: str) -> None:
-    from xlathe.tools.measure import bits_per_byte, held_out_loss, perplexity_of, qualities
+    from xlathe.tools.quality import bits_per_byte, mean_of, perplexity_of, summarize
+    from xlathe.tools.scores import compare, score
 
     if options["text"] is None:
         raise UsageError("which text? --text=FILE")
-    console = make_console()
+    protocol, console = find_protocol(options["protocol"]), make_console()
     text = read_text(Path(options["text"]))
     with bar(console, "load"):
         model = open_model(source)
         reference = open_model(options["reference"]) if options["reference"] else None
-    tokens, windows = _windows(text, model, reference)
+    tokens, windows = _windows(text, protocol, options["context"], model, reference)
+    first, rows = protocol.first(windows.shape[1]), min(each.rows for each in (model, reference or model))
+    quality: Quality | None = None
     with bar(console, "evaluate") as progress:
-        measured = qualities(reference.predict, [model.predict], windows, progress)[0] if reference else None
-        loss = measured.loss if measured else held_out_loss(model.predict, windows, progress)
+        if reference:
+            found = compare(reference.predict, [model.predict], windows, first, progress, rows)[0]
+            quality = summarize(found, protocol.clustered)
+            loss = quality.loss
+        else:
+            loss = mean_of(score(model.predict, windows, first, progress, rows).loss, protocol.clustered)
+    perplexity, bits = perplexity_of(loss), bits_per_byte(loss, tokens, text)
     lines = [
         f"{source}: {windows.size:,} tokens of {options['text']} in {len(windows)} windows",
-        f"perplexity     {perplexity_of(loss)}",
-        f"bits a byte    {bits_per_byte(loss, tokens, text)}",
+        protocol.describe(windows.shape[1]),
+        f"perplexity     {perplexity}",
+        f"bits a byte    {bits}",
+        *(_beside(quality, options["reference"]) if quality else []),
     ]
-    if measured:
-        lines += [
-            f"KL divergence  {measured.kl} nats a token from {options['reference']}",
-            f"same top-1     {measured.same_top1}",
-        ]
     console.print("\n".join(lines), soft_wrap=True)
+    if options["json"]:
+        figures: dict[str, Any] = {
+            "source": source,
+            "reference": options["reference"],
+            "text": options["text"],
+            "protocol": dataclasses.asdict(protocol) | {"context": windows.shape[1]},
+            "windows": len(windows),
+            "scored": len(windows) * (windows.shape[1] - 1 - first),
+            "loss": dataclasses.asdict(loss),
+            "perplexity": dataclasses.asdict(perplexity),
+            "bits_per_byte": dataclasses.asdict(bits),
+            **(dataclasses.asdict(quality) if quality else {}),
+        }
+        Path(options["json"]).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+def _beside(quality: "Quality", reference: str) -> list[str]:
+    return [
+        f"reference      perplexity {quality.base_perplexity}, of {reference}",
+        f"log ratio      {quality.log_ratio} of the perplexities",
+        f"KL divergence  {quality.kl} nats a token",
+        f"  median       {quality.kl_median}",
+        f"  99 %         {quality.kl_tail}",
+        f"same top-1     {_percent(quality.same_top1)}",
+        f"delta p        {_percent(quality.delta_p)}",
+        f"  RMS          {_percent(quality.delta_p_rms)}",
+    ]
+
+
+def _percent(share: "Estimate") -> str:
+    return f"{dataclasses.replace(share, mean=100 * share.mean, error=100 * share.error)} %"
 
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """What predicts, how text becomes its tokens, and the longest row that it takes."""
+    """What predicts, how text becomes its tokens, the longest row that it takes, and how many at a time."""
 
     source: str
     predict: "Model"
     tokenizer: "Tokenizer | None"
     max_len: int
+    rows: int
 
 
 def open_model(source: str) -> Opened:
-    """Opens a bundle, a graph directory or the demo."""
+    """Opens a bundle, a graph directory, a checkpoint or the demo."""
+    from xlathe.tools.scores import ROWS
+
     if is_bundle(source):
         from xlathe.bundle import load_bundle
         from xlathe.tools.forced import Forced
 
         program = load_bundle(source)
-        return Opened(source, Forced(program), program.tokenizer, program.buckets.slots)
+        return Opened(source, Forced(program), program.tokenizer, program.buckets.slots, rows=1)
     graph = open_graph(source)
-    return Opened(source, graph, graph.tokenizer, graph.max_len)
+    return Opened(source, graph, graph.tokenizer, graph.max_len, ROWS)
 
 
-def _windows(text: str, model: Opened, reference: Opened | None) -> tuple[int, "np.ndarray"]:
-    """Returns the number of tokens of the text, and int32 [n, length], n >= 2: all but a rest shorter than a window."""
-    import numpy as np
-
+def _windows(
+    text: str, protocol: Protocol, context: int | None, model: Opened, reference: Opened | None
+) -> tuple[int, "np.ndarray"]:
+    """Returns the number of tokens of the text, and its windows."""
     both = [model] if reference is None else [model, reference]
-    encoded = [encode(text, each.tokenizer, each.source, "evaluating a text") for each in both]
+    encoded = [
+        (encode(text, each.tokenizer, each.source, "evaluating a text"), beginning(each.tokenizer)) for each in both
+    ]
     if encoded[0] != encoded[-1]:
         raise OptionError(f"the tokenizers of {' and '.join(each.source for each in both)} differ on the text")
-    tokens = np.asarray(encoded[0], np.int32)
-    length = min(*(each.max_len for each in both), len(tokens) // 2)
-    if length < 2:
-        raise OptionError(f"the text has {len(tokens)} tokens, expected at least 4")
-    return len(tokens), tokens[: len(tokens) // length * length].reshape(-1, length)
+    tokens, begin = encoded[0]
+    return len(tokens), cut(protocol, tokens, begin, min(each.max_len for each in both), context)
 
 
-VERB = Verb("eval", "perplexity of a bundle, a graph directory or the demo on a text", ("SOURCE",), define, run)
+VERB = Verb(
+    "eval", "perplexity of a model on a text, and how far it is from another one", ("SOURCE",), define, run
+)

@@ -9,7 +9,8 @@ from pathlib import Path
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from xlathe.tools.measure import Quality, Speed
+from xlathe.tools.measure import Speed
+from xlathe.tools.quality import Quality
 from xlathe.tools.speculation import Drafted
 from xlathe.verify import Estimate
 

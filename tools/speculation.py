@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from xlathe.program import Completion, Program
-from xlathe.tools.measure import Progress
+from xlathe.tools.scores import Progress
 
 
 @dataclass(frozen=True)

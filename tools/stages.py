@@ -21,7 +21,8 @@ from xlathe.program import Program, compile
 from xlathe.report import count_parameters, weight_bytes
 from xlathe.step import state_bytes
 from xlathe.tools.console import bar
-from xlathe.tools.measure import Quality, Speed, qualities, speeds
+from xlathe.tools.measure import Speed, qualities, speeds
+from xlathe.tools.quality import Quality
 from xlathe.tools.results import Conditions, Report, Result
 from xlathe.tools.served import Served
 from xlathe.tools.speculation import Drafted, in_turns, judge

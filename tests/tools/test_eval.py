@@ -1,5 +1,6 @@
 """`xlathe eval`: its figures are those of NumPy written out, for a graph and for a bundle."""
 
+import json
 import re
 from pathlib import Path
 
@@ -34,11 +35,12 @@ def bundle(quantized: xl.Graph, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def figures(capsys: pytest.CaptureFixture[str], *words: object) -> list[list[float]]:
-    """The numbers of every line but the first."""
+    """The numbers of every line of figures."""
     assert main(["eval", *map(str, words)]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    return [[float(x) for x in re.findall(r"(?<![\w-])[0-9.]+(?:e-?\d+)?", line)] for line in out.splitlines()[1:]]
+    lines = [re.sub("top-1|99 %", "", line) for line in out.splitlines()[2:]]
+    return [[float(x) for x in re.findall(r"-?\d[0-9.]*(?:e-?\d+)?", line)] for line in lines]
 
 
 def log_probabilities(logits: object) -> np.ndarray:
@@ -46,31 +48,65 @@ def log_probabilities(logits: object) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-def expected_losses(graph: xl.Graph, length: int) -> tuple[np.ndarray, np.ndarray, int]:
+def predicted(graph: xl.Graph, length: int, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Losses [windows, scored], and log probabilities [windows, scored, vocab]."""
     ids = graph.tokenizer.encode(TEXT, add_special_tokens=False).ids
     windows = np.asarray(ids[: len(ids) // length * length], np.int32).reshape(-1, length)
-    log_probs = log_probabilities(graph(windows))
-    losses = -np.take_along_axis(log_probs[:, :-1], windows[:, 1:, None], -1).mean((1, 2))
-    return losses, log_probs, len(ids)
+    log_probs = log_probabilities(graph(windows))[:, first:-1]
+    return -np.take_along_axis(log_probs, windows[:, first + 1 :, None], -1)[..., 0], log_probs
 
 
-def test_a_graph_alone(tiny, tiny_folder, text, capsys):
-    perplexity, bits = figures(capsys, tiny_folder, f"--text={text}")
-    losses, _, count = expected_losses(tiny, 32)
+def test_whole_windows_of_a_graph_alone(tiny, tiny_folder, text, capsys):
+    perplexity, bits = figures(capsys, tiny_folder, f"--text={text}", "--protocol=windows")
+    losses, count = predicted(tiny, 32)[0].mean(1), len(tiny.tokenizer.encode(TEXT).ids)
     error = losses.std(ddof=1) / np.sqrt(len(losses))
     assert perplexity == pytest.approx([np.exp(losses.mean()), np.exp(losses.mean()) * error], rel=0.05)
     assert perplexity[0] == pytest.approx(np.exp(losses.mean()), rel=1e-3)
     assert bits[0] == pytest.approx(losses.mean() / np.log(2) * count / len(TEXT.encode()), rel=1e-3)
 
 
-def test_a_bundle_against_the_graph_it_came_from(tiny, quantized, tiny_folder, bundle, text, capsys):
-    perplexity, _, kl, same = figures(capsys, bundle, f"--text={text}", f"--reference={tiny_folder}")
-    losses, after, _ = expected_losses(quantized, 24)
-    before = expected_losses(tiny, 24)[1]
-    divergence = (np.exp(before) * (before - after)).sum(-1).mean()
-    assert perplexity[0] == pytest.approx(np.exp(losses.mean()), rel=1e-3)
-    assert kl[0] == pytest.approx(divergence, rel=0.01) and divergence > 1e-7
-    assert same[0] == pytest.approx((before.argmax(-1) == after.argmax(-1)).mean(), abs=1e-3)
+def test_second_halves_of_a_bundle_beside_the_graph_it_came_from(
+    tiny, quantized, tiny_folder, bundle, text, capsys, tmp_path
+):
+    """24 tokens fit the bundle: 11 of each window are scored."""
+    words = (bundle, f"--text={text}", f"--reference={tiny_folder}", f"--json={tmp_path / 'figures.json'}")
+    printed = figures(capsys, *words)
+    found = json.loads((tmp_path / "figures.json").read_text())
+    base, before = predicted(tiny, 24, first=12)
+    losses, after = predicted(quantized, 24, first=12)
+    kl = (np.exp(before) * (before - after)).sum(-1)
+    delta = np.exp(-losses) - np.exp(-base)
+    same = (before.argmax(-1) == after.argmax(-1)).mean()
+    expected = {
+        "perplexity": np.exp(losses.mean()),
+        "base_perplexity": np.exp(base.mean()),
+        "log_ratio": (losses - base).mean(),
+        "kl": kl.mean(),
+        "kl_median": np.median(kl),
+        "kl_tail": np.quantile(kl, 0.99),
+        "same_top1": same,
+        "delta_p": delta.mean(),
+        "delta_p_rms": np.sqrt((delta**2).mean()),
+    }
+    assert kl.mean() > 1e-7 and found["scored"] == losses.size == 11 * found["windows"]
+    assert found["protocol"]["name"] == "llama.cpp" and found["protocol"]["context"] == 24
+    for name, value in expected.items():
+        assert found[name]["mean"] == pytest.approx(value, rel=0.01), name
+    error = kl.std(ddof=1) / np.sqrt(kl.size)
+    assert found["kl"]["error"] == pytest.approx(error, rel=0.01)
+    perplexity, _, reference, ratio, mean, median, tail, top1, *changes = printed
+    assert perplexity[0] == pytest.approx(expected["perplexity"], rel=1e-3)
+    assert reference[0] == pytest.approx(expected["base_perplexity"], rel=1e-3)
+    assert [mean[0], median[0], tail[0]] == pytest.approx([kl.mean(), np.median(kl), expected["kl_tail"]], rel=0.01)
+    assert ratio[0] == pytest.approx(expected["log_ratio"], rel=0.01)
+    assert top1[0] == pytest.approx(100 * same, rel=1e-3)
+    assert [each[0] for each in changes] == pytest.approx([100 * delta.mean(), 100 * expected["delta_p_rms"]], rel=0.01)
+
+
+def test_which_protocol_ran_is_told(tiny_folder, text, capsys):
+    for name, told in {"llama.cpp": "tokens 18 to 32 of each scored", "windows": "tokens 2 to 32"}.items():
+        assert main(["eval", str(tiny_folder), f"--text={text}", f"--protocol={name}"]) == 0
+        assert f"protocol {name}: windows of 32 tokens, {told}" in capsys.readouterr().out
 
 
 def test_a_program_forced_along_tokens_gives_the_logits_of_its_graph(quantized, bundle):
