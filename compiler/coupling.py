@@ -312,7 +312,7 @@ class _Flow:
         return [Coupled(tuple(labels), tuple(sorted(self._zero(table, tuple(labels)))))]
 
     def _scatter(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
-        """Rows written into a table: the axes that are found by index are blocked, the others are one with the rows'."""
+        """Rows written into a table: the axes that are found by index are blocked, the others join the rows'."""
         table, index, rows = operands
         numbers = eqn.params["dimension_numbers"]
         if numbers.operand_batching_dims or numbers.scatter_indices_batching_dims:

@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from xlathe.tools.quality import Quality
+    from xlathe.tools.scores import Progress
     from xlathe.verify import Estimate, Model
 
 
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("text", None, "file of the text that is predicted, in UTF-8", flag_values=values)
     flags.DEFINE_string(
-        "reference", None, "what to compare with: the demo, a checkpoint, a graph directory, a bundle", flag_values=values
+        "reference", None, "what to compare with: the demo, a checkpoint, a graph or a bundle", flag_values=values
     )
     define_protocol(values)
     flags.DEFINE_string("json", None, "file for the figures", flag_values=values)
@@ -39,9 +40,6 @@ def define_protocol(values: flags.FlagValues) -> None:
 
 
 def run(options: Options, source: str) -> None:
-    from xlathe.tools.quality import bits_per_byte, mean_of, perplexity_of, summarize
-    from xlathe.tools.scores import compare, score
-
     if options["text"] is None:
         raise UsageError("which text? --text=FILE")
     protocol, console = find_protocol(options["protocol"]), make_console()
@@ -50,38 +48,55 @@ def run(options: Options, source: str) -> None:
         model = open_model(source)
         reference = open_model(options["reference"]) if options["reference"] else None
     tokens, windows = _windows(text, protocol, options["context"], model, reference)
-    first, rows = protocol.first(windows.shape[1]), min(each.rows for each in (model, reference or model))
-    quality: Quality | None = None
     with bar(console, "evaluate") as progress:
-        if reference:
-            found = compare(reference.predict, [model.predict], windows, first, progress, rows)[0]
-            quality = summarize(found, protocol.clustered)
-            loss = quality.loss
-        else:
-            loss = mean_of(score(model.predict, windows, first, progress, rows).loss, protocol.clustered)
-    perplexity, bits = perplexity_of(loss), bits_per_byte(loss, tokens, text)
+        loss, quality = _measure(model, reference, windows, protocol, progress)
+    figures = _figures(loss, quality, tokens / len(text.encode()))
     lines = [
         f"{source}: {windows.size:,} tokens of {options['text']} in {len(windows)} windows",
         protocol.describe(windows.shape[1]),
-        f"perplexity     {perplexity}",
-        f"bits a byte    {bits}",
+        f"perplexity     {figures['perplexity']}",
+        f"bits a byte    {figures['bits_per_byte']}",
         *(_beside(quality, options["reference"]) if quality else []),
     ]
     console.print("\n".join(lines), soft_wrap=True)
     if options["json"]:
-        figures: dict[str, Any] = {
+        length = windows.shape[1]
+        told: dict[str, Any] = {
             "source": source,
             "reference": options["reference"],
             "text": options["text"],
-            "protocol": dataclasses.asdict(protocol) | {"context": windows.shape[1]},
+            "protocol": dataclasses.asdict(protocol) | {"context": length},
             "windows": len(windows),
-            "scored": len(windows) * (windows.shape[1] - 1 - first),
-            "loss": dataclasses.asdict(loss),
-            "perplexity": dataclasses.asdict(perplexity),
-            "bits_per_byte": dataclasses.asdict(bits),
-            **(dataclasses.asdict(quality) if quality else {}),
+            "scored": len(windows) * (length - 1 - protocol.first(length)),
+            **{name: dataclasses.asdict(figure) for name, figure in figures.items()},
         }
-        Path(options["json"]).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        Path(options["json"]).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
+def _measure(
+    model: "Opened", reference: "Opened | None", windows: "np.ndarray", protocol: Protocol, progress: "Progress"
+) -> "tuple[Estimate, Quality | None]":
+    """Returns the loss, and how the model differs from the reference if there is one."""
+    from xlathe.tools.quality import mean_of, summarize
+    from xlathe.tools.scores import compare, score
+
+    first = protocol.first(windows.shape[1])
+    if reference is None:
+        scores = score(model.predict, windows, first, progress, model.rows)
+        return mean_of(scores.loss, protocol.clustered), None
+    rows = min(model.rows, reference.rows)
+    quality = summarize(
+        compare(reference.predict, [model.predict], windows, first, progress, rows)[0], protocol.clustered
+    )
+    return quality.loss, quality
+
+
+def _figures(loss: "Estimate", quality: "Quality | None", tokens_per_byte: float) -> "dict[str, Estimate]":
+    from xlathe.tools.quality import bits_per_byte, perplexity_of
+
+    own = {"loss": loss, "perplexity": perplexity_of(loss), "bits_per_byte": bits_per_byte(loss, tokens_per_byte)}
+    others = {field.name: getattr(quality, field.name) for field in dataclasses.fields(quality)} if quality else {}
+    return own | others
 
 
 def _beside(quality: "Quality", reference: str) -> list[str]:

@@ -53,8 +53,10 @@ def find_protocol(name: str) -> Protocol:
     return PROTOCOLS[names.index(name)]
 
 
-def beginning(tokenizer: "Tokenizer") -> list[int]:
+def beginning(tokenizer: "Tokenizer | None") -> list[int]:
     """Returns the tokens that a tokenizer puts before a text by itself."""
+    if tokenizer is None:
+        return []
     found = tokenizer.encode("a", add_special_tokens=True)
     return found.ids[: found.special_tokens_mask.index(0)] if 0 in found.special_tokens_mask else []
 
@@ -65,7 +67,7 @@ def cut(
     """Returns windows int32 [n, length], n >= 2, of the tokens of a text: all but a rest shorter than one.
 
     begin: what a text begins with. max_len: the longest window that can be. context: its length, or None for the
-    protocol's own, which a short text or model shortens. Raises OptionError for a text of which there are no two windows.
+    protocol's own, which a short text or model shortens. Raises OptionError where a text has no two windows.
     """
     import numpy as np
 

@@ -16,8 +16,8 @@ class Quality:
     """How a model predicts, beside the one that it came from; in nats a token where nothing else is said.
 
     log_ratio: of the perplexity to the reference's, whose error is small where both find the same tokens hard.
-    kl, kl_median, kl_tail: the divergence's mean, median and 99th percentile. delta_p, delta_p_rms: the mean and the root
-    mean square of what the right token's probability gained.
+    kl, kl_median, kl_tail: the divergence's mean, median and 99th percentile. delta_p, delta_p_rms: the mean and the
+    root mean square of what the right token's probability gained.
     """
 
     loss: Estimate
@@ -83,7 +83,7 @@ def perplexity_of(loss: Estimate) -> Estimate:
     return Estimate(mean, mean * loss.error)
 
 
-def bits_per_byte(loss: Estimate, tokens: int, text: str) -> Estimate:
-    """Returns a loss in nats a token as bits a byte of the text, which has so many tokens."""
-    factor = tokens / len(text.encode()) / math.log(2)
+def bits_per_byte(loss: Estimate, tokens_per_byte: float) -> Estimate:
+    """Returns a loss in nats a token as bits a byte of the text."""
+    factor = tokens_per_byte / math.log(2)
     return Estimate(factor * loss.mean, factor * loss.error)

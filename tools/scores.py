@@ -1,7 +1,7 @@
 """What a model's logits say of each token of a text, and how far they are from another model's.
 
-A few numbers a token are all that is kept: of logits there are never more than those of a batch. Their terms are float32;
-sums over the vocabulary, logarithms and what is made from them are float64.
+A few numbers a token are all that is kept: of logits there are never more than those of a batch. Terms are float32,
+sums over the vocabulary, logarithms and what is made from them float64.
 """
 
 import dataclasses
@@ -89,14 +89,15 @@ def _rows(
 ) -> list[Sequence[np.ndarray]]:
     """Measures the tokens of each row, from logits [rows or more, length, vocab] of one or two models."""
     step = max(1, _BLOCK // logits[0].shape[-1])
-    found = []
+    found: list[Sequence[np.ndarray]] = []
     with jax.enable_x64(True):
         for row, tokens in enumerate(batch):
             blocks = []
             for start in range(first, len(tokens) - 1, step):
                 stop = min(start + step, len(tokens) - 1)
                 blocks.append(measure(*(each[row, start:stop] for each in logits), tokens[start + 1 : stop + 1]))
-            found.append([np.concatenate([np.asarray(b, np.float64) for b in each]) for each in zip(*blocks, strict=True)])
+            numbers = zip(*blocks, strict=True)
+            found.append([np.concatenate([np.asarray(b, np.float64) for b in each]) for each in numbers])
     return found
 
 

@@ -1,5 +1,6 @@
 """`xlathe eval`: its figures are those of NumPy written out, for a graph and for a bundle."""
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -8,6 +9,10 @@ import numpy as np
 import pytest
 
 import xlathe as xl
+from tests.models.formats.test_text_travels import spoken
+from tests.models.formats.test_tokenizers import CORPUS
+from xlathe.models.formats.gguf import write_gguf
+from xlathe.models.formats.huggingface import write_huggingface
 from xlathe.passes import Canonicalize, FuseAttention, Quantize
 from xlathe.tools.forced import Forced
 from xlathe.tools.main import main
@@ -107,6 +112,34 @@ def test_which_protocol_ran_is_told(tiny_folder, text, capsys):
     for name, told in {"llama.cpp": "tokens 18 to 32 of each scored", "windows": "tokens 2 to 32"}.items():
         assert main(["eval", str(tiny_folder), f"--text={text}", f"--protocol={name}"]) == 0
         assert f"protocol {name}: windows of 32 tokens, {told}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("made", ["llama", "gpt-2"])
+def test_checkpoints_begin_their_windows_as_llama_cpp_does(made, tmp_path, capsys):
+    """Of a directory and of a GGUF file; `llama` begins a text with <s>, `gpt-2` with nothing."""
+    given = spoken(made)
+    write_huggingface(given, tmp_path / "hf")
+    write_gguf(given, tmp_path / "m.gguf", "F32")
+    (tmp_path / "text").write_text(" ".join(CORPUS) * 4, encoding="utf-8")
+    ids = given.tokenizer.encode((tmp_path / "text").read_text("utf-8")).ids
+    graph = xl.from_pretrained(tmp_path / "hf")
+    windows = np.asarray(ids[: len(ids) // 64 * 64], np.int32).reshape(-1, 64)
+    if made == "llama":
+        assert windows[0, 0] == given.tokenizer.token_to_id("<s>") != windows[1, 0]
+        windows[:, 0] = windows[0, 0]
+    losses = -np.take_along_axis(log_probabilities(graph(windows))[:, :-1], windows[:, 1:, None], -1)[:, 32:, 0]
+    for source in ("hf", "m.gguf"):
+        found = figures(capsys, tmp_path / source, f"--text={tmp_path / 'text'}")
+        assert found[0][0] == pytest.approx(np.exp(losses.mean()), rel=1e-3)
+    if importlib.util.find_spec("llama_cpp") is not None:
+        theirs = importlib.import_module("llama_cpp").Llama(
+            str(tmp_path / "m.gguf"), n_ctx=64, logits_all=True, verbose=False
+        )
+        for window, expected in zip(windows, losses, strict=True):
+            theirs.reset()
+            theirs.eval(window.tolist())
+            log_probs = log_probabilities(theirs.scores[32:63])
+            np.testing.assert_allclose(-log_probs[np.arange(31), window[33:]], expected, rtol=1e-3)
 
 
 def test_a_program_forced_along_tokens_gives_the_logits_of_its_graph(quantized, bundle):

@@ -28,7 +28,7 @@ class Table:
 
     def __call__(self, tokens: np.ndarray) -> np.ndarray:
         self.asked.append(len(tokens))
-        found = [int(np.flatnonzero((WINDOWS == row).all(1))[0]) for row in tokens]
+        found = [int(np.flatnonzero((row == WINDOWS).all(1))[0]) for row in tokens]
         return self.logits[found]
 
 
