@@ -52,6 +52,7 @@ lint: $(STAMP)  ## check style, layering and types
 
 bench: $(STAMP)  ## measure the CPU kernels beside memory and XLA, decoding and conversion of a 1B Llama (minutes, 6 GB)
 	$(BIN)/python -m xlathe.tools.bench_kernels
+	$(BIN)/python -m xlathe.tools.bench_experts
 	$(BIN)/python -m xlathe.tools.bench_decode
 	$(BIN)/python -m xlathe.tools.bench_convert
 

@@ -1,15 +1,19 @@
 """The table of what is checked of each family. `python -m tests.models.parity.table --update` writes it."""
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
+from tests.models.formats.families import CONFIGS
 from tests.models.parity.cases import ENCODERS, FAMILIES, WINDOW, Case, Family
 
 README = Path(__file__).parents[3] / "models" / "README.md"
 BEGIN, END = "<!-- parity: begin -->\n", "<!-- parity: end -->"
 Check = Literal["logits", "chunks", "greedy tokens", "ring", "bundle"]
+# On the checkpoints of tests/models/formats/configs: test_families.py of gguf and of tools, test_llama_cpp.py.
+OF_FILES = ("GGUF", "verbs", "llama.cpp")
 
 
 def checked(check: Check, family: Family, case: Case) -> bool:
@@ -32,11 +36,13 @@ def table(families: Sequence[Family]) -> str:
     """Returns how many configurations of each family every check runs on."""
     checks = get_args(Check)
     lines = [
-        f"| `model_type` | {' | '.join(checks)} | configurations |",
-        f"|---|{'---|' * len(checks)}---|",
+        f"| `model_type` | {' | '.join((*checks, *OF_FILES))} | configurations |",
+        f"|---|{'---|' * len((*checks, *OF_FILES))}---|",
     ]
+    written = [json.loads(path.read_text())["model_type"] for path in CONFIGS.iterdir()]
     for family in families:
         counts = [sum(checked(check, family, case) for case in family.cases) for check in checks]
+        counts += [written.count(family.model_type)] * len(OF_FILES)
         names = ", ".join(case.name.replace("_", " ") for case in family.cases)
         lines.append(f"| `{family.model_type}` | {' | '.join(str(n or '') for n in counts)} | {names} |")
     return "\n".join(lines) + "\n"

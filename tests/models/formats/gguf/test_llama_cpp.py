@@ -88,6 +88,29 @@ def test_llama_cpp_reads_the_numbers_that_we_read_from_other_types(type, tmp_pat
     assert cosine.min() > 0.999
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3-moe"])
+@pytest.mark.parametrize("ftype", ["F16", "Q8_0", "Q4_0"])
+def test_what_llama_cpp_writes_is_read(family, ftype, tmp_path):
+    """Before: llama.cpp's own file. Expected: its settings are those we wrote, and with the numbers that we decode
+    from it our forward computes what llama.cpp does with these numbers in float32."""
+    import llama_cpp
+
+    ours, theirs, decoded = (tmp_path / f"{name}.gguf" for name in ("ours", "theirs", "decoded"))
+    write_gguf(families.load(family), ours, "F32")
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype, options.nthread = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{ftype}"), 1
+    assert llama_cpp.llama_model_quantize(bytes(ours), bytes(theirs), options) == 0
+
+    found = read_gguf(theirs)
+    assert found.card.config == read_gguf(ours).card.config
+    expected = families.compute(found)
+    write_gguf(found, decoded, "F32")
+    model = llama_cpp.Llama(str(decoded), n_ctx=64, n_threads=1, logits_all=True, type_k=F32, type_v=F32, verbose=False)
+    model.eval(expected["input_ids"][0].tolist())
+    atol = (1e-3 if family in TABLE else 1e-5) * np.abs(expected["logits"][0]).max()
+    np.testing.assert_allclose(model.scores[:24], expected["logits"][0], rtol=0, atol=atol)
+
+
 def test_llama_cpp_computes_bert_s_hidden_states(tmp_path):
     import llama_cpp
 
