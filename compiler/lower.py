@@ -1,7 +1,6 @@
 """Choose a kernel for each operation; what has none keeps its reference body, and the reason is told."""
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -86,7 +85,7 @@ def _cpu_kernels() -> Mapping[str, Kernel]:
         return {}
     return {
         "cached_attention": Kernel(_cached_attention_on_cpu, _cached_attention_uncovered_on_cpu),
-        "quantized_dot": Kernel(_quantized_dot_on_cpu, quantized_dot_cpu.uncovered),
+        "quantized_dot": Kernel(quantized_dot_cpu.product, quantized_dot_cpu.uncovered),
         "quantized_ragged_dot": Kernel(
             quantized_ragged_dot_cpu.quantized_ragged_dot, quantized_ragged_dot_cpu.uncovered
         ),
@@ -145,13 +144,3 @@ def _cached_attention_on_cpu(*operands: Any, **options: Any) -> jax.Array:
         shared=options.get("shared"),
     )
 
-
-def _quantized_dot_on_cpu(
-    x: jax.Array, codes: jax.Array, *scaling: jax.Array, out_dtype: str, bits: int = 8, **options: Any
-) -> jax.Array:
-    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    if bits == 8:
-        y = quantized_dot_cpu.quantized_dot(flat, codes, *scaling)
-    else:
-        y = quantized_dot_cpu.quantized_dot_int4(flat, codes, *scaling, activations=options["activations"])
-    return y.reshape(*x.shape[:-1], codes.shape[0]).astype(out_dtype)

@@ -35,7 +35,7 @@ def observe(
         raise OptionError(f"calibration needs at least one batch of int32 tokens [b, t], got {what}")
     layouts, _ = plan_weights(graph, list(graph.names("weight")))
     sources = {name: _inputs(graph, name, layout) for name, layout in layouts.items()}
-    experts, _ = find_experts(graph, list(graph.names("weight")))
+    experts, _ = find_experts(graph, dict.fromkeys(graph.names("weight")))
     run = _compiled(graph, sources, experts, gram)
     total: dict[str, InputStats] = {}
     for number, batch in enumerate(batches):

@@ -23,7 +23,7 @@ def layer(head: int, dtype: str) -> tuple[Any, list[jax.ShapeDtypeStruct]]:
     def function(q: Any, keys: Any, codes: Any, scale: Any, rows: Any) -> tuple[Any, ...]:
         new = attention(q[None], q[None, :, :, 0], q[None, :, :, 0], **options, masked=False)
         old = cached_attention(q, keys, keys, rows, rows, **options, window=None, masked=False)
-        return new, old, quantized_dot(q.reshape(q.shape[0], -1), codes, scale, out_dtype=dtype)
+        return new, old, quantized_dot(q.reshape(q.shape[0], -1), codes, scale, out_dtype=dtype, format="int8:channel")
 
     cache = [f"{dtype} 4 2 2 {head}", f"{dtype} 2 64 2 {head}"]
     return function, avals(*cache, f"int8 128 {4 * head}", "float32 128", "int32 4")

@@ -20,8 +20,8 @@ def cases(hit: int, codes: jax.Array, scale: jax.Array, dense: jax.Array) -> lis
     x = jnp.asarray(rng.normal(size=(hit, K)), jnp.float32)
     sizes = np.zeros(EXPERTS, np.int32)
     sizes[rng.choice(EXPERTS, hit, replace=False)] = 1
-    scheme = {"out_dtype": "float32", "bits": 4, "group": GROUP}
-    product, ragged = jax.jit(functools.partial(quantized_ragged_dot, **scheme)), jax.jit(jax.lax.ragged_dot)
+    options = {"out_dtype": "float32", "format": f"int4:g{GROUP}"}
+    product, ragged = jax.jit(functools.partial(quantized_ragged_dot, **options)), jax.jit(jax.lax.ragged_dot)
     share = hit / EXPERTS / 1e9
     return [
         Case(f"int4 kernel, M = {hit}", lambda: product(x, sizes, codes, scale), codes.nbytes * share, "GB/s"),

@@ -1,97 +1,106 @@
 """A product with a quantized weight."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from xlathe.op import op
+from xlathe.ops.activations import BLOCK, round_blocks, round_tokens
+from xlathe.storage import Format, Scaled, all_lines, parse_format
 
-MIDDLE = 8
-"""The zero point of symmetric 4-bit codes."""
-BLOCK = 32
-"""Activations are rounded to 8 bits in blocks of so many."""
 PARTS = 16
-"""Partial sums of a product with rounded activations."""
-SMALLEST = 1e-30
-"""A block of activations whose largest is not above this is rounded to zeros."""
+"""Partial sums of a product with activations rounded in blocks."""
+LINES = 128
+"""Rows of a weight are expanded by multiples of so many, a part of it at a time,"""
+EXPANDED = 1 << 20
+"""each of about so many numbers."""
 
 
 @op("quantized_dot")
 def quantized_dot(
     x: jax.Array,  # [..., k]
-    codes: jax.Array,  # int8 [n, k]; or with bits=4 uint8 [n, k / 2], two a byte
-    scale: jax.Array,  # float32 [n]; or with a group bfloat16 [n, k / group]
-    *zero: jax.Array,  # uint8 [n, k / group], if the codes are asymmetric
+    *parts: jax.Array,  # what `format` says of a weight [n, k]; then, if activations are static, their step float32 []
     out_dtype: str,
-    bits: int = 8,
-    group: int | None = None,
+    format: str,
     activations: str | None = None,
 ) -> jax.Array:  # [..., n]
-    """x w^T in float32, where w is what the codes stand for.
+    """x w^T in float32, where w is what the parts stand for.
 
-    bits: 8, symmetric with one scale a row: (x codes^T) * scale; or 4, in groups: w is `dequantize` of them.
-    activations: None, not rounded; or `int8`, rounded a block of 32, with a group that is a multiple of 32
-    (`_rounded_product`).
+    format: text of a storage format (`xlathe.storage`). activations: None, not rounded; or one of `ACTIVATIONS`,
+    rounded before they are multiplied: `int8` a block of 32, with integers in groups of a multiple of 32
+    (`_rounded_product`). Scales of `int8:channel` and `int8:tensor` multiply sums, which are exact where activations
+    are rounded to int8.
 
-    Without rounding, the order of additions is a kernel's own. The one for CPUs holds x, with 4 bits, as whole numbers
+    Otherwise the order of additions is a kernel's own. The one for CPUs holds x, with 4 bits, as whole numbers
     of 24 bits a block of 32, so that 8 successive columns have an exact sum; a number of x is then off by at most
     2**-24 of the largest in its block, where a product in floats is off by as much of itself (kernels/README.md).
     """
-    if bits == 8:
-        product = jnp.einsum("...k,nk->...n", x.astype(jnp.float32), codes.astype(jnp.float32))
-        return (product * scale).astype(out_dtype)
-    assert group is not None
+    stored = parse_format(format)
+    if activations == "int8":
+        assert isinstance(stored, Scaled)
+        return _rounded_product(x, *stored.grouped(*parts), stored.columns).astype(out_dtype)
     if activations is None:
-        weight = dequantize(codes, scale, *zero, group=group)
-        return jnp.einsum("...k,nk->...n", x.astype(jnp.float32), weight).astype(out_dtype)
-    return _rounded_product(x, integers(codes, *zero, group=group), scale, group).astype(out_dtype)
+        rounded, steps = x.astype(jnp.float32), jnp.float32(1)
+    else:
+        *weight, last = parts
+        static = activations.endswith("_static")
+        rounded, steps = round_tokens(x, activations, *[last] * static)
+        parts = tuple(weight) if static else parts
+    if not is_whole(stored):
+        return (_product(rounded, stored.decode, all_lines(stored, *parts)) * steps).astype(out_dtype)
+    codes, scale = parts
+    if activations is not None and activations.startswith("int8"):
+        whole = jnp.einsum("...k,nk->...n", rounded.astype(jnp.int8), codes, preferred_element_type=jnp.int32)
+        sums = whole.astype(jnp.float32)
+    else:
+        sums = _product(rounded, lambda lines: lines.astype(jnp.float32), [codes])
+    return (sums * (steps * scale)).astype(out_dtype)
 
 
-def dequantize(codes: jax.Array, scale: jax.Array, *zero: jax.Array, group: int) -> jax.Array:
-    """Returns (code - zero) * scale as float32 [..., k], exact: the factors have 5 and 8 bits.
+def is_whole(stored: Format) -> bool:
+    """Says whether a weight is int8 with scales that a sum over k need not know."""
+    return isinstance(stored, Scaled) and (stored.element, stored.columns, stored.zero) == ("int8", 0, "")
 
-    Args:
-      codes: uint8 [..., k / 2].
-      scale: bfloat16 [..., k / group].
-      zero: uint8 [..., k / group], or nothing: 8.
-      group: codes that share a scale and a zero point.
+
+def _product(x: jax.Array, decode: Callable[..., jax.Array], lines: Sequence[jax.Array]) -> jax.Array:
+    """Returns x w^T; the float32 weight is made of a line of each part, some rows at a time.
+
+    Lines without axes belong to the whole tensor.
     """
-    return integers(codes, *zero, group=group) * jnp.repeat(scale.astype(jnp.float32), group, axis=-1)
+    n, k = lines[0].shape[0], x.shape[-1]
+    height = max(EXPANDED // k // LINES, 1) * LINES
+    whole = n // height if n >= 2 * height else 0
 
+    def expanded(rows: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        return jnp.einsum("...k,nk->...n", x, decode(*(rows(line) if line.ndim else line for line in lines)))
 
-def integers(codes: jax.Array, *zero: jax.Array, group: int) -> jax.Array:
-    """Returns code - zero as float32 [..., k], of uint8 [..., k / 2]: codes 2 i and 2 i + 1 are the low and the high
-    half of byte i."""
-    pairs = jnp.stack([codes & 15, codes >> 4], axis=-1)
-    whole = pairs.reshape(*codes.shape[:-1], 2 * codes.shape[-1]).astype(jnp.float32)
-    return whole - (jnp.repeat(zero[0].astype(jnp.float32), group, axis=-1) if zero else MIDDLE)
+    def block(_: None, i: jax.Array) -> tuple[None, jax.Array]:
+        return None, expanded(lambda line: jax.lax.dynamic_slice_in_dim(line, i * height, height))
 
-
-def round_activations(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rounds x [..., k] to 8 bits a block of 32: float32 integers [..., k / 32, 32] and their step [..., k / 32].
-
-    The largest magnitude becomes 127. Ties go to even.
-    """
-    blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
-    largest = jnp.abs(blocks).max(axis=-1)
-    inverse = jnp.where(largest > SMALLEST, 127 / largest, 0)
-    return jnp.round(blocks * inverse[..., None]), largest * jnp.float32(1 / 127)
+    if not whole:
+        return expanded(lambda line: line)
+    blocks = jax.lax.scan(block, None, jnp.arange(whole))[1]  # [whole, ..., height]
+    first = jnp.moveaxis(blocks, 0, -2).reshape(*x.shape[:-1], whole * height)
+    if n == whole * height:
+        return first
+    return jnp.concatenate([first, expanded(lambda line: line[whole * height :])], axis=-1)
 
 
 def _rounded_product(x: jax.Array, weight: jax.Array, scale: jax.Array, group: int) -> jax.Array:
     """Sums a block of 32 in integers, and the blocks in a fixed order.
 
-    The integers of a block have a sum below 2**16, exact in float32 however it is computed. Of block g it is
+    The integers of a block have a sum below 2**24, exact in float32 however it is computed. Of block g it is
     multiplied by (scale * step) and added to partial sum g mod 16, in ascending g; then partial sums i and i + 8 are
     added, i and i + 4, i and i + 2, 0 and 1.
 
-    weight: float32 [n, k], integers; scale: bfloat16 [n, k / group].
+    weight: float32 [n, k], integers; scale: float32 [n, k / group].
     """
-    rounded, step = round_activations(x)  # [..., blocks, 32], [..., blocks]
+    rounded, step = round_blocks(x)  # [..., blocks, 32], [..., blocks]
     n, blocks = weight.shape[0], step.shape[-1]
-    scales = jnp.repeat(scale.astype(jnp.float32), group // BLOCK, axis=1)  # [n, blocks]
+    scales = jnp.repeat(scale, group // BLOCK, axis=1)  # [n, blocks]
     terms = (rounded, step[..., None], weight.reshape(n, blocks, BLOCK), scales[..., None])
 
     def add(total: jax.Array, part: Any) -> tuple[jax.Array, None]:

@@ -14,9 +14,7 @@ from xlathe.ops.quantized_dot import quantized_dot
 def quantized_ragged_dot(
     x: jax.Array,  # [m, k], the rows of the first expert, of the second, ...
     sizes: jax.Array,  # int32 [experts]: how many rows each has; they sum to at most m
-    codes: jax.Array,  # [experts, ...]; this and what follows as `quantized_dot` takes it, for each expert
-    scale: jax.Array,
-    *zero: jax.Array,
+    *parts: jax.Array,  # [experts, ...]; as `quantized_dot` takes them, for each expert
     out_dtype: str,
     **scheme: Any,
 ) -> jax.Array:  # [m, n]
@@ -29,10 +27,10 @@ def quantized_ragged_dot(
     ends, places = lax.cumsum(sizes), lax.iota(sizes.dtype, x.shape[0])
 
     def add(total: jax.Array, expert: Any) -> tuple[jax.Array, None]:
-        end, size, *parts = expert
-        product = quantized_dot.body(x, *parts, out_dtype=out_dtype, **scheme)
+        end, size, *own_parts = expert
+        product = quantized_dot.body(x, *own_parts, out_dtype=out_dtype, **scheme)
         own = lax.broadcast_in_dim((places < end) & (places >= end - size), total.shape, (0,))
         return lax.select(own, product, total), None
 
-    total = jnp.zeros((x.shape[0], codes.shape[1]), out_dtype)
-    return lax.scan(add, total, (ends, sizes, codes, scale, *zero))[0]
+    total = jnp.zeros((x.shape[0], parts[0].shape[1]), out_dtype)
+    return lax.scan(add, total, (ends, sizes, *parts))[0]

@@ -1,12 +1,11 @@
 """The weights of experts: found where a graph multiplies groups of rows with a stack of them, quantized one by one."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, final
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from xlathe import jaxpr as ir
 from xlathe.graph import Graph
@@ -43,8 +42,9 @@ class Experts:
         return stem(self.names) or self.names[0]
 
 
-def find_experts(graph: Graph, names: Sequence[str]) -> tuple[list[Experts], tuple[str, ...]]:
-    """Returns the stacks of experts whose matrices are all among `names`, and why others cannot be quantized."""
+def find_experts(graph: Graph, wanted: Mapping[str, Any]) -> tuple[list[Experts], tuple[str, ...]]:
+    """Returns the stacks of experts whose matrices all have a name in `wanted`, with equal values, and why others
+    cannot be quantized."""
     equations = ir.live_equations(graph.jaxpr)
     producer, consumer = ir.producers(equations), ir.consumers(equations)
     inputs = {v: i.name for v, i in zip(graph.jaxpr.invars, graph.inputs, strict=True) if i.kind == "weight"}
@@ -54,28 +54,18 @@ def find_experts(graph: Graph, names: Sequence[str]) -> tuple[list[Experts], tup
         if stack is None or stack.primitive.name != "stack" or not all(a in inputs for a in stack.invars):
             continue
         members = tuple(inputs[a] for a in stack.invars)
-        chosen = [name for name in members if name in names]
+        chosen = [name for name in members if name in wanted]
         used_once = all(len(consumer[v]) == 1 for v in (*stack.invars, stack.outvars[0]))
         if stem(members) is None or stack.params["axis"] != 0 or not used_once:
             misses += [f"{members[0]}: the experts beside it are used in other ways too at {ir.source_line(stack)}"]
+        elif len(chosen) == len(members) and len({wanted[name] for name in members}) > 1:
+            misses.append(f"{members[0]}: rules give different schemes to the experts that are multiplied at once")
         elif len(chosen) == len(members):
             (_, (summed,)), _ = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
             found.append(Experts(members, eqn, Layout((2 - summed,), (summed - 1,))))
         elif chosen:
             misses += [f"{chosen[0]}: only {len(chosen)} of the {len(members)} experts that are multiplied at once"]
     return found, tuple(misses)
-
-
-@final
-@dataclasses.dataclass(frozen=True)
-class EachExpert:
-    """Recipe of parts [experts, ...] from the matrix of each expert, one at a time. makers: one an expert."""
-
-    makers: tuple[Callable[[Any], tuple[np.ndarray, ...]], ...]
-
-    def __call__(self, weights: Iterable[Any]) -> tuple[np.ndarray, ...]:
-        made = (maker(weight) for maker, weight in zip(self.makers, weights, strict=True))
-        return tuple(np.stack(parts) for parts in zip(*made, strict=True))
 
 
 def emit_product(eqn: ir.JaxprEqn, attributes: Any) -> Callable[..., jax.Array]:

@@ -2,8 +2,7 @@
 
 import dataclasses
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, final
 
 import jax
@@ -11,32 +10,39 @@ import jax.numpy as jnp
 
 from xlathe import jaxpr as ir
 from xlathe.axes import Einsum
-from xlathe.errors import OptionError, did_you_mean
+from xlathe.errors import OptionError, PassError, did_you_mean
 from xlathe.graph import Graph, Recipe, Record
-from xlathe.ops.quantized_dot import BLOCK, quantized_dot
-from xlathe.passes.quantize.experts import EachExpert, Experts, emit_product, find_experts
-from xlathe.passes.quantize.schemes import Int4Groups, Int8Channels, Scheme
-from xlathe.passes.quantize.uses import Layout, Uses, plan_weights
+from xlathe.ops.quantized_dot import quantized_dot
+from xlathe.passes.quantize.experts import Experts, emit_product
+from xlathe.passes.quantize.methods import find_method
+from xlathe.passes.quantize.plan import Plan, Rule, make_plan
+from xlathe.passes.quantize.recipe import EachExpert, Encode
+from xlathe.passes.quantize.schemes import Scheme
+from xlathe.passes.quantize.uses import Uses
 from xlathe.pipeline import APPROXIMATE, Context, Keeps, Pass
 from xlathe.rewrite import Replacement, rewrite_graph
+from xlathe.stats import InputStats
+from xlathe.storage import take_lines
 
-GRANULARITIES = {"int8": "channel", "int4": "group"}
-"""What shares a scale, by scheme."""
-ACTIVATIONS = ("int8",)
+GRANULARITIES = ("tensor", "channel", "group")
 GROUP = 32
-SHOWN = 5  # near misses, or names, in a message
 
 
 @final
 @dataclasses.dataclass(frozen=True)
 class Quantize(Pass):
-    """Replaces input `w` by `w.codes`, `w.scale` and maybe `w.zero`, made by a recipe from `w`.
+    """Replaces input `w` by `w.codes`, `w.scale` and what else its format stores, made by a recipe from `w`.
 
-    scheme: `int8` or `int4`. granularity: what shares a scale; an output channel (`channel`) in int8, and in int4 a
-    group (`group`) of successive weights of a channel. weights: a regular expression that the names of the weights
-    must match in full. The rest is for int4 alone. group: the weights in a group, 32 if it is not given. symmetric:
-    false adds a zero point a group. activations: none, they stay as they are, or `int8`, they are rounded to 8 bits, a
-    block of 32 at a time; another scheme, with results of its own.
+    scheme: text, `int8`, `int4:g32,asym`, `fp8_e4m3:channel,a=fp8_token`, `nvfp4`: a storage format
+    (`xlathe.storage.text` has all of them) and how activations are rounded (`xlathe.ops.activations`). For one without
+    options they can be given apart: granularity, what shares a scale (`tensor`, `channel` or `group`); group, the
+    successive weights of a channel that do; symmetric, false adds a zero point; activations, `int8` and so on, which
+    are other schemes, with results of their own. weights: a regular expression that names of the weights must match in
+    full.
+
+    rules: pairs of such an expression and a scheme, or `none`, before that one: the first that matches a name decides.
+    With rules and no scheme, weights that no rule matches stay as they are; with neither, the scheme is `int8`.
+    method: how codes are chosen, `rtn` (round to nearest) or another of `xlathe.passes.quantize.methods`.
 
     The experts of a mixture (`jax.lax.ragged_dot` with a stack of them) are quantized each by itself, and lie in one
     array with the others: `w.codes` [experts, ...], where `w` has a star for the expert's number.
@@ -45,115 +51,119 @@ class Quantize(Pass):
     whole rows (a tied embedding). A product that rounds its weight to bfloat16 or float16 first takes the quantized
     one instead; any other loss of precision on the way is kept, and the weight with it.
 
-    Raises OptionError for options that are unknown or do not go together, where no weight can be quantized, and for a
-    group that does not divide one.
+    Raises OptionError for options that are unknown or do not go together, for a rule that decides nothing, and for a
+    weight that its format does not fit; PassError, when a weight is prepared, where it holds NaN or infinities.
     """
 
     keeps: ClassVar[Keeps] = APPROXIMATE
 
-    scheme: str = "int8"
+    scheme: str | None = None
     granularity: str | None = None
     weights: str = ".*"
     group: int | None = None
     symmetric: bool = True
     activations: str | None = None
+    rules: tuple[tuple[str, str], ...] = ()
+    method: str = "rtn"
 
     def __post_init__(self) -> None:
-        _known(self.scheme, GRANULARITIES)
-        _known(self.granularity, (None, *GRANULARITIES.values()))
-        _known(self.activations, (None, *ACTIVATIONS))
-        _together(self)
-        try:
-            re.compile(self.weights)
-        except re.error as error:
-            raise OptionError(f"quantize: weights={self.weights!r} is no regular expression: {error}") from None
+        self.parsed_rules()
+        find_method(self.method)
+
+    def parsed_rules(self) -> tuple[Rule, ...]:
+        """Returns all rules in order; the scheme's is the last."""
+        rules = [Rule.parse(*each) for each in self.rules]
+        if self.scheme is not None or not rules:
+            rules.append(Rule.parse(self.weights, _scheme_text(self)))
+        elif (given := _given(self)) or self.weights != ".*":
+            raise OptionError(f"quantize: {', '.join(given or ['weights'])} without a scheme that it belongs to")
+        return tuple(rules)
+
+    def plan(self, graph: Graph) -> Plan:
+        """Returns what `apply` will do: the scheme and the bytes of every weight. Nothing is computed."""
+        return make_plan(graph, self.parsed_rules(), find_method(self.method))
 
     def apply(self, graph: Graph, context: Context) -> tuple[Graph, Record]:
-        chosen = [name for name in graph.names("weight") if re.fullmatch(self.weights, name)]
-        plans, misses = plan_weights(graph, chosen)
-        experts, refused = find_experts(graph, chosen)
-        misses += refused
-        if not plans and not experts:
-            nearly = _nearly(misses) or _listed(graph.names("weight"))
-            raise OptionError(
-                f"quantize: weights={self.weights!r} matches no weight that is multiplied with activations; {nearly}"
-            )
-        scheme = self._scheme()
-        for name, layout in plans.items():
-            scheme.check(name, graph.aval(name).shape, layout.shape(graph.aval(name))[1])
-        for name, layout in ((name, group.layout) for group in experts for name in group.names):
-            scheme.check(name, graph.aval(name).shape, layout.shape(graph.aval(name))[1])
-        hits = {"weight": len(plans)} | ({"expert": sum(len(group.names) for group in experts)} if experts else {})
-        result = _replace(graph, plans, experts, scheme)
-        notes = _unseen_experts(graph, context) if experts and not graph.is_step else ()
-        return result, Record("quantize", hits=hits, misses=misses, notes=notes)
-
-    def _scheme(self) -> Scheme:
-        if self.scheme == "int8":
-            return Int8Channels()
-        return Int4Groups(self.group or GROUP, self.symmetric, self.activations)
+        plan = self.plan(graph)
+        stats = _calibrate(plan, graph, context)
+        experts = sum(len(group.names) for group in plan.experts)
+        hits = {"weight": len(plan.schemes) - experts} | ({"expert": experts} if experts else {})
+        unseen = tuple(name for name, found in stats.items() if not found.count)
+        notes = tuple(f"{name}: no token of the calibration chose this expert" for name in unseen)
+        return _replace(graph, plan, stats), Record("quantize", hits=hits, misses=plan.misses, notes=notes)
 
 
-def _unseen_experts(graph: Graph, context: Context) -> tuple[str, ...]:
-    """Says which experts the calibration, if there is one, never reached: what it tells does not hold for them."""
-    from xlathe.passes.observe import observe, unseen  # it reads products as this package does
-
-    if not len(context.calibration):
-        return ()
-    found = unseen(observe(graph, context.calibration, progress=context.progress))
-    return tuple(f"{name}: no token of the calibration chose this expert" for name in found)
+def _given(options: Quantize) -> list[str]:
+    """Returns the options of a scheme that are given apart from its text."""
+    names = ("granularity", "group", "symmetric", "activations")
+    return [name for name in names if getattr(options, name) not in (None, True)]
 
 
-def _known(value: str | None, known: Iterable[str | None]) -> None:
-    if value not in known:
-        raise OptionError(f"quantize: {value!r} is not known{did_you_mean(str(value), [k for k in known if k])}")
+def _scheme_text(options: Quantize) -> str:
+    """Returns the text of the scheme with the options that are given apart from it."""
+    text, given = options.scheme or "int8", _given(options)
+    if not given:
+        return text
+    if ":" in text or text == "none":
+        raise OptionError(f"quantize: scheme={text!r} has all its options in it; found {', '.join(given)} beside it")
+    if options.granularity not in (None, *GRANULARITIES):
+        hint = did_you_mean(str(options.granularity), GRANULARITIES)
+        raise OptionError(f"quantize: granularity={options.granularity!r} is not known{hint}")
+    if options.group is not None and options.group < 1:
+        raise OptionError(f"quantize: group={options.group}: expected a positive number")
+    shared = [options.granularity] if options.granularity in ("tensor", "channel") else []
+    if options.group is not None or options.granularity == "group":
+        shared.append(f"g{options.group or GROUP}")
+    rounded = [f"a={options.activations}"] if options.activations else []
+    return f"{text}:{','.join([*map(str, shared), *['asym'] * (not options.symmetric), *rounded])}"
 
 
-def _together(options: Quantize) -> None:
-    """Raises OptionError where options do not fit the scheme, or the group not the activations."""
-    scheme, group = options.scheme, options.group
-    if options.granularity not in (None, GRANULARITIES[scheme]):
-        raise OptionError(
-            f"quantize: granularity={options.granularity} does not go with scheme={scheme}, expected "
-            f"{GRANULARITIES[scheme]}"
-        )
-    if scheme != "int4" and (group is not None or options.activations or not options.symmetric):
-        raise OptionError(f"quantize: group, symmetric and activations are options of scheme=int4, not of {scheme}")
-    step = BLOCK if options.activations else 2  # two codes a byte
-    if group is not None and (group < step or group % step):
-        also = " where activations are rounded" if options.activations else ""
-        raise OptionError(f"quantize: group={group}: expected a positive multiple of {step}{also}")
+def _calibrate(plan: Plan, graph: Graph, context: Context) -> Mapping[str, InputStats]:
+    """Returns the statistics of the weights that are quantized, as far as the plan needs them; and, where there are
+    experts and batches to see them by, theirs."""
+    from xlathe.passes.observe import observe  # it reads products as this package does
+
+    static = [name for name, scheme in plan.schemes.items() if scheme.is_static]
+    wanted = plan.method.statistics != "none" or bool(static)
+    if not wanted and not (plan.experts and len(context.calibration) and not graph.is_step):
+        return {}
+    found = observe(graph, context.calibration, plan.method.statistics == "gram", context.progress).inputs
+    stats = {name: found[name] for name in plan.schemes if name in found}
+    for name in static:
+        if not stats[name].count:
+            raise PassError(f"quantize: {name}: static activations need tokens, and none of the calibration reached it")
+    return stats
 
 
-def _nearly(misses: Sequence[str]) -> str:
-    more = [f"and {len(misses) - SHOWN} more"] if len(misses) > SHOWN else []
-    return "nearly: " + "; ".join([*misses[:SHOWN], *more]) if misses else ""
-
-
-def _listed(names: Sequence[str]) -> str:
-    return "the graph has " + ", ".join([*names[:SHOWN], *["..."] * (len(names) > SHOWN)])
-
-
-def _replace(graph: Graph, plans: Mapping[str, Layout], experts: Sequence[Experts], scheme: Scheme) -> Graph:
-    """Adds codes, scales and zero points as inputs, replaces the products, and drops the weights."""
-    parts = {name: scheme.parts(*layout.shape(graph.aval(name))) for name, layout in plans.items()}
-    targets = {name: tuple(f"{name}.{part}" for part in avals) for name, avals in parts.items()}
-    finder, replacements = Uses(graph), {}
-    for name, made in targets.items():
+def _replace(graph: Graph, plan: Plan, stats: Mapping[str, InputStats]) -> Graph:
+    """Adds the parts of weights as inputs, replaces the products, and drops the weights."""
+    finder, replacements, recipes = Uses(graph), {}, []
+    added: dict[str, jax.ShapeDtypeStruct] = {}
+    in_groups = {name for group in plan.experts for name in group.names}
+    makers = {
+        e.name: Encode(e.name, e.layout, e.scheme, plan.method, stats.get(e.name))
+        for e in plan.entries
+        if e.scheme is not None and e.layout is not None
+    }
+    for name, make in makers.items():
+        if name in in_groups:
+            continue
+        parts = make.scheme.parts(*make.layout.shape(graph.aval(name)))
+        made = {f"{name}.{part}": jax.ShapeDtypeStruct(p.shape, p.dtype) for part, p in parts.items()}
         for use in finder.of(name)[1]:
-            emit = _product(use.eqn, use.side, scheme) if use.is_product else _lookup(use.eqn, scheme)
+            emit = _product(use.eqn, use.side, make.scheme) if use.is_product else _lookup(use.eqn, make.scheme)
             other = use.eqn.invars[1 - use.side]
-            replacements[use.eqn.outvars[0]] = Replacement((other,), emit, added=made)
-    added = {f"{name}.{part}": aval for name, avals in parts.items() for part, aval in avals.items()}
-    recipes = [Recipe(name, targets[name], scheme.recipe(layout)) for name, layout in plans.items()]
-    for group in experts:
-        stacked = _stacked(graph, group, scheme)
-        added |= stacked
-        made = tuple(stacked)
+            replacements[use.eqn.outvars[0]] = Replacement((other,), emit, added=tuple(made))
+        added |= made
+        recipes.append(Recipe(name, tuple(made), make))
+    for group in plan.experts:
+        scheme = makers[group.names[0]].scheme
+        made = _stacked(graph, group, scheme)
         emit = emit_product(group.eqn, scheme.attributes())
-        replacements[group.eqn.outvars[0]] = Replacement((group.rows, group.sizes), emit, added=made)
-        each = EachExpert((scheme.recipe(group.layout),) * len(group.names))
-        recipes.append(Recipe(group.names[0], made, each, group.names[1:]))
+        replacements[group.eqn.outvars[0]] = Replacement((group.rows, group.sizes), emit, added=tuple(made))
+        added |= made
+        each = EachExpert(tuple(makers[name] for name in group.names))
+        recipes.append(Recipe(group.names[0], tuple(made), each, group.names[1:]))
     return rewrite_graph(graph, replacements, added).replace(weights=graph.weights.derive(*recipes))
 
 
@@ -161,7 +171,7 @@ def _stacked(graph: Graph, group: Experts, scheme: Scheme) -> dict[str, jax.Shap
     """Returns the inputs that replace the matrices of experts."""
     parts = scheme.parts(*group.layout.shape(graph.aval(group.names[0])))
     count = len(group.names)
-    return {f"{group.stem}.{part}": jax.ShapeDtypeStruct((count, *a.shape), a.dtype) for part, a in parts.items()}
+    return {f"{group.stem}.{part}": jax.ShapeDtypeStruct((count, *p.shape), p.dtype) for part, p in parts.items()}
 
 
 def _product(eqn: ir.JaxprEqn, side: int, scheme: Scheme) -> Any:
@@ -188,7 +198,7 @@ def _lookup(eqn: ir.JaxprEqn, scheme: Scheme) -> Any:
     """Emits the look-up of quantized rows; only these are dequantized."""
 
     def emit(index: jax.Array, *parts: jax.Array) -> jax.Array:
-        rows = (jnp.take(part, index[..., 0], axis=0, mode="clip") for part in parts)
-        return scheme.dequantize(*rows).astype(eqn.outvars[0].aval.dtype)
+        rows = scheme.stored.decode(*take_lines(scheme.stored, index[..., 0], *parts))
+        return rows.astype(eqn.outvars[0].aval.dtype)
 
     return emit

@@ -1,103 +1,74 @@
-"""What a quantized weight is stored as, and what a product with it is."""
+"""A scheme: how a weight is stored, and how what it is multiplied with is rounded. Text: `int4:g32,a=int8`."""
 
-import abc
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
-import jax
 import jax.numpy as jnp
 
-from xlathe.errors import OptionError
-from xlathe.ops.quantized_dot import BLOCK, dequantize
-from xlathe.passes.quantize.rtn import RoundGroups, RoundToNearest
-from xlathe.passes.quantize.uses import Layout
-
-SHOWN = 6  # groups that would fit, in a message
+from xlathe.errors import OptionError, did_you_mean
+from xlathe.ops.activations import ACTIVATIONS, BLOCK
+from xlathe.storage import Format, Part, Scaled, parse_format
+from xlathe.storage.elements import INTEGERS
 
 
-class Scheme(abc.ABC):
-    """The inputs that replace a weight [n, k], and the attributes of `quantized_dot` with them."""
+@final
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """stored: the format of the weight. activations: None, they stay as they are, or one of `ACTIVATIONS`."""
 
-    @abc.abstractmethod
-    def parts(self, n: int, k: int) -> Mapping[str, jax.ShapeDtypeStruct]:
-        """Returns shape and dtype of what is stored, by the suffix of its name."""
+    stored: Format
+    activations: str | None = None
 
-    @abc.abstractmethod
+    @staticmethod
+    def parse(text: str) -> "Scheme":
+        """Reads a format's text with one more option, `a=int8_token`. Raises OptionError where it is none."""
+        name, _, rest = text.partition(":")
+        options = rest.split(",") if rest else []
+        rounded = [option.removeprefix("a=") for option in options if option.startswith("a=")]
+        left = ",".join(option for option in options if not option.startswith("a="))
+        scheme = Scheme(parse_format(f"{name}:{left}" if left else name), rounded[0] if rounded else None)
+        if len(rounded) > 1:
+            raise OptionError(f"{text!r}: a={rounded[0]} and a={rounded[1]} exclude each other")
+        if scheme.activations not in (None, *ACTIVATIONS):
+            hint = did_you_mean(str(scheme.activations), ACTIVATIONS)
+            raise OptionError(f"{text!r}: activations {scheme.activations!r} is not known{hint}")
+        if scheme.activations == "int8":
+            _check_blocks(text, scheme.stored)
+        return scheme
+
+    def __str__(self) -> str:
+        text = str(self.stored)
+        if self.activations is None:
+            return text
+        return f"{text}{',' if ':' in text else ':'}a={self.activations}"
+
+    @property
+    def is_static(self) -> bool:
+        """Whether activations are rounded in steps that calibration found."""
+        return self.activations is not None and self.activations.endswith("_static")
+
+    def parts(self, n: int, k: int) -> Mapping[str, Part]:
+        """Returns what replaces a weight, by the suffix of its name: the operands of `quantized_dot` after x."""
+        return {**self.stored.parts(n, k), **({"input": Part((), jnp.dtype("float32"), 0)} if self.is_static else {})}
+
     def attributes(self) -> Mapping[str, Any]:
         """Returns the attributes of the operation beside `out_dtype`."""
+        return {"format": str(self.stored)} | ({"activations": self.activations} if self.activations else {})
 
-    @abc.abstractmethod
-    def recipe(self, layout: Layout) -> Callable[..., Any]:
-        """Returns what makes the parts of a weight."""
-
-    @abc.abstractmethod
-    def dequantize(self, *parts: jax.Array) -> jax.Array:
-        """Returns rows of the weight, float32 [..., k], of the same rows of the parts."""
-
-    @abc.abstractmethod
-    def check(self, name: str, shape: Sequence[int], k: int) -> None:
-        """Raises OptionError where a weight does not fit; k: the columns that are summed over."""
+    def check(self, name: str, shape: Sequence[int], n: int, k: int) -> None:
+        """Raises OptionError where a weight, [n, k] with k summed over, cannot be stored."""
+        if reason := self.stored.misfit(n, k):
+            raise OptionError(
+                f"quantize: {reason}, the values that {name} {list(shape)} is summed over; a rule can leave it out"
+            )
 
 
-@final
-@dataclasses.dataclass(frozen=True)
-class Int8Channels(Scheme):
-    """8 bits, symmetric, one float32 scale a row."""
-
-    def parts(self, n: int, k: int) -> Mapping[str, jax.ShapeDtypeStruct]:
-        return {"codes": jax.ShapeDtypeStruct((n, k), jnp.int8), "scale": jax.ShapeDtypeStruct((n,), jnp.float32)}
-
-    def attributes(self) -> Mapping[str, Any]:
-        return {}
-
-    def recipe(self, layout: Layout) -> Callable[..., Any]:
-        return RoundToNearest(layout.free, layout.contracted)
-
-    def dequantize(self, *parts: jax.Array) -> jax.Array:
-        codes, scale = parts
-        return codes.astype(jnp.float32) * scale[..., None]
-
-    def check(self, name: str, shape: Sequence[int], k: int) -> None:
-        """Every weight fits."""
-
-
-@final
-@dataclasses.dataclass(frozen=True)
-class Int4Groups(Scheme):
-    """4 bits, two a byte, a bfloat16 scale a group of columns: 4.5 bits a weight with groups of 32.
-
-    symmetric: otherwise a group has a zero point too, of 8 bits. activations: None, or `int8` a block of 32.
-    """
-
-    group: int
-    symmetric: bool
-    activations: str | None
-
-    def parts(self, n: int, k: int) -> Mapping[str, jax.ShapeDtypeStruct]:
-        groups = (n, k // self.group)
-        parts = {
-            "codes": jax.ShapeDtypeStruct((n, k // 2), jnp.uint8),
-            "scale": jax.ShapeDtypeStruct(groups, jnp.bfloat16),
-        }
-        return parts if self.symmetric else {**parts, "zero": jax.ShapeDtypeStruct(groups, jnp.uint8)}
-
-    def attributes(self) -> Mapping[str, Any]:
-        return {"bits": 4, "group": self.group, "activations": self.activations}
-
-    def recipe(self, layout: Layout) -> Callable[..., Any]:
-        return RoundGroups(layout.free, layout.contracted, self.group, self.symmetric)
-
-    def dequantize(self, *parts: jax.Array) -> jax.Array:
-        return dequantize(*parts, group=self.group)
-
-    def check(self, name: str, shape: Sequence[int], k: int) -> None:
-        if not k % self.group:
-            return
-        step = BLOCK if self.activations else 2
-        fit = sorted((g for g in range(step, k + 1, step) if not k % g), key=lambda g: abs(g - self.group))
-        hint = f"group={', '.join(map(str, sorted(fit[:SHOWN])))} would" if fit else "no group would"
+def _check_blocks(text: str, stored: Format) -> None:
+    """Activations in blocks of 32 have exact sums with integers, whose scales a block of 32 must not cross."""
+    if not isinstance(stored, Scaled) or stored.element not in INTEGERS or stored.scale == "e8m0":
+        raise OptionError(f"{text!r}: a=int8 is for integers; a=int8_token and a=fp8_token go with every format")
+    if stored.rows != 1 or not stored.columns or stored.columns % BLOCK:
         raise OptionError(
-            f"quantize: group={self.group} does not divide the {k} values that {name} {list(shape)} is summed over; "
-            f"{hint}, and weights= leaves it out"
+            f"{text!r}: expected a group that is a multiple of {BLOCK} where activations are rounded in blocks"
         )

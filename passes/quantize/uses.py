@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from xlathe import jaxpr as ir
 from xlathe.axes import Axes, Einsum, Labels, NoLabels
@@ -28,6 +29,11 @@ class Layout:
         """Returns [n, k] of the codes."""
         n, k = (math.prod(weight.shape[i] for i in axes) for axes in (self.free, self.contracted))
         return n, k
+
+    def matrix(self, weight: Any) -> np.ndarray:
+        """Returns a weight as float32 [n, k]."""
+        array = np.asarray(weight, np.float32)
+        return array.transpose(*self.free, *self.contracted).reshape(self.shape(array))
 
 
 @dataclasses.dataclass(frozen=True)

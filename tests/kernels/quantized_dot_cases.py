@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xlathe.ops.quantized_dot import dequantize
 from xlathe.ops.quantized_dot import quantized_dot as operation
+from xlathe.storage import parse_format
 
 Kernel = Callable[..., jax.Array]
+INT8 = {"format": "int8:channel"}
 
 
 def operands(rows: int, n: int, k: int, *, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -24,14 +25,14 @@ def operands(rows: int, n: int, k: int, *, seed: int = 0) -> tuple[jax.Array, ja
 def check(kernel: Kernel, sizes: tuple[int, int, int]) -> None:
     """With codes of 8 bits products are exact, and only the order of sums is the kernel's."""
     args = operands(*sizes)
-    actual, expected = kernel(*args, out_dtype="float32"), operation.body(*args, out_dtype="float32")
+    actual, expected = (f(*args, out_dtype="float32", **INT8) for f in (kernel, operation.body))
     assert jnp.max(jnp.abs(actual - expected)) <= 1e-6 * jnp.max(jnp.abs(expected))
 
 
 def check_leading_axes_and_the_dtype_of_the_result(kernel: Kernel) -> None:
     x, codes, scale = operands(6, 128, 128)
-    expected = operation.body(x, codes, scale, out_dtype="bfloat16")
-    actual = kernel(x.reshape(2, 3, 128), codes, scale, out_dtype="bfloat16")
+    expected = operation.body(x, codes, scale, out_dtype="bfloat16", **INT8)
+    actual = kernel(x.reshape(2, 3, 128), codes, scale, out_dtype="bfloat16", **INT8)
     assert actual.shape == (2, 3, 128) and actual.dtype == jnp.bfloat16
     np.testing.assert_array_equal(actual.reshape(6, 128), expected)
 
@@ -49,10 +50,11 @@ def int4_operands(rows: int, n: int, k: int, group: int, *, zeros: bool, seed: i
 def check_int4(kernel: Kernel, sizes: tuple[int, int, int], group: int, *, zeros: bool, out_dtype: str) -> None:
     """At most twice as far from float32 as a product with the weight rounded to bfloat16, for each row of codes."""
     args = int4_operands(*sizes, group, zeros=zeros)
-    exact = operation.body(*args, out_dtype="float32", bits=4, group=group)
-    weight = dequantize(*args[1:], group=group).astype(jnp.bfloat16)
+    text = f"int4:g{group}{',asym' * zeros}"
+    exact = operation.body(*args, out_dtype="float32", format=text)
+    weight = parse_format(text).dequantize(*args[1:]).astype(jnp.bfloat16)
     plain = jnp.einsum("mk,nk->mn", args[0], weight, preferred_element_type=jnp.float32).astype(out_dtype)
-    actual = kernel(*args, out_dtype=out_dtype, bits=4, group=group)
+    actual = kernel(*args, out_dtype=out_dtype, format=text)
     assert actual.shape == plain.shape and actual.dtype == plain.dtype
     error, allowed = (jnp.max(jnp.abs(y.astype(jnp.float32) - exact), axis=0) for y in (actual, plain))
     assert jnp.all(error <= 2 * allowed)
@@ -61,12 +63,13 @@ def check_int4(kernel: Kernel, sizes: tuple[int, int, int], group: int, *, zeros
 def check_int4_by_units(kernel: Kernel, n: int, k: int, group: int) -> None:
     """Rows of the identity read the weight out, each rounded to bfloat16 once."""
     args = int4_operands(1, n, k, group, zeros=True)[1:]
-    actual = kernel(jnp.eye(k, dtype=jnp.bfloat16), *args, out_dtype="float32", bits=4, group=group)
-    weight = dequantize(*args, group=group).astype(jnp.bfloat16)
+    text = f"int4:g{group},asym"
+    actual = kernel(jnp.eye(k, dtype=jnp.bfloat16), *args, out_dtype="float32", format=text)
+    weight = parse_format(text).dequantize(*args).astype(jnp.bfloat16)
     np.testing.assert_array_equal(actual.T, weight.astype(jnp.float32))
 
 
-INT4 = {"bits": 4, "group": 32}
+INT4 = {"format": "int4:g32,asym"}
 GOOD = {"x": "bfloat16 2 128", "codes": "int8 64 128", "scale": "float32 64"}
 GOOD_INT4 = {"x": "bfloat16 2 128", "codes": "uint8 64 64", "scale": "bfloat16 64 4", "zero": "uint8 64 4"}
 REFUSED: list[tuple[dict[str, str], dict[str, Any], str]] = [
@@ -77,10 +80,10 @@ REFUSED: list[tuple[dict[str, str], dict[str, Any], str]] = [
     ({"zero": "int8 64"}, {}, r"found .* int8\[64\]"),
     ({"x": "bfloat16 0 128"}, {}, "no axis to be empty"),
     ({}, {"out_dtype": "float16"}, "found float16"),
-    ({}, {"bits": 3}, "found 3 bits, group None"),
-    ({}, {"group": 32}, "found 8 bits, group 32"),
-    (GOOD_INT4, {"bits": 4}, "found 4 bits, group None"),
-    (GOOD_INT4, {"bits": 4, "group": 16}, "found 4 bits, group 16"),
+    ({}, {"format": "int3:g32"}, "found int3:g32"),
+    ({}, {"format": "int8:g32"}, "found int8:g32"),
+    (GOOD_INT4, {"format": "int4:channel"}, "found int4:channel"),
+    (GOOD_INT4, {"format": "int4:g16"}, "found int4:g16"),
     (GOOD_INT4, INT4 | {"activations": "int8"}, "found them rounded to int8"),
     (GOOD_INT4 | {"codes": "int8 64 64"}, INT4, r"expected .* codes uint8 .* found .* int8\[64, 64\]"),
     (GOOD_INT4 | {"scale": "float32 64 4"}, INT4, r"found .* float32\[64, 4\]"),

@@ -50,7 +50,7 @@ def test_compiles(
 ) -> None:
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     rows, n, k = sizes
-    kernel = functools.partial(quantized_dot, out_dtype="bfloat16")
+    kernel = functools.partial(quantized_dot, out_dtype="bfloat16", **cases.INT8)
     plan = gpu_plan(name, capfd, kernel, *avals(f"bfloat16 {rows} {k}", f"int8 {n} {k}", f"float32 {n}"))
     assert plan.spilled == 0
     note(f"quantized_dot {name} {rows}x{k} by {n}x{k}: {plan}")
@@ -70,7 +70,7 @@ def test_int4_compiles(
 ) -> None:
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     rows, n, k = sizes
-    kernel = functools.partial(quantized_dot, out_dtype="bfloat16", bits=4, group=group)
+    kernel = functools.partial(quantized_dot, out_dtype="bfloat16", format=f"int4:g{group}{',asym' * zeros}")
     zero = [f"uint8 {n} {k // group}"] * zeros
     arrays = avals(f"bfloat16 {rows} {k}", f"uint8 {n} {k // 2}", f"bfloat16 {n} {k // group}", *zero)
     plan = gpu_plan(name, capfd, kernel, *arrays)
@@ -87,6 +87,6 @@ OTHER_TILES: list[tuple[dict[str, str], dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("changed", "options", "found"), [*cases.REFUSED, *OTHER_TILES])
 def test_refused_operands(changed: dict[str, str], options: dict[str, Any], found: str) -> None:
-    kernel = functools.partial(quantized_dot, **({"out_dtype": "float32"} | options))
+    kernel = functools.partial(quantized_dot, **({"out_dtype": "float32"} | cases.INT8 | options))
     with pytest.raises(OptionError, match=found):
         jax.eval_shape(kernel, *avals(*(cases.GOOD | changed).values()))

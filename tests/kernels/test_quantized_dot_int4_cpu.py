@@ -127,7 +127,8 @@ def test_larger_groups(group: int, activations: str | None, symmetric: bool) -> 
 @pytest.mark.parametrize("k", [32, 544])
 def test_equals_the_reference_body(k: int, activations: str | None, symmetric: bool) -> None:
     args = operands(4, k, 21, symmetric=symmetric)
-    options = {"out_dtype": "float32", "bits": 4, "group": 32, "activations": activations}
+    options = {"out_dtype": "float32", "activations": activations}
+    options["format"] = "int4:g32" if symmetric else "int4:g32,asym"
     body = jax.jit(lambda *a: quantized_dot(*a, **options))(*(a for a in args if a is not None))
     for isa in ISAS:
         assert np.abs(run(args, activations, isa) - body).max() <= 1e-6 * np.abs(body).max()
@@ -272,5 +273,5 @@ def test_native_code_refuses_operands_by_itself(changed: dict[str, np.ndarray], 
 
 def test_groups_without_a_kernel() -> None:
     x, codes, scale = jnp.zeros((2, 64)), jnp.zeros((3, 32), jnp.uint8), jnp.zeros((3, 4), jnp.bfloat16)
-    reason = cpu.uncovered(x, codes, scale, out_dtype="float32", bits=4, group=16)
-    assert reason == "expected a group of 32, 64, 128, 256, 512, 1024; found 16"
+    reason = cpu.uncovered(x, codes, scale, out_dtype="float32", format="int4:g16")
+    assert reason is not None and reason.endswith("32, 64, 128, 256, 512, 1024 with scales in bfloat16; found int4:g16")

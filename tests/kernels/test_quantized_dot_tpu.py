@@ -43,7 +43,7 @@ SIZES = [(1, 4096, 4096), (8, 11008, 4096), (512, 4096, 11008)]
 @pytest.mark.parametrize("name", TPUS)
 def test_compiles(name: str, sizes: tuple[int, int, int], note: Callable[[str], None]) -> None:
     rows, n, k = sizes
-    kernel = functools.partial(quantized_dot, out_dtype="bfloat16")
+    kernel = functools.partial(quantized_dot, out_dtype="bfloat16", **cases.INT8)
     vmem, temporary = tpu_plan(name, kernel, *avals(f"bfloat16 {rows} {k}", f"int8 {n} {k}", f"float32 {n}"))
     note(f"quantized_dot {name} {rows}x{k} by {n}x{k}: {vmem:,} bytes of VMEM, {temporary:,} of temporaries")
 
@@ -55,7 +55,7 @@ def test_int4_compiles(
     name: str, sizes: tuple[int, int, int], group: int, zeros: bool, note: Callable[[str], None]
 ) -> None:
     rows, n, k = sizes
-    kernel = functools.partial(quantized_dot, out_dtype="bfloat16", bits=4, group=group)
+    kernel = functools.partial(quantized_dot, out_dtype="bfloat16", format=f"int4:g{group}{',asym' * zeros}")
     zero = [f"uint8 {n} {k // group}"] * zeros
     arrays = avals(f"bfloat16 {rows} {k}", f"uint8 {n} {k // 2}", f"bfloat16 {n} {k // group}", *zero)
     vmem, temporary = tpu_plan(name, kernel, *arrays)
@@ -65,6 +65,6 @@ def test_int4_compiles(
 
 @pytest.mark.parametrize(("changed", "options", "found"), cases.REFUSED)
 def test_refused_operands(changed: dict[str, str], options: dict[str, Any], found: str) -> None:
-    kernel = functools.partial(quantized_dot, **({"out_dtype": "float32"} | options))
+    kernel = functools.partial(quantized_dot, **({"out_dtype": "float32"} | cases.INT8 | options))
     with pytest.raises(OptionError, match=found):
         jax.eval_shape(kernel, *avals(*(cases.GOOD | changed).values()))

@@ -19,49 +19,50 @@ from xlathe.step import empty_state, run_step
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the CPU kernels were not built")
 ISAS = native.available_isas() if native.library() else ()
-SCHEMES = [{"bits": 8}, {"bits": 4, "group": 32}]
+FORMS = ["int8:channel", "int4:g32"]
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("options", SCHEMES, ids=str)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("sizes", [[3, 0, 1, 9], [0, 0, 1], [0, 0], [17]], ids=str)
-def test_equals_the_body(sizes: list[int], options: dict, isa: str) -> None:
-    args = operands(sizes, options["bits"])
-    found = quantized_ragged_dot(*args, out_dtype="float32", isa=isa, **options)
-    expected = operation.body(*args, out_dtype="float32", **options)
+def test_equals_the_body(sizes: list[int], form: str, isa: str) -> None:
+    args = operands(sizes, form)
+    found = quantized_ragged_dot(*args, out_dtype="float32", isa=isa, format=form)
+    expected = operation.body(*args, out_dtype="float32", format=form)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * max(1.0, float(jnp.abs(expected).max())))
     assert not np.asarray(found)[sum(sizes) :].any()
 
 
 def test_zero_points() -> None:
-    x, sizes, codes, scale = operands([3, 0, 1, 9], 4)
+    x, sizes, codes, scale = operands([3, 0, 1, 9], "int4:g32")
     zero = jnp.asarray(np.random.default_rng(1).integers(0, 16, scale.shape), jnp.uint8)
-    found = quantized_ragged_dot(x, sizes, codes, scale, zero, out_dtype="float32", bits=4, group=32)
-    expected = operation.body(x, sizes, codes, scale, zero, out_dtype="float32", bits=4, group=32)
+    found = quantized_ragged_dot(x, sizes, codes, scale, zero, out_dtype="float32", format="int4:g32,asym")
+    expected = operation.body(x, sizes, codes, scale, zero, out_dtype="float32", format="int4:g32,asym")
     assert jnp.abs(found - expected).max() <= 1e-5 * jnp.abs(expected).max()
 
 
-@pytest.mark.parametrize("options", SCHEMES, ids=str)
-def test_what_an_unchosen_expert_holds_never_leaks(options: dict) -> None:
-    x, counts, codes, scale = operands([3, 0, 1, 9], options["bits"])
+@pytest.mark.parametrize("form", FORMS)
+def test_what_an_unchosen_expert_holds_never_leaks(form: str) -> None:
+    x, counts, codes, scale = operands([3, 0, 1, 9], form)
     poisoned = scale.at[1].set(jnp.nan)
     clean, found = (
-        quantized_ragged_dot(x, counts, codes, s, out_dtype="float32", **options) for s in (scale, poisoned)
+        quantized_ragged_dot(x, counts, codes, s, out_dtype="float32", format=form) for s in (scale, poisoned)
     )
     np.testing.assert_array_equal(found, clean)
 
 
 @pytest.mark.parametrize("sizes", [[3, -1, 1, 9], [3, 0, 1, 90]], ids=str)
 def test_sizes_that_do_not_fit_are_refused(sizes: list[int]) -> None:
-    x, _, codes, scale = operands([3, 0, 1, 9], 8)
+    x, _, codes, scale = operands([3, 0, 1, 9], "int8:channel")
+    counts = jnp.asarray(sizes, jnp.int32)
     with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match="sum to at most M"):
-        quantized_ragged_dot(x, jnp.asarray(sizes, jnp.int32), codes, scale, out_dtype="float32").block_until_ready()
+        quantized_ragged_dot(x, counts, codes, scale, out_dtype="float32", format="int8:channel").block_until_ready()
 
 
 def test_refused_operands() -> None:
-    x, sizes, codes, scale = operands([3, 0, 1, 9], 8)
+    x, sizes, codes, scale = operands([3, 0, 1, 9], "int8:channel")
     with pytest.raises(OptionError, match=r"expected .*int8\[4, 50, 96\].* found .*int8\[4, 50, 95\]"):
-        quantized_ragged_dot(x, sizes, codes[..., 1:], scale, out_dtype="float32")
+        quantized_ragged_dot(x, sizes, codes[..., 1:], scale, out_dtype="float32", format="int8:channel")
     native.register()
     call = jax.ffi.ffi_call(TARGETS[8], jax.ShapeDtypeStruct((14, 50), jnp.float32))
     with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match=r"codes \[4, 50, 95\]"):

@@ -16,8 +16,8 @@ from xlathe.ops.quantized_ragged_dot import quantized_ragged_dot
 from xlathe.passes.kv_cache import KVCache
 from xlathe.passes.observe import observe, unseen
 from xlathe.passes.quantize import Quantize
-from xlathe.passes.quantize.rtn import quantize_channels
 from xlathe.pipeline import Context
+from xlathe.storage import parse_format
 
 EXPERTS, LAYERS = 4, 2
 
@@ -39,7 +39,7 @@ def test_before_and_after(graph: Graph) -> None:
     codes, scale = (quantized.weights[f"layers/1/experts/*/ups.{part}"] for part in ("codes", "scale"))
     assert codes.shape == (EXPERTS, 64, 32) and codes.dtype == np.int8 and scale.shape == (EXPERTS, 64)
     for e, name in enumerate(names(1, "ups")):
-        own_codes, own_scale = quantize_channels(graph.weights[name].T)
+        own_codes, own_scale = parse_format("int8:channel").encode(graph.weights[name].T)
         np.testing.assert_array_equal(codes[e], own_codes)
         np.testing.assert_array_equal(scale[e], own_scale)
     assert not any(e.primitive.name in ("ragged_dot_general", "stack") for e in quantized.jaxpr.eqns)
@@ -53,10 +53,9 @@ def test_equals_the_forward_with_rounded_experts(graph: Graph, options: dict) ->
     arrays = dict(graph.weights.stored)
     for recipe in quantized.weights.recipes:
         for name in recipe.sources:
-            alone = Quantize(weights=".*", **options)._scheme()
-            maker = recipe.make.makers[0]
+            maker = recipe.make.makers[recipe.sources.index(name)]
             parts = map(jnp.asarray, maker(arrays[name]))
-            arrays[name] = np.asarray(alone.dequantize(*parts)).T
+            arrays[name] = np.asarray(maker.scheme.stored.dequantize(*parts)).T
     tokens = np.random.default_rng(0).integers(0, 61, (2, 9))
     assert difference(quantized(tokens), graph.replace(weights=Weights(arrays))(tokens)) <= 1e-5
     assert difference(quantized(tokens), graph(tokens)) > 1e-4
@@ -106,10 +105,10 @@ def test_an_expert_that_no_token_chose_is_listed(graph: Graph) -> None:
     assert unseen(observe(graph, [np.arange(60).reshape(2, 30)])) == ()
 
 
-def operands(sizes: list[int], bits: int, seed: int = 0) -> tuple[jax.Array, ...]:
+def operands(sizes: list[int], form: str, seed: int = 0) -> tuple[jax.Array, ...]:
     rng, count, n, k = np.random.default_rng(seed), len(sizes), 50, 96
     x = jnp.asarray(rng.normal(size=(sum(sizes) + 1, k)), jnp.float32)
-    if bits == 8:
+    if form == "int8:channel":
         codes = jnp.asarray(rng.integers(-127, 128, (count, n, k)), jnp.int8)
         scale = jnp.asarray(rng.uniform(0.5, 1.5, (count, n)), jnp.float32)
     else:
@@ -118,23 +117,23 @@ def operands(sizes: list[int], bits: int, seed: int = 0) -> tuple[jax.Array, ...
     return x, jnp.asarray(sizes, jnp.int32), codes, scale
 
 
-@pytest.mark.parametrize("options", [{"bits": 8}, {"bits": 4, "group": 32}], ids=str)
-def test_each_group_is_a_product_with_its_expert(options: dict) -> None:
+@pytest.mark.parametrize("form", ["int8:channel", "int4:g32"], ids=str)
+def test_each_group_is_a_product_with_its_expert(form: str) -> None:
     sizes = [3, 0, 1, 9]
-    x, counts, codes, scale = operands(sizes, options["bits"])
-    found = quantized_ragged_dot(x, counts, codes, scale, out_dtype="float32", **options)
+    x, counts, codes, scale = operands(sizes, form)
+    found = quantized_ragged_dot(x, counts, codes, scale, out_dtype="float32", format=form)
     ends = np.cumsum(sizes)
     for e, (size, end) in enumerate(zip(sizes, ends, strict=True)):
-        own = quantized_dot.body(x[end - size : end], codes[e], scale[e], out_dtype="float32", **options)
+        own = quantized_dot.body(x[end - size : end], codes[e], scale[e], out_dtype="float32", format=form)
         np.testing.assert_allclose(found[end - size : end], own, rtol=1e-5, atol=1e-4)
     assert not found[-1].any()  # a row of no expert
 
 
-@pytest.mark.parametrize("options", [{"bits": 8}, {"bits": 4, "group": 32}], ids=str)
-def test_what_an_unchosen_expert_holds_never_leaks(options: dict) -> None:
-    x, counts, codes, scale = operands([3, 0, 1, 9], options["bits"])
+@pytest.mark.parametrize("form", ["int8:channel", "int4:g32"], ids=str)
+def test_what_an_unchosen_expert_holds_never_leaks(form: str) -> None:
+    x, counts, codes, scale = operands([3, 0, 1, 9], form)
     poisoned = scale.at[1].set(jnp.nan)
     clean, found = (
-        quantized_ragged_dot(x, counts, codes, s, out_dtype="float32", **options) for s in (scale, poisoned)
+        quantized_ragged_dot(x, counts, codes, s, out_dtype="float32", format=form) for s in (scale, poisoned)
     )
     np.testing.assert_array_equal(found, clean)

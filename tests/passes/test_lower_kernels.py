@@ -43,14 +43,14 @@ def test_int4_products_run_in_their_kernel(options: dict[str, Any]) -> None:
 def test_a_group_without_a_kernel_is_told() -> None:
     lowered = LowerKernels()(Specialize(batch=1, length=4)(Quantize("int4", group=8)(fused(LLAMA))))
     assert lowered.history[-1].hits["quantized_dot: reference"] == 15
-    assert any("expected a group of 32, 64" in note for note in lowered.history[-1].notes)
+    assert any("int4 in groups of 32, 64" in note for note in lowered.history[-1].notes)
 
 
 @pytest.mark.parametrize("target", ["tpu-v5e", "h100"])
 def test_a_group_without_a_kernel_is_told_elsewhere_too(target: str) -> None:
     lowered = LowerKernels(target)(Specialize(batch=1, length=4)(Quantize("int4", group=8)(fused(LLAMA))))
     assert lowered.history[-1].hits["quantized_dot: reference"] == 15
-    assert any("or of 4 in groups of 32, 64" in note and "group 8" in note for note in lowered.history[-1].notes)
+    assert any("int4 in groups of 32, 64" in note and "int4:g8" in note for note in lowered.history[-1].notes)
 
 
 def test_no_operation_is_left() -> None:

@@ -13,13 +13,16 @@ from tests.passes.decoding import difference, fused, traced
 from tests.variants import DECODERS, Variant
 from xlathe.errors import OptionError
 from xlathe.graph import Graph, Weights
-from xlathe.ops.quantized_dot import integers
 from xlathe.passes import PASSES
 from xlathe.passes.canonicalize import Canonicalize
 from xlathe.passes.kv_cache import KVCache
 from xlathe.passes.quantize import Quantize
-from xlathe.passes.quantize.rtn import RoundToNearest, pack, quantize_channels, quantize_groups
+from xlathe.passes.quantize.recipe import Encode
+from xlathe.passes.quantize.rtn import Rtn
+from xlathe.passes.quantize.schemes import Scheme
+from xlathe.passes.quantize.uses import Layout
 from xlathe.pipeline import Pipeline
+from xlathe.storage import parse_format
 from xlathe.verify import check_structure
 
 AUTHORINGS = ["llama", "gpt2", "linen_multi_head_attention", "fused_qkv", "tied_head", "nnx_scan"]
@@ -33,11 +36,17 @@ def dequantized(codes: np.ndarray, scale: np.ndarray, zero: np.ndarray | int = 8
     """Float32 [n, k] of int8 codes and a scale a row, or of 4-bit codes, two a byte, in groups."""
     if codes.dtype == np.int8:
         return codes * scale[:, None]
-    whole = np.empty((len(codes), 2 * codes.shape[1]), np.int32)
-    whole[:, 0::2], whole[:, 1::2] = codes % 16, codes // 16
+    whole = unpacked(codes)
     grouped = whole.reshape(*scale.shape, -1)
     offset = grouped - np.broadcast_to(zero, scale.shape)[..., None]
     return (offset * scale.astype(np.float32)[..., None]).astype(np.float32).reshape(whole.shape)
+
+
+def unpacked(codes: np.ndarray) -> np.ndarray:
+    """4-bit codes int32 [n, k], of two a byte, the earlier in the low half."""
+    whole = np.empty((len(codes), 2 * codes.shape[1]), np.int32)
+    whole[:, 0::2], whole[:, 1::2] = codes % 16, codes // 16
+    return whole
 
 
 def rounded(original: Graph, quantized: Graph) -> Graph:
@@ -45,7 +54,7 @@ def rounded(original: Graph, quantized: Graph) -> Graph:
     arrays = dict(original.weights.stored)
     for recipe in quantized.weights.recipes:
         weight, made = arrays[recipe.source], recipe.make
-        order = (*made.free, *made.contracted)
+        order = (*made.layout.free, *made.layout.contracted)
         grouped = dequantized(*made(weight)).reshape([weight.shape[i] for i in order])
         arrays[recipe.source] = grouped.transpose(np.argsort(order)).astype(weight.dtype)
     return original.replace(weights=Weights(arrays))
@@ -74,17 +83,17 @@ def test_before_and_after() -> None:
 def test_round_to_nearest_by_its_definition() -> None:
     weight = np.random.default_rng(0).normal(size=(5, 3, 4)).astype(np.float32)
     weight[:, 1, 2] = 0.0
-    codes, scale = RoundToNearest(free=(2, 1), contracted=(0,))(weight)
+    codes, scale = Encode("w", Layout((2, 1), (0,)), Scheme.parse("int8"), Rtn())(weight)
     assert codes.shape == (12, 5) and codes.dtype == np.int8 and scale.dtype == np.float32
     channel = weight[:, 1, 3]  # row 3 * 3 + 1
     np.testing.assert_allclose(scale[10], np.abs(channel).max() / 127, rtol=1e-6)
     np.testing.assert_array_equal(codes[10], np.rint(channel.astype(np.float64) / scale[10]))
-    assert not codes[7].any() and scale[7] == 1.0  # a channel of zeros stays zeros
+    assert not codes[7].any() and scale[7] == 0  # a channel of zeros stays zeros
 
 
 def test_error_of_a_value_is_at_most_half_a_step() -> None:
     weight = np.random.default_rng(1).normal(size=(64, 256)).astype(np.float32)
-    codes, scale = quantize_channels(weight)
+    codes, scale = parse_format("int8").encode(weight)
     assert np.abs(codes * scale[:, None] - weight).max() <= scale.max() * 0.5001
     assert np.abs(codes).max() == 127
 
@@ -119,8 +128,9 @@ def test_symmetric_groups_by_their_definition() -> None:
     """Expected: the value of largest magnitude is code 0, 8 steps from zero, in a step of 8 significant bits."""
     weight = np.random.default_rng(2).normal(size=(6, 64)).astype(np.float32)
     weight[1], weight[2, :32], weight[3, 5] = 0.0, -np.abs(weight[2, :32]), 1e6
-    codes, scale, zero = quantize_groups(weight, 32, symmetric=True)
-    assert (codes.dtype, scale.dtype, zero.dtype) == ("uint8", "bfloat16", "uint8") and (zero == 8).all()
+    packed, scale = parse_format("int4:g32").encode(weight)
+    codes = unpacked(packed)
+    assert (packed.dtype, scale.dtype) == ("uint8", "bfloat16")
     for n, g in np.ndindex(6, 2):
         values, found = weight[n, 32 * g : 32 * g + 32].astype(np.float64), codes[n, 32 * g : 32 * g + 32]
         step = values[np.argmax(np.abs(values))] / -8
@@ -134,7 +144,8 @@ def test_asymmetric_groups_by_their_definition() -> None:
     """Expected: 15 steps from the least to the largest value, both moved to zero where it is not between them."""
     weight = np.random.default_rng(3).normal(size=(6, 64)).astype(np.float32)
     weight[1], weight[2, :32], weight[3, :32] = 0.0, -np.abs(weight[2, :32]), 5 + np.abs(weight[3, :32])
-    codes, scale, zero = quantize_groups(weight, 32, symmetric=False)
+    packed, scale, zero = parse_format("int4:g32,asym").encode(weight)
+    codes = unpacked(packed)
     for n, g in np.ndindex(6, 2):
         values, found = weight[n, 32 * g : 32 * g + 32].astype(np.float64), codes[n, 32 * g : 32 * g + 32]
         low, high, step = min(values.min(), 0), max(values.max(), 0), float(scale[n, g])
@@ -145,14 +156,8 @@ def test_asymmetric_groups_by_their_definition() -> None:
     assert (codes[1] == zero[1, 0]).all() and zero[2, 0] == 15 and zero[3, 0] == 0
 
 
-def test_codes_are_packed_low_half_first() -> None:
-    codes = np.array([[1, 2, 15, 0], [0, 9, 8, 7]], np.uint8)
-    np.testing.assert_array_equal(pack(codes), [[0x21, 0x0F], [0x90, 0x78]])
-    np.testing.assert_array_equal(integers(jnp.asarray(pack(codes)), group=2), codes.astype(np.float32) - 8)
-
-
 def test_a_group_must_divide_the_contracted_axis() -> None:
-    message = r"group=12 does not divide the 32 values that .* \[32, \d+\] is summed over; group=2, 4, 8, 16, 32 would"
+    message = r"group=12 does not divide 32; g2, g4, g8, g16, g32 would, the values that .* \[32, \d+\] is summed over"
     with pytest.raises(OptionError, match=message):
         Quantize("int4", group=12)(fused(variant("llama")))
 
@@ -188,12 +193,14 @@ def test_also_after_the_step_was_derived() -> None:
         ({"scheme": "int9"}, "'int9' is not known; did you mean 'int8'"),
         ({"granularity": "chanel"}, "did you mean 'channel'"),
         ({"weights": "("}, "no regular expression"),
-        ({"granularity": "group"}, "granularity=group does not go with scheme=int8, expected channel"),
-        ({"group": 32}, "group, symmetric and activations are options of scheme=int4"),
-        ({"symmetric": False}, "options of scheme=int4"),
-        ({"scheme": "int4", "granularity": "channel"}, "does not go with scheme=int4, expected group"),
+        ({"group": 32, "granularity": "channel"}, "channel and g32 exclude each other"),
+        ({"scheme": "int4:g32", "group": 32}, "'int4:g32' has all its options in it; found group beside it"),
+        ({"scheme": "nf4", "symmetric": False}, "zero points are for integers"),
+        ({"activations": "int8"}, "expected a group that is a multiple of 32"),
+        ({"rules": ((".*", "int8"),), "group": 32}, "group without a scheme"),
+        ({"method": "rtm"}, "unknown method 'rtm'; did you mean 'rtn'"),
         ({"scheme": "int4", "activations": "int9"}, "'int9' is not known; did you mean 'int8'"),
-        ({"scheme": "int4", "group": 0}, "group=0: expected a positive multiple of 2"),
+        ({"scheme": "int4", "group": 0}, "group=0: expected a positive number"),
         ({"scheme": "int4", "group": 7}, "group=7: expected a positive multiple of 2"),
         ({"scheme": "int4", "group": 16, "activations": "int8"}, "multiple of 32 where activations are rounded"),
     ],
@@ -288,7 +295,7 @@ def test_a_product_in_a_coarse_dtype_is_quantized(dtype: type) -> None:
     middle = lambda p, x: (x.astype(dtype) @ p["square"].astype(dtype)).astype(jnp.float32)  # noqa: E731
     graph = matrices(middle)
     quantized = Quantize(weights="square")(graph)
-    codes, scale = quantize_channels(MATRICES["square"].T)
+    codes, scale = parse_format("int8").encode(MATRICES["square"].T)
     x = np.asarray(jnp.asarray(MATRICES["embed"][IDS]).astype(dtype).astype(jnp.float32))
     y = jnp.asarray(x @ (codes * scale[:, None]).T).astype(dtype).astype(jnp.float32)
     eps = float(jnp.finfo(dtype).eps)

@@ -1,15 +1,17 @@
 """quantized_dot on CPU, by the kernels in cpu*.cc through the XLA FFI."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from xlathe.errors import OptionError
 from xlathe.kernels import native
+from xlathe.kernels.quantized_dot.coverage import COVERED, GROUPS, group_of
 
 TARGET_INT8 = "xlathe.quantized_dot.int8"
 TARGETS_INT4 = {None: "xlathe.quantized_dot.int4", "int8": "xlathe.quantized_dot.int4_a8"}
 """By the rounding of activations."""
-GROUPS = (32, 64, 128, 256, 512, 1024)
 
 
 def quantized_dot(x: jax.Array, codes: jax.Array, scale: jax.Array, *, isa: str = "auto") -> jax.Array:
@@ -96,20 +98,23 @@ def _check_int4(x: jax.Array, codes: jax.Array, scale: jax.Array, zero: jax.Arra
     )
 
 
+def product(x: jax.Array, *parts: jax.Array, out_dtype: str, format: str, activations: str | None = None) -> jax.Array:
+    """As the operation `xlathe.ops.quantized_dot`, for what `uncovered` has nothing against."""
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    y = quantized_dot_int4(flat, *parts, activations=activations) if group_of(format) else quantized_dot(flat, *parts)
+    return y.reshape(*x.shape[:-1], parts[0].shape[0]).astype(out_dtype)
+
+
 def uncovered(
-    x: jax.Array,
-    codes: jax.Array,
-    scale: jax.Array,
-    *zero: jax.Array,
-    out_dtype: str,
-    bits: int = 8,
-    group: int | None = None,
-    activations: str | None = None,
+    x: jax.Array, *parts: jax.Array, out_dtype: str, format: str, activations: str | None = None
 ) -> str | None:
     """Says why no kernel computes `xlathe.ops.quantized_dot` of this; None where one does."""
-    expected = "int8" if bits == 8 else "uint8"
-    if x.dtype != "float32" or codes.dtype != expected:
-        return f"expected x float32 and codes {expected}; found {x.dtype} and {codes.dtype}"
-    if bits == 4 and group not in GROUPS:
-        return f"expected a group of {', '.join(map(str, GROUPS))}; found {group}"
+    group = group_of(format)
+    if group is None:
+        return f"expected {COVERED}; found {format}"
+    if activations not in TARGETS_INT4 or (activations and not group):
+        return f"expected activations as they are, or with int4 rounded to int8; found {activations} with {format}"
+    expected = "uint8" if group else "int8"
+    if x.dtype != "float32" or parts[0].dtype != expected:
+        return f"expected x float32 and codes {expected}; found {x.dtype} and {parts[0].dtype}"
     return None

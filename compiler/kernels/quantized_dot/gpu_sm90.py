@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from xlathe.errors import OptionError
 from xlathe.kernels.hopper import tiled
 from xlathe.kernels.quantized_dot import coverage, gpu_sm90_int4
+from xlathe.kernels.quantized_dot.coverage import group_of
 from xlathe.kernels.tiles import round_up
 
 DEPTH = 128  # of a tile: one line of 128 bytes of codes
@@ -24,8 +25,9 @@ def quantized_dot(
     scale: jax.Array,
     *zero: jax.Array,
     out_dtype: str,
+    format: str,
+    activations: str | None = None,
     interpret: plgpu.InterpretGPUParams | None = None,
-    **options: Any,
 ) -> jax.Array:
     """`xlathe.ops.quantized_dot`, whose codes become bfloat16 tile by tile, in shared memory.
 
@@ -36,9 +38,9 @@ def quantized_dot(
       codes: int8 [n, k]; or uint8 [n, k / 2], two a byte; n is a multiple of 64.
       scale: float32 [n], one a row of codes; or bfloat16 [n, k / group].
       out_dtype: bfloat16 or float32.
+      format: the text of one in `coverage.COVERED`. activations: None.
       zero: none; or with 4 bits uint8 [n, k / group].
       interpret: simulate the kernel, for tests.
-      options: the other attributes of the operation.
 
     Returns:
       out_dtype [..., n]. Products with 8-bit codes are exact, 4-bit weights are rounded to bfloat16; sums are float32.
@@ -46,12 +48,12 @@ def quantized_dot(
     Raises:
       OptionError: `uncovered` has a reason.
     """
-    if reason := uncovered(x, codes, scale, *zero, out_dtype=out_dtype, **options):
+    if reason := uncovered(x, codes, scale, *zero, out_dtype=out_dtype, format=format, activations=activations):
         raise OptionError(f"quantized_dot on Hopper: {reason}")
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    if options.get("bits", 8) == 4:
+    if group := group_of(format):
         y = gpu_sm90_int4.product(
-            flat, codes, scale, *zero, group=options["group"], out_dtype=out_dtype, interpret=interpret
+            flat, codes, scale, *zero, group=group, out_dtype=out_dtype, interpret=interpret
         )
     else:
         y = _product(flat, codes, scale, out_dtype, interpret)
@@ -89,11 +91,11 @@ def _product(
     return y[:, :rows].T
 
 
-def uncovered(x: jax.Array, codes: jax.Array, *others: jax.Array, **options: Any) -> str | None:
+def uncovered(x: jax.Array, *parts: jax.Array, format: str, **options: Any) -> str | None:
     """Says why the kernel does not compute this product; None where it does."""
-    if reason := coverage.uncovered(x, codes, *others, **options):
+    if reason := coverage.uncovered(x, *parts, format=format, **options):
         return reason
-    (n, width), bits = codes.shape, options.get("bits", 8)
+    (n, width), bits = parts[0].shape, 4 if group_of(format) else 8
     if n % 64 or width % DEPTH:
         return f"expected n a multiple of 64 and k of {DEPTH * 8 // bits}; found {n} and {width * 8 // bits}"
     return None

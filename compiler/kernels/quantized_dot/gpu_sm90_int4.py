@@ -9,8 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from xlathe.kernels.hopper import tiled
+from xlathe.kernels.quantized_dot.coverage import MIDDLE
 from xlathe.kernels.tiles import round_up
-from xlathe.ops.quantized_dot import MIDDLE
 
 COLUMNS, WIDTH = 64, 128  # of a tile: rows of codes, and bytes of one, with two codes each
 FEW = 32  # rows of x up to which reading the weight is what takes time

@@ -2,7 +2,6 @@
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from xlathe.errors import OptionError
 from xlathe.kernels.quantized_dot import tpu_int4
-from xlathe.kernels.quantized_dot.coverage import uncovered
+from xlathe.kernels.quantized_dot.coverage import group_of, uncovered
 from xlathe.kernels.tiles import round_up
 
 ROWS, COLUMNS, DEPTH = 256, 512, 2048  # of a tile of x codes^T: at most these
@@ -23,8 +22,9 @@ def quantized_dot(
     scale: jax.Array,
     *zero: jax.Array,
     out_dtype: str,
+    format: str,
+    activations: str | None = None,
     interpret: pltpu.InterpretParams | bool = False,
-    **options: Any,
 ) -> jax.Array:
     """`xlathe.ops.quantized_dot`, whose codes become bfloat16 tile by tile, in VMEM.
 
@@ -33,9 +33,9 @@ def quantized_dot(
       codes: int8 [n, k]; or uint8 [n, k / 2], two a byte.
       scale: float32 [n], one a row of codes; or bfloat16 [n, k / group].
       out_dtype: bfloat16 or float32.
+      format: the text of one in `coverage.COVERED`. activations: None.
       zero: none; or with 4 bits uint8 [n, k / group].
       interpret: simulate the kernel, for tests.
-      options: the other attributes of the operation.
 
     Returns:
       out_dtype [..., n]. Products with 8-bit codes are exact, 4-bit weights are rounded to bfloat16; sums are float32.
@@ -43,12 +43,12 @@ def quantized_dot(
     Raises:
       OptionError: `uncovered` has a reason.
     """
-    if reason := uncovered(x, codes, scale, *zero, out_dtype=out_dtype, **options):
+    if reason := uncovered(x, codes, scale, *zero, out_dtype=out_dtype, format=format, activations=activations):
         raise OptionError(f"quantized_dot on TPU: {reason}")
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    if options.get("bits", 8) == 4:
+    if group := group_of(format):
         y = tpu_int4.product(
-            flat, codes, scale, *zero, group=options["group"], out_dtype=out_dtype, interpret=interpret
+            flat, codes, scale, *zero, group=group, out_dtype=out_dtype, interpret=interpret
         )
     else:
         y = _product(flat, codes, scale, out_dtype, interpret)

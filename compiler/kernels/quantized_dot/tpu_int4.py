@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from xlathe.kernels.quantized_dot.coverage import MIDDLE
 from xlathe.kernels.tiles import round_up
-from xlathe.ops.quantized_dot import MIDDLE
 
 ROWS, COLUMNS, WIDTH = 256, 512, 1024  # of a tile: rows of x, rows of codes and bytes of one; at most these
 LANES = 128  # of a register, and so of the scales that a step has at hand

@@ -1,0 +1,189 @@
+"""The numbers that one code can stand for: integers, small floats, and tables.
+
+A *level* is such a number before it is scaled, held in float32. `nearest` works on NumPy and on JAX arrays and is made
+of exact steps: casts to a small type and back would not do, for XLA may take them out of a compiled program.
+"""
+
+import abc
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, final
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+
+def namespace(array: Any) -> Any:
+    """Returns `jax.numpy` for a JAX array, and `numpy` for others."""
+    return jnp if isinstance(array, jax.Array) else np
+
+
+class Element(abc.ABC):
+    """A set of levels.
+
+    bits: of a stored code. largest: the greatest level. unit: codes that fill whole bytes.
+    """
+
+    bits: int
+    largest: float
+
+    @property
+    def unit(self) -> int:
+        return math.lcm(self.bits, 8) // self.bits
+
+    @abc.abstractmethod
+    def nearest(self, x: Any) -> Any:
+        """Returns the level nearest to each float32 of x; those beyond the last level become the last one."""
+
+    @abc.abstractmethod
+    def pack(self, levels: np.ndarray) -> np.ndarray:
+        """Returns the codes of levels [n, k]: [n, k], or bytes [n, k * bits / 8] where several share one."""
+
+    @abc.abstractmethod
+    def unpack(self, codes: jax.Array) -> jax.Array:
+        """Returns the levels float32 [..., k] of packed codes."""
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Integer(Element):
+    """Whole numbers: from -2**(bits - 1), or of 8 bits from -127, so that a code and its negative both exist; or, not
+    signed, from 0. Codes of less than 8 bits are stored from 0 up, int8 as it is."""
+
+    bits: int
+    signed: bool
+
+    @property
+    def least(self) -> int:
+        return (-(2 ** (self.bits - 1)) + (self.bits == 8)) * self.signed
+
+    @property
+    def largest(self) -> float:  # type: ignore[override]
+        return 2 ** (self.bits - self.signed) - 1
+
+    def nearest(self, x: Any) -> Any:
+        xp = namespace(x)
+        return xp.clip(xp.rint(x), self.least, self.largest)
+
+    def pack(self, levels: np.ndarray) -> np.ndarray:
+        if self.bits == 8:
+            return levels.astype(np.int8 if self.signed else np.uint8)
+        return pack_bits((levels - self.least).astype(np.uint8), self.bits)
+
+    def unpack(self, codes: jax.Array) -> jax.Array:
+        if self.bits == 8:
+            return codes.astype(jnp.float32)
+        whole = unpack_bits(codes, self.bits).astype(jnp.float32)
+        return whole + self.least if self.signed else whole
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Minifloat(Element):
+    """Floats of few bits, rounded to nearest, ties to even, without infinities.
+
+    dtype: as ml_dtypes knows it. mantissa: its explicit bits. smallest: the exponent of the least normal number.
+    """
+
+    dtype: str
+    bits: int
+    mantissa: int
+    smallest: int
+    largest: float
+
+    def nearest(self, x: Any) -> Any:
+        return round_to_float(x, self.mantissa, self.smallest, self.largest)
+
+    def pack(self, levels: np.ndarray) -> np.ndarray:
+        codes = levels.astype(getattr(ml_dtypes, self.dtype))
+        return codes if self.bits == 8 else pack_bits(codes.view(np.uint8), self.bits)
+
+    def unpack(self, codes: jax.Array) -> jax.Array:
+        if self.bits == 8:
+            return codes.astype(jnp.float32)
+        values = np.arange(2**self.bits, dtype=np.uint8).view(getattr(ml_dtypes, self.dtype))
+        return _look_up(values.astype(np.float32), unpack_bits(codes, self.bits))
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Table(Element):
+    """16 levels in ascending order, by code."""
+
+    levels: tuple[float, ...]
+    bits: int = 4
+
+    @property
+    def largest(self) -> float:  # type: ignore[override]
+        return self.levels[-1]
+
+    def nearest(self, x: Any) -> Any:
+        xp = namespace(x)
+        table = xp.asarray(np.array(self.levels, np.float32))
+        return table[xp.searchsorted((table[1:] + table[:-1]) / 2, x)]
+
+    def pack(self, levels: np.ndarray) -> np.ndarray:
+        return pack_bits(np.searchsorted(np.array(self.levels, np.float32), levels).astype(np.uint8), self.bits)
+
+    def unpack(self, codes: jax.Array) -> jax.Array:
+        return _look_up(np.array(self.levels, np.float32), unpack_bits(codes, self.bits))
+
+
+def round_to_float(x: Any, mantissa: int, smallest: int, largest: float) -> Any:
+    """Rounds float32 to so many explicit bits of mantissa; below 2**smallest steps stay as they are there."""
+    xp = namespace(x)
+    _, exponent = xp.frexp(x)  # x = f * 2**exponent, 0.5 <= |f| < 1
+    step = xp.ldexp(xp.ones_like(x), xp.maximum(exponent - 1, smallest) - mantissa)
+    return xp.clip(xp.rint(x / step) * step, -largest, largest)
+
+
+def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Packs uint8 [n, k] below 2**bits into bytes [n, k * bits / 8], little-endian: the first code lies lowest."""
+    whole = math.lcm(bits, 8)
+    grouped = codes.reshape(len(codes), -1, whole // bits).astype(np.uint32)
+    words = (grouped << np.arange(0, whole, bits, dtype=np.uint32)).sum(axis=-1, dtype=np.uint32)
+    parts = words[..., None] >> np.arange(0, whole, 8, dtype=np.uint32)
+    return (parts & 255).astype(np.uint8).reshape(len(codes), -1)
+
+
+def unpack_bits(codes: jax.Array, bits: int) -> jax.Array:
+    """Undoes `pack_bits`: whole numbers [..., k] of bytes [..., k * bits / 8]."""
+    whole = math.lcm(bits, 8)
+    words = codes
+    if whole > 8:
+        grouped = codes.reshape(*codes.shape[:-1], -1, whole // 8).astype(jnp.uint32)
+        words = sum(grouped[..., i] << (8 * i) for i in range(whole // 8))  # type: ignore[assignment]
+    parts = jnp.stack([(words >> i) & (2**bits - 1) for i in range(0, whole, bits)], axis=-1)
+    return parts.reshape(*codes.shape[:-1], codes.shape[-1] * 8 // bits)
+
+
+def _look_up(table: np.ndarray, codes: jax.Array) -> jax.Array:
+    """Picks a number by its code, in selects: a program holds no arrays of its own."""
+    found = jnp.full(codes.shape, float(table[0]), jnp.float32)
+    for code, value in enumerate(table[1:].tolist(), 1):
+        found = jnp.where(codes == code, jnp.float32(value), found)
+    return found
+
+
+FP8_E4M3 = Minifloat("float8_e4m3fn", 8, 3, -6, 448.0)
+FP8_E5M2 = Minifloat("float8_e5m2", 8, 2, -14, 57344.0)
+FP4_E2M1 = Minifloat("float4_e2m1fn", 4, 1, 0, 6.0)
+_NF4 = """
+-1.0 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453 -0.28444138169288635 -0.18477343022823334
+-0.09105003625154495 0.0 0.07958029955625534 0.16093020141124725 0.24611230194568634 0.33791524171829224
+0.44070982933044434 0.5626170039176941 0.7229568362236023 1.0
+"""
+NF4 = Table(tuple(map(float, _NF4.split())))
+"""Quantiles of a normal distribution, from QLoRA (Dettmers et al., 2023), appendix E."""
+
+INTEGERS: Mapping[str, int] = {"int8": 8, "int4": 4, "int3": 3, "int2": 2}
+"""Bits by name."""
+FLOATS: Mapping[str, Element] = {"fp8_e4m3": FP8_E4M3, "fp8_e5m2": FP8_E5M2, "fp4_e2m1": FP4_E2M1, "nf4": NF4}
+
+
+def find_element(name: str, *, signed: bool) -> Element:
+    """Returns the element of that name, which must be known; integers may be unsigned."""
+    return Integer(INTEGERS[name], signed) if name in INTEGERS else FLOATS[name]

@@ -1,0 +1,52 @@
+"""What a method of rounding is given, and what it returns.
+
+A method is a frozen dataclass whose fields are its options; its text form is a pass's, `gptq{damp=0.05}`, and it has a
+line in `methods.py`. It is called once a weight, when the weight is prepared, and plans nothing:
+
+    parts = method(name, weight, stored, stats)
+
+* `name`: the weight's, for messages alone.
+* `weight`: NumPy float32 [n, k], finite; the method may not write to it. y = x w^T, so a row is an output channel.
+* `stored`: the storage format (`xlathe.storage.Format`). `stored.encode(weight)` is plain rounding in any format. A
+  `Scaled` one also has the grid: `fit`, `spread`, `nearest`, `values` and `pack`, which `compiler/storage/scaled.py`
+  explains.
+* `stats`: `xlathe.stats.InputStats` of x [tokens, k] in the order of the weight's columns, with `gram` where the method
+  asks for it; None where `statistics` is "none". `stats.count` may be 0 for an expert that no token chose: the method
+  rounds to nearest then.
+* returns the parts in the order and with the shapes and dtypes of `stored.parts(n, k)`: `stored.pack(levels, steps)`
+  makes them of levels and steps.
+"""
+
+import abc
+import dataclasses
+from typing import ClassVar, Literal, final
+
+import numpy as np
+
+from xlathe.pass_text import print_pass
+from xlathe.stats import InputStats
+from xlathe.storage import Format
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(abc.ABC):
+    """A way to choose codes and scales. statistics: of the activations, what it needs to know.
+
+    `moments`: sums and largest values of each column; `gram`: these and x^T x. Either takes calibration batches.
+    """
+
+    statistics: ClassVar[Literal["none", "moments", "gram"]] = "none"
+
+    def refusal(self, stored: Format) -> str | None:
+        """Says why the method cannot round to a format, before anything runs; None where it can."""
+        return None
+
+    @abc.abstractmethod
+    def __call__(
+        self, name: str, weight: np.ndarray, stored: Format, stats: InputStats | None
+    ) -> tuple[np.ndarray, ...]:
+        """Returns the parts of a weight float32 [n, k]."""
+
+    @final
+    def __str__(self) -> str:
+        return print_pass(self)

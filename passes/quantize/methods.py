@@ -1,0 +1,22 @@
+"""Methods of rounding by name."""
+
+from collections.abc import Mapping
+
+from xlathe.errors import OptionError
+from xlathe.pass_text import parse_passes
+from xlathe.passes.quantize.method import Method
+from xlathe.passes.quantize.rtn import Rtn
+
+METHODS: Mapping[str, type[Method]] = {"rtn": Rtn}
+
+
+def find_method(text: str) -> Method:
+    """Returns the method of a text, `gptq{damp=0.05}`. Raises OptionError for unknown methods and options."""
+    try:
+        (method,) = parse_passes(text, METHODS)
+    except OptionError as error:
+        raise OptionError(f"method: {str(error).replace('unknown pass', 'unknown method')}") from None
+    except ValueError:
+        raise OptionError(f"method={text!r}: expected one method of {', '.join(METHODS)}") from None
+    assert isinstance(method, Method)
+    return method

@@ -1,0 +1,68 @@
+"""How the parts of a quantized weight are made from it, tensor by tensor, when they are asked for."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, final
+
+import numpy as np
+
+from xlathe.errors import PassError
+from xlathe.ops.activations import INT8_MAX
+from xlathe.passes.quantize.method import Method
+from xlathe.passes.quantize.schemes import Scheme
+from xlathe.passes.quantize.uses import Layout
+from xlathe.stats import InputStats
+from xlathe.storage.elements import FP8_E4M3
+
+
+@final
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encode:
+    """Recipe of the parts of a weight.
+
+    name: for messages. layout: which of its axes are rows, and which are summed over. stats: None where neither method
+    nor scheme needs them.
+    """
+
+    name: str
+    layout: Layout
+    scheme: Scheme
+    method: Method
+    stats: InputStats | None = None
+
+    def __call__(self, weight: Any) -> tuple[np.ndarray, ...]:
+        matrix = self.layout.matrix(weight)
+        check_finite(self.name, matrix)
+        parts = self.method(self.name, matrix, self.scheme.stored, self.stats)
+        return (*parts, *self._step())
+
+    def _step(self) -> tuple[np.ndarray, ...]:
+        """Returns the step of static activations, whose largest in calibration becomes the last level."""
+        if not self.scheme.is_static:
+            return ()
+        assert self.stats is not None and self.scheme.activations is not None
+        last = INT8_MAX if self.scheme.activations.startswith("int8") else FP8_E4M3.largest
+        return (np.array(self.stats.absmax.max() / last, np.float32),)
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class EachExpert:
+    """Recipe of parts [experts, ...] from the matrix of each expert, one at a time. makers: one an expert."""
+
+    makers: tuple[Callable[[Any], tuple[np.ndarray, ...]], ...]
+
+    def __call__(self, weights: Iterable[Any]) -> tuple[np.ndarray, ...]:
+        made = (maker(weight) for maker, weight in zip(self.makers, weights, strict=True))
+        return tuple(np.stack(parts) for parts in zip(*made, strict=True))
+
+
+def check_finite(name: str, matrix: np.ndarray) -> None:
+    """Raises PassError where a weight holds NaN or infinities: no scale is right for it."""
+    bad = ~np.isfinite(matrix)
+    if bad.any():
+        row, column = np.argwhere(bad)[0]
+        raise PassError(
+            f"quantize: {name} has {np.count_nonzero(bad)} of {matrix.size} values that are not finite, the first "
+            f"{matrix[row, column]} in row {row}, column {column} of {list(matrix.shape)}; a rule can leave it out"
+        )
