@@ -30,6 +30,8 @@ svg { width: 100%; height: auto; font: 13px system-ui, sans-serif; fill: var(--i
 .grid { stroke: var(--rule) }
 .error { stroke: var(--hue); stroke-width: 2 }
 .point, .bar { fill: var(--hue) }
+.front { fill: none; stroke: var(--mark); stroke-width: 1.5; stroke-dasharray: 4 3 }
+.marked { fill: var(--mark) }
 .mark { stroke: var(--mark); stroke-width: 3 }
 pre { overflow-x: auto; padding: .75rem 1rem; border: 1px solid var(--rule); border-radius: .4rem; line-height: 1.35 }
 code { overflow-wrap: anywhere }
@@ -48,18 +50,23 @@ def page(report: Report) -> str:
     sections = [
         "<h1>What each pipeline costs and gains</h1>",
         f"<p>The demo of xlathe on {escape(conditions.date)}: {escape(conditions.machine)}.</p>",
-        _section(size),
-        _section(quality, _cost(report.results)),
-        _section(speed, _decoding(report.results)),
-        _section(speculation, _acceptance(report)) if report.drafted else "",
+        section(size),
+        section(quality, _cost(report.results)),
+        section(speed, _decoding(report.results)),
+        section(speculation, _acceptance(report)) if report.drafted else "",
         _completions(report),
         _pipelines(report),
     ]
+    return document("xlathe demo", sections)
+
+
+def document(title: str, sections: Sequence[str]) -> str:
+    """Returns a page of sections, which are HTML; the title is not."""
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
     return "\n".join(
         [
             "<!DOCTYPE html>",
-            f'<html lang="en"><head>{head}<title>xlathe demo</title><style>{STYLE}</style></head>',
+            f'<html lang="en"><head>{head}<title>{escape(title)}</title><style>{STYLE}</style></head>',
             "<body><main>",
             *sections,
             "</main></body></html>\n",
@@ -67,7 +74,8 @@ def page(report: Report) -> str:
     )
 
 
-def _section(sheet: Sheet, figure: str = "") -> str:
+def section(sheet: Sheet, figure: str = "") -> str:
+    """Returns the HTML of a table, after a figure of it."""
     return f"<section><h2>{escape(sheet.title)}</h2>\n{figure}\n{_table(sheet)}</section>"
 
 
@@ -87,7 +95,8 @@ def _cell(text: str) -> str:
     return f"<td{kind}>{escape(text)}</td>"
 
 
-def _figure(svg: str, caption: str) -> str:
+def figure(svg: str, caption: str) -> str:
+    """Returns the HTML of a plot and what it shows."""
     return f"<figure>\n{svg}\n<figcaption>{escape(caption)}</figcaption></figure>"
 
 
@@ -97,7 +106,7 @@ def _cost(results: Sequence[Result]) -> str:
     if not points:
         return ""
     title = f"KL divergence from {first.name} over size"
-    return _figure(
+    return figure(
         scatter("cost", title, "MB on disk", "KL divergence, nats a token", points),
         f"{title}: further left is smaller, further down is closer; {first.name} itself has "
         f"{first.disk_bytes / 1e6:.2f} MB and a divergence of 0. Bars: one standard error.",
@@ -113,7 +122,7 @@ def _point(result: Result) -> Point:
 
 def _decoding(results: Sequence[Result]) -> str:
     lines = [Bar(r.name, r.speed.decode, f"{r.speed.decode:,.0f} of {r.limit:,.0f}", r.limit) for r in results]
-    return _figure(
+    return figure(
         bars("decoding", "Tokens a second while decoding, and the limit of reading", [("", lines)]),
         "Tokens a second while decoding; the mark is where reading the weights alone would be.",
     )
@@ -124,7 +133,7 @@ def _acceptance(report: Report) -> str:
         (d.name, [Bar(f"place {i}", share, f"{share:.0%}") for i, share in enumerate(d.acceptance, 1)])
         for d in report.drafted
     ]
-    return _figure(
+    return figure(
         bars("acceptance", "Accepted drafts by place", groups, most=1.0),
         "Accepted drafts of those offered, by their place: a draft after one that fell does not stand.",
     )

@@ -7,11 +7,12 @@ from html import escape
 
 WIDTH = 640  # of every plot, in user units; the page scales it
 CHARACTER = 8.2  # at most the width of one in the page's type, which is 13 units high, on average over a word
+NAMES_APART = 17  # from one line to the next
 
 
 @dataclass(frozen=True)
 class Point:
-    """x and y are positive; low and high: the ends of y's error bar, positive too."""
+    """x and y are positive; low and high: the ends of y's error bar, positive too; marked: drawn apart from others."""
 
     name: str
     x: float
@@ -19,6 +20,7 @@ class Point:
     low: float
     high: float
     text: str
+    marked: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,9 @@ class LogScale:
 
 
 def scatter(name: str, title: str, x_label: str, y_label: str, points: Sequence[Point]) -> str:
-    """Returns points with error bars on two logarithmic axes; no two names overlap."""
-    height, left, bottom = 340, 70, 290
+    """Returns points with error bars on two logarithmic axes; no two names overlap, and a line joins marked points."""
+    left, bottom = 70, max(290.0, 30 + NAMES_APART * len(points))
+    height = bottom + 50
     xs, ys = [p.x for p in points], [e for p in points for e in (p.low, p.high)]
     x = LogScale(min(xs) / 1.25, max(xs) * 1.25, left, WIDTH - 20)
     y = LogScale(min(ys) / 2, max(ys) * 2, bottom, 30)
@@ -63,10 +66,13 @@ def scatter(name: str, title: str, x_label: str, y_label: str, points: Sequence[
     for tick in y.ticks():
         parts += [_line(left, y(tick), WIDTH - 20, y(tick), "grid"), _text(left - 8, y(tick) + 4, f"{tick:g}", "end")]
     parts += [_text((left + WIDTH) / 2, bottom + 40, x_label, "middle"), _text(8, 16, y_label, "start")]
+    front = [f"{x(p.x):.1f},{y(p.y):.1f}" for p in sorted(points, key=lambda p: p.x) if p.marked]
+    parts += [f'<polyline class="front" points="{" ".join(front)}"/>'] if front else []
     for point, place in zip(points, _spread([y(p.y) for p in points]), strict=True):
         at = x(point.x)
         parts += [_line(at, y(point.low), at, y(point.high), "error")]
-        circle = f'<circle class="point" cx="{at:.1f}" cy="{y(point.y):.1f}" r="5">'
+        kind = "point marked" if point.marked else "point"
+        circle = f'<circle class="{kind}" cx="{at:.1f}" cy="{y(point.y):.1f}" r="5">'
         parts += [f"{circle}<title>{escape(point.text)}</title></circle>"]
         right = at + 12 + CHARACTER * len(point.name) < WIDTH
         parts += [_text(at + 12 if right else at - 12, place + 4, point.name, "start" if right else "end")]
@@ -105,7 +111,7 @@ def _bar(bar: Bar, left: float, top: float, unit: float) -> Iterator[str]:
     yield _text(left + unit * end + 8, top + 15, bar.text, "start")
 
 
-def _spread(places: Sequence[float], apart: float = 17) -> list[float]:
+def _spread(places: Sequence[float], apart: float = NAMES_APART) -> list[float]:
     """Moves places downwards until no two are closer than `apart`."""
     moved, last = list(places), -math.inf
     for i in sorted(range(len(places)), key=places.__getitem__):
