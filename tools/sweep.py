@@ -15,7 +15,7 @@ from xlathe.errors import OptionError
 from xlathe.tools.command import Options, UsageError, Verb
 from xlathe.tools.console import bar, make_console
 from xlathe.tools.eval import define_protocol
-from xlathe.tools.protocol import LLAMA_CPP, Protocol, beginning, cut, find_protocol
+from xlathe.tools.protocol import Protocol, beginning, cut, find_protocol
 from xlathe.tools.source import DEMO, DEMO_LENGTH, open_graph, parse_passes, preset
 from xlathe.tools.text import encode, find_calibration, held_out_windows, read_text
 
