@@ -1,6 +1,7 @@
 """Measures a grouped product with quantized experts by how many of them are hit, beside XLA's in float32."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ def cases(hit: int, codes: jax.Array, scale: jax.Array, dense: jax.Array) -> lis
     x = jnp.asarray(rng.normal(size=(hit, K)), jnp.float32)
     sizes = np.zeros(EXPERTS, np.int32)
     sizes[rng.choice(EXPERTS, hit, replace=False)] = 1
-    options = {"out_dtype": "float32", "format": f"int4:g{GROUP}"}
+    options: dict[str, Any] = {"out_dtype": "float32", "format": f"int4:g{GROUP}"}
     product, ragged = jax.jit(functools.partial(quantized_ragged_dot, **options)), jax.jit(jax.lax.ragged_dot)
     share = hit / EXPERTS / 1e9
     return [

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from xlathe.graph import Graph
+    from xlathe.tools.sweep_report import Report
     from xlathe.tools.sweep_rows import Job, Row
 
 ROWS = "rows"
@@ -49,15 +50,15 @@ def run(options: Options, source: str, destination: str) -> None:
     if options["pipelines"] is None:
         raise UsageError("which pipelines? --pipelines='int8; int4'")
     ways = read_ways(options["pipelines"])
-    rows = sweep(options, source, Path(destination), ways, make_console())
+    rows = sweep(options, source, Path(destination), ways, make_console()).rows
     if all(row.figures is None for row in rows):
         raise OptionError(f"none of {len(rows)} pipelines could be measured; {rows[0].name}: {rows[0].error}")
 
 
 def sweep(
     options: Options, source: str, folder: Path, ways: Mapping[str, str], console: "Console"
-) -> "list[Row]":
-    """Measures every way, by name, and writes table.txt, sweep.json, page.html and plot.png; returns the rows.
+) -> "Report":
+    """Measures every way, by name, and writes table.txt, sweep.json, page.html and plot.png; returns what they tell.
 
     Rows that were measured before stand in the folder and are not measured again. options: `text`, `calibration`,
     `protocol` and `context`.
@@ -70,7 +71,7 @@ def sweep(
         windows = _windows(options, source, graph, protocol)
         calibration = find_calibration(options, source, graph)
     jobs = _jobs(source, folder, ways, windows, calibration, protocol)
-    rows = []
+    rows: list[Row] = []
     for name, job in jobs.items():
         with bar(console, f"{name} ({len(rows) + 1} of {len(jobs)})"):
             rows.append(_row(folder / ROWS, name, job))
@@ -78,7 +79,7 @@ def sweep(
     report = Report(source, protocol.describe(windows.shape[1]), len(windows), tuple(rows))
     for line in write_report(report, folder):
         console.print(line, soft_wrap=True)
-    return rows
+    return report
 
 
 def read_ways(text: str) -> dict[str, str]:

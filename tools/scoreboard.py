@@ -1,0 +1,108 @@
+"""The table of methods and schemes on the model that ships with xlathe: what each costs, on text that nobody trained on.
+
+`python -m xlathe.tools.scoreboard --update` measures every row anew and writes the table into the documentation;
+`--update FOLDER` keeps rows there, and goes on where it was interrupted. A row is added as a line of `ENTRIES`.
+"""
+
+import dataclasses
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from xlathe.tools.command import Options
+from xlathe.tools.console import make_console
+from xlathe.tools.protocol import LLAMA_CPP
+from xlathe.tools.source import DEMO
+from xlathe.tools.sweep import sweep
+from xlathe.tools.sweep_report import HEADINGS, Report, caption, cells, front
+from xlathe.tools.sweep_rows import Row
+
+README: Final = Path("passes/quantize/README.md")  # of a checkout
+BEGIN, END = "<!-- scoreboard: begin -->\n", "<!-- scoreboard: end -->"
+CAPTION: Final = "*Caption.* "
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A row of the table; way: a pipeline as text, or `gguf:` and a file type, as `xlathe sweep` takes them."""
+
+    method: str
+    scheme: str
+    way: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.scheme}"
+
+
+def quantized(method: str, scheme: str, before: str = "", label: str | None = None) -> Entry:
+    """Returns a row of `quantize`; before: passes that come before it, each with a comma behind it."""
+    way = f'canonicalize,fuse_attention,{before}quantize{{scheme="{scheme}",method="{method}"}}'
+    return Entry(label or method, scheme, way)
+
+
+# By size, the largest first; of one scheme, the plainest method first.
+ENTRIES: Final[tuple[Entry, ...]] = (
+    Entry("none", "float32", "canonicalize,fuse_attention"),
+    quantized("rtn", "bf16"),
+    Entry("gguf", "Q8_0", "gguf:Q8_0"),
+    quantized("rtn", "int8"),
+    quantized("rtn", "int8:channel,a=int8_token"),
+    quantized("rtn", "fp8_e4m3:channel"),
+    quantized("rtn", "mxfp8"),
+    quantized("rtn", "int4:g32,asym"),
+    quantized("rtn", "int4:g32"),
+    quantized("rtn", "int4:g32,a=int8"),
+    quantized("rtn", "int4:g128,asym"),
+    quantized("rtn", "int4:g128"),
+    quantized("rtn", "nf4:g64"),
+    quantized("rtn", "nvfp4"),
+    quantized("rtn", "mxfp4"),
+    quantized("rtn", "int3:g32"),
+    quantized("rtn", "int2:g32"),
+)
+
+
+def markdown(report: Report) -> str:
+    """Returns the table, and below it what its columns are and what went wrong."""
+    best, named = front(report.rows), {row.name: row for row in report.rows}
+    lines = [_line(("method", "scheme", *HEADINGS)), "|---|---|" + "---:|" * len(HEADINGS)]
+    for entry in ENTRIES:
+        row = named.get(entry.name, Row(entry.name, entry.way, error="not measured"))
+        lines.append(_line((f"`{entry.method}`", f"`{entry.scheme}`", *cells(row, best))))
+    errors = [f"* `{row.name}`: {row.error}" for row in report.rows if row.error]
+    return "\n".join([*lines, "", CAPTION + caption(report) + ".", *([""] if errors else []), *errors]) + "\n"
+
+
+def _line(texts: Sequence[str]) -> str:
+    joined = " | ".join(text.replace("\n", " ") for text in texts)
+    return f"| {joined} |"
+
+
+def in_readme(text: str) -> str:
+    """Returns the block of the documentation that `--update` writes."""
+    return text.partition(BEGIN)[2].partition(END)[0]
+
+
+def update(folder: Path) -> None:
+    """Measures what is not in the folder yet, and writes the table."""
+    options: Options = {"text": None, "calibration": None, "protocol": LLAMA_CPP.name, "context": None}
+    report = sweep(options, DEMO, folder, {entry.name: entry.way for entry in ENTRIES}, make_console())
+    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+    README.write_text(before + BEGIN + markdown(report) + END + rest.partition(END)[2], encoding="utf-8")
+
+
+def main(words: Sequence[str]) -> None:
+    if not words or words[0] != "--update" or len(words) > 2 or not README.exists():
+        sys.exit("usage, in a checkout: python -m xlathe.tools.scoreboard --update [FOLDER]")
+    if len(words) == 2:
+        update(Path(words[1]))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        update(Path(folder))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
