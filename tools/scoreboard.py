@@ -1,4 +1,4 @@
-"""The table of methods and schemes on the model that ships with xlathe: what each costs, on text that nobody trained on.
+"""The table of methods and schemes on the model that ships with xlathe: what each costs, on text that is held out.
 
 `python -m xlathe.tools.scoreboard --update` measures every row anew and writes the table into the documentation;
 `--update FOLDER` keeps rows there, and goes on where it was interrupted. A row is added as a line of `ENTRIES`.
