@@ -173,7 +173,7 @@ class Scaled(Format):
             scale = np.where(scale > 0, np.frexp(scale)[1] - 1 + BIAS, 0)
         found = {"codes": self.levels.pack(levels), "scale": scale, "zero": steps.zero, "outer": steps.outer}
         return tuple(
-            np.ascontiguousarray(np.asarray(found[name]).astype(part.dtype).reshape(part.shape))
+            np.ascontiguousarray(np.asarray(found[name]).astype(part.dtype)).reshape(part.shape)
             for name, part in shapes.items()
         )
 
