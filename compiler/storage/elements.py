@@ -16,6 +16,10 @@ import ml_dtypes
 import numpy as np
 
 
+BIAS = 127
+"""Of the exponent of float32, and of e8m0."""
+
+
 def namespace(array: Any) -> Any:
     """Returns `jax.numpy` for a JAX array, and `numpy` for others."""
     return jnp if isinstance(array, jax.Array) else np
@@ -135,9 +139,20 @@ class Table(Element):
 def round_to_float(x: Any, mantissa: int, smallest: int, largest: float) -> Any:
     """Rounds float32 to so many explicit bits of mantissa; below 2**smallest steps stay as they are there."""
     xp = namespace(x)
-    _, exponent = xp.frexp(x)  # x = f * 2**exponent, 0.5 <= |f| < 1
-    step = xp.ldexp(xp.ones_like(x), xp.maximum(exponent - 1, smallest) - mantissa)
+    step = power_of_two(xp.maximum(exponent_of(x), smallest) - mantissa)
     return xp.clip(xp.rint(x / step) * step, -largest, largest)
+
+
+def exponent_of(x: Any) -> Any:
+    """Returns floor(log2(|x|)) of float32, int32; -127 of 0 and of numbers below 2**-126."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32) if isinstance(x, jax.Array) else np.asarray(x).view(np.int32)
+    return (bits >> 23 & 255) - BIAS
+
+
+def power_of_two(exponent: Any) -> Any:
+    """Returns 2**exponent as float32, of int32 from -126 to 127."""
+    bits = (exponent + BIAS) << 23
+    return jax.lax.bitcast_convert_type(bits, jnp.float32) if isinstance(bits, jax.Array) else bits.view(np.float32)
 
 
 def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:

@@ -25,7 +25,16 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from xlathe.storage.elements import INTEGERS, Element, find_element, namespace, round_to_float
+from xlathe.storage.elements import (
+    BIAS,
+    INTEGERS,
+    Element,
+    exponent_of,
+    find_element,
+    namespace,
+    power_of_two,
+    round_to_float,
+)
 from xlathe.storage.format import Format, Part
 
 SHOWN = 6  # groups that would fit, in a message
@@ -39,7 +48,6 @@ SCALES: Mapping[str, tuple[int, int, float] | None] = {  # explicit bits, least 
 of bfloat16 is -126: below 2**-119 its steps would be too small for float32 on machines that flush denormals."""
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "e4m3": "float8_e4m3fn", "e8m0": "uint8"}
 ZEROS = {"u8": "uint8", "bf16": "bfloat16", "f16": "float16"}
-BIAS = 127  # of the exponent that e8m0 stores
 
 
 @jax.tree_util.register_dataclass
@@ -124,9 +132,8 @@ class Scaled(Format):
             return self.rounded(step, -low / xp.where(step == 0, 1, step))
         largest = xp.maximum(-low, high)
         if self.scale == "e8m0":  # the exponents of both maxima apart, as in the OCP specification of MX formats
-            _, exponent = xp.frexp(largest)
-            power = exponent - 1 - math.floor(math.log2(levels.largest))
-            return Steps(xp.where(largest > 0, _power_of_two(xp, xp.clip(power, -BIAS, BIAS)), 0))
+            power = exponent_of(largest) - math.floor(math.log2(levels.largest))
+            return Steps(xp.where(largest > 0, power_of_two(xp.maximum(power, 1 - BIAS)), 0))
         if self.element in INTEGERS and levels.bits < 8:
             return self.rounded(xp.where(-low >= high, low, high) / -(levels.largest + 1))
         return self.rounded(largest / levels.largest, outer=outer)
@@ -170,7 +177,7 @@ class Scaled(Format):
         shapes = self.parts(*levels.shape)
         scale = np.asarray(steps.scale, np.float32)
         if self.scale == "e8m0":
-            scale = np.where(scale > 0, np.frexp(scale)[1] - 1 + BIAS, 0)
+            scale = exponent_of(scale) + BIAS
         found = {"codes": self.levels.pack(levels), "scale": scale, "zero": steps.zero, "outer": steps.outer}
         return tuple(
             np.ascontiguousarray(np.asarray(found[name]).astype(part.dtype)).reshape(part.shape)
@@ -206,7 +213,3 @@ class Scaled(Format):
         if self.columns:
             return jnp.repeat(of_blocks, self.columns, axis=-1)[..., :k]
         return of_blocks[..., None]
-
-
-def _power_of_two(xp: Any, exponent: Any) -> Any:
-    return xp.ldexp(xp.ones_like(exponent, dtype=np.float32), exponent)
