@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-
 BIAS = 127
 """Of the exponent of float32, and of e8m0."""
 
