@@ -15,7 +15,7 @@ from xlathe.kernels.quantized_dot import cpu as quantized_dot_cpu
 from xlathe.kernels.quantized_dot import cpu_ragged as quantized_ragged_dot_cpu
 from xlathe.op import Op
 from xlathe.ops import OPS
-from xlathe.target import Target
+from xlathe.target import Target, unit_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,10 @@ class Choices:
 
 
 def lower_operations(jaxpr: ir.Jaxpr, target: Target) -> tuple[ir.Jaxpr, Choices]:
-    """Replaces operations by kernels of the target, and by their reference bodies where none fits."""
+    """Replaces operations by kernels of the target, and by their reference bodies where none fits.
+
+    Raises OptionError where activations are rounded to what the target cannot multiply.
+    """
     kernels = kernels_of(target)
     by_name = {ir.OP_PREFIX + o.name: o for o in OPS}
     chosen = Choices()
@@ -51,6 +54,7 @@ def lower_operations(jaxpr: ir.Jaxpr, target: Target) -> tuple[ir.Jaxpr, Choices
         operation = by_name.get(eqn.primitive.name)
         if operation is None:
             return None
+        unit_of(target, ir.attributes(eqn).get("activations"))  # refuses what the target lacks
         kernel = kernels.get(operation.name)
         reason = _reason_against(kernel, operation, eqn, operands)
         chosen.counts[f"{operation.name}: {'reference' if reason else 'kernel'}"] += 1

@@ -8,9 +8,10 @@ import pytest
 
 from tests.kernels.plans import avals
 from xlathe import jaxpr as ir
+from xlathe.errors import OptionError
 from xlathe.lower import lower_operations
 from xlathe.ops import attention, cached_attention, quantized_dot
-from xlathe.target import TARGETS, find_target
+from xlathe.target import TARGETS, find_target, unit_of
 
 CHIPS = [target.name for target in TARGETS if target.chip is not None]
 DTYPES = {"scores_dtype": "float32", "softmax_dtype": "float32"}
@@ -55,11 +56,39 @@ def test_float32_on_hopper_is_not_rounded_to_bfloat16() -> None:
 
 @pytest.mark.parametrize("name", CHIPS)
 def test_rates_are_those_of_dense_products(name: str) -> None:
-    """Eight bits go twice as fast as sixteen on all of these; a table with sparse rates would not say so by itself."""
+    """Eight bits go twice as fast as sixteen on all of these, four twice as fast again; fp8 on v6e no faster than bf16.
+    A table with sparse rates would not say so by itself."""
     chip = find_target(name).chip
     assert chip is not None
-    assert 1.9 < chip.int8 / chip.bf16 < 2.1
+    fp8 = 1 if name == "tpu-v6e" else 2
+    for rate, times in ((chip.int8, 2), (chip.fp8, fp8), (chip.int4, 4)):
+        assert not rate or 0.95 < rate / (times * chip.bf16) < 1.05
+    assert chip.int8 or chip.fp8
     assert 100 < chip.bf16 / chip.bandwidth < 700
+
+
+UNITS = {
+    "cpu": ("float32", "int8", "float32"),
+    "h100": ("bf16", "int8", "fp8"),
+    "tpu-v5e": ("bf16", "int8", "int8_token"),
+    "tpu-v6e": ("bf16", "int8", "fp8"),
+    "tpu-7x": ("bf16", "fp8_token", "fp8"),
+}
+"""What multiplies weights alone, int8 and fp8 activations; or what to use instead."""
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_what_a_target_lacks_is_answered_by_what_to_use(name: str) -> None:
+    for activations, expected in zip((None, "int8_token", "fp8_token"), UNITS[name], strict=True):
+        x, codes, scale = avals("bfloat16 4 128", "int8 64 128", "float32 64")
+        options = {"out_dtype": "bfloat16", "format": "int8:channel", "activations": activations}
+        jaxpr = ir.trace(lambda *a, o=options: quantized_dot(*a, **o), x, codes, scale)
+        if not expected.endswith("_token"):
+            lower_operations(jaxpr, find_target(name))
+            assert unit_of(find_target(name), activations) == expected
+            continue
+        with pytest.raises(OptionError, match=rf"{name} multiplies no \w+, .*; use a={expected}, or weights alone"):
+            lower_operations(jaxpr, find_target(name))
 
 
 def test_reference_bodies_are_what_is_left() -> None:

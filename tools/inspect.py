@@ -1,30 +1,72 @@
-"""`xlathe inspect`: what is in a graph directory or a bundle."""
+"""`xlathe inspect`: what is in a graph directory or a bundle, and what a quantizer would make of it."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from xlathe.tools.command import Options, Verb
-from xlathe.tools.source import is_bundle, open_graph
+from xlathe.tools.command import Options, UsageError, Verb
+from xlathe.tools.source import define_pipeline, find_pipeline, is_bundle, open_graph
+
+if TYPE_CHECKING:
+    from xlathe.graph import Graph
+    from xlathe.passes.quantize.plan import Plan
+    from xlathe.pipeline import Pipeline
 
 
 def define(values: flags.FlagValues) -> None:
+    define_pipeline(values)
     flags.DEFINE_boolean(
         "text", False, "print the program of a graph instead of the report", flag_values=values
     )
+    flags.DEFINE_boolean(
+        "plan", False, "print which scheme --passes or --config gives each weight, and its bytes", flag_values=values
+    )
+    flags.DEFINE_boolean("json", False, "print the plan as JSON", flag_values=values)
 
 
 def run(options: Options, source: str) -> None:
+    pipeline = find_pipeline(options)
+    if (pipeline is not None) != options["plan"] or options["json"] > options["plan"]:
+        raise UsageError("--plan goes with --passes or --config, whose plan it prints, and --json with --plan")
     if is_bundle(source):
         print((Path(source) / "manifest.json").read_text(encoding="utf-8"))
         return
     graph = open_graph(source)
-    if options["text"]:
+    if pipeline is not None:
+        from xlathe.tools.text import find_calibration
+
+        for plan in plans(pipeline, graph, find_calibration(options, source, graph)):
+            print(plan.to_json() if options["json"] else plan)
+    elif options["text"]:
         from xlathe.printer import to_text
 
         print(to_text(graph, sources=True))
     else:
         print(graph.report())
+
+
+def plans(pipeline: "Pipeline", graph: "Graph", calibration: Any) -> "Iterator[Plan]":
+    """Yields the plan of each quantizer in a pipeline; what follows the last is not run, nor is that one.
+
+    Raises OptionError where a pipeline has none.
+    """
+    from xlathe.errors import OptionError
+    from xlathe.passes import Quantize
+    from xlathe.pipeline import Context, Pass
+
+    left = sum(isinstance(each, Quantize) for each in pipeline.passes)
+    if not left:
+        raise OptionError(f"{pipeline} has no pass quantize, whose plan could be told")
+    for pass_ in pipeline.passes:
+        assert isinstance(pass_, Pass)
+        if isinstance(pass_, Quantize):
+            yield pass_.plan(graph)
+            left -= 1
+            if not left:
+                return
+        graph = pass_(graph, Context(calibration))
 
 
 VERB = Verb("inspect", "report on a checkpoint, a graph directory, the demo or a bundle", ("SOURCE",), define, run)

@@ -157,3 +157,25 @@ def test_what_does_not_fit_is_planned_and_not_saved(tiny_folder, tmp_path, capsy
     assert "does not fit cpu: needs " in err and "has 100.00 kB; largest that fit: a batch of 0" in err
     assert "temporaries" in out and not json.loads((tmp_path / "plan").read_text())["fits"]
     assert not (tmp_path / "out").exists()
+
+
+def test_inspect_prints_the_plan_of_a_quantizer(tiny, tiny_folder, capsys):
+    """Expected: the plan of the pass on the graph as it arrives there, as lines and as JSON; nothing else beside it."""
+    words = ["inspect", tiny_folder, "--plan", "--passes=canonicalize,quantize{scheme=nvfp4}"]
+    plan = xl.passes.Quantize("nvfp4").plan(tiny)
+    assert run(capsys, *words) == f"{plan}\n"
+    assert json.loads(run(capsys, *words, "--json")) == json.loads(plan.to_json())
+    for wrong in (["--plan"], ["--config=nvfp4"], ["--json"]):
+        assert main(["inspect", str(tiny_folder), *wrong]) == 2
+        assert "--plan goes with --passes or --config" in capsys.readouterr().err
+
+
+def test_every_preset_is_a_pipeline():
+    import pkgutil
+
+    from xlathe import configs
+    from xlathe.tools.source import preset
+
+    for module in pkgutil.iter_modules(configs.__path__):
+        pipeline = preset(module.name)
+        assert str(xl.Pipeline.parse(str(pipeline), PASSES)) == str(pipeline)
