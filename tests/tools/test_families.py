@@ -41,6 +41,7 @@ def continued(folder: Path) -> str:
     return graph.tokenizer.decode(text[0, len(prompt) :].tolist())
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize("family", [name for name in families.FAMILIES if name != "bert"])
 def test_convert_inspect_and_generate(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, file = written(family, tmp_path / family), tmp_path / f"{family}.gguf"

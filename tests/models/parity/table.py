@@ -23,7 +23,7 @@ def checked(check: Check, family: Family, case: Case) -> bool:
     if check == "ring":
         windowed = [c for c in family.cases if has_window(family, c)]
         return case in windowed[:1]
-    return case is family.cases[0] if check == "bundle" else True
+    return case is family.cases[0] if check in ("greedy tokens", "bundle") else True
 
 
 def has_window(family: Family, case: Case) -> bool:

@@ -25,6 +25,7 @@ from xlathe.passes.cache_layout import CacheLayout
 from xlathe.passes.canonicalize import Canonicalize
 from xlathe.passes.fuse_attention import FuseAttention
 from xlathe.passes.kv_cache import KVCache
+from xlathe.program import Program
 from xlathe.step import state_avals
 
 RTOL = 2e-4  # of the largest logit: float32 sums in another order, through the layers
@@ -33,7 +34,12 @@ SCHEDULE = [{0: 5, 1: 3}, {1: 8}, {0: 1, 1: 6}, {0: 7}, {0: 3, 1: 1}, {0: 4, 1: 
 
 def parameters(check: Check) -> list[object]:
     return [
-        pytest.param(family, case, id=f"{family.model_type}-{case.name}")
+        pytest.param(
+            family,
+            case,
+            id=f"{family.model_type}-{case.name}",
+            marks=[pytest.mark.breadth] if case is not family.cases[0] else [],
+        )
         for family, case in every_case()
         if checked(check, family, case)
     ]
@@ -72,26 +78,23 @@ def check_chunks(step: Graph, expected: Expected) -> None:
     assert difference(np.stack(found), expected.logits) < RTOL
 
 
-def check_greedy(graph: Graph, expected: Expected, folder: Path | None = None) -> None:
-    """Compiles, for one row; where a folder is given, what is loaded from there generates, without the graph."""
+def compiled(graph: Graph, expected: Expected) -> Program:
     slots = expected.prompts.shape[1] + len(expected.greedy)
-    program = xlathe.compile(graph, max_batch=1, max_len=slots, unit=8, chunks=(8,), stop_tokens=())
-    if folder is not None:
-        program.save(folder)
-        program = xlathe.load(folder)
+    return xlathe.compile(graph, max_batch=1, max_len=slots, unit=8, chunks=(8,), stop_tokens=())
+
+
+def check_greedy(program: Program, expected: Expected) -> None:
     (row,) = program.generate(expected.prompts[:1], max_tokens=len(expected.greedy))
     assert row.tokens == tuple(expected.greedy)
 
 
-@cases("greedy tokens")
+@cases("chunks")
 def test_what_config_json_says(family: Family, case: Case, folder: Path) -> None:
     """All of one configuration in one test: tracing and deriving it takes most of the time."""
     graph, expected = fused(folder, case.max_len), expected_of(family, case)
     check_forward(graph, expected)
     check_recognized(graph)
-    step = KVCache()(graph)
-    check_chunks(step, expected)
-    check_greedy(step, expected)
+    check_chunks(KVCache()(graph), expected)
 
 
 @pytest.mark.parametrize(("family", "case"), [(family, case) for family in ENCODERS for case in family.cases])
@@ -113,8 +116,14 @@ def test_windows_are_rings_whose_size_is_not_the_text_s(family: Family, case: Ca
 
 
 @cases("bundle")
-def test_a_bundle_gives_the_same_tokens(family: Family, case: Case, folder: Path, tmp_path: Path) -> None:
-    check_greedy(fused(folder, case.max_len), expected_of(family, case), tmp_path / "bundle")
+def test_a_program_and_its_bundle_give_the_same_tokens(
+    family: Family, case: Case, folder: Path, tmp_path: Path
+) -> None:
+    """Expected: those of transformers, and of the bundle the same, without the graph."""
+    program, expected = compiled(fused(folder, case.max_len), expected_of(family, case)), expected_of(family, case)
+    check_greedy(program, expected)
+    program.save(tmp_path / "bundle")
+    check_greedy(xlathe.load(tmp_path / "bundle"), expected)
 
 
 def test_the_compared_outputs_depend_on_masks_and_positions() -> None:
@@ -130,6 +139,7 @@ def test_the_table_in_the_documentation_is_of_these_cases() -> None:
     assert in_readme(README.read_text()) == table(FAMILIES)
 
 
+@pytest.mark.breadth
 @pytest.mark.parametrize(
     "folder",
     [pytest.param(path, id=path.name) for path in fixtures()]
@@ -139,4 +149,4 @@ def test_checkpoints_that_transformers_saved(folder: Path) -> None:
     graph, expected = fused(folder), expected_of_fixture(folder)
     check_forward(graph, expected)
     check_recognized(graph)
-    check_greedy(graph, expected)
+    check_greedy(compiled(graph, expected), expected)
