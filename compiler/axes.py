@@ -168,3 +168,17 @@ def _quotient(a: ir.Dim, b: ir.Dim) -> ir.Dim:
 
 def _divides(a: ir.Dim, b: ir.Dim) -> bool:
     return ir.divide_dim(b, a) is not None
+
+
+def grouped_sum(eqn: ir.JaxprEqn) -> int | None:
+    """Returns the axis of the weights, 1 or 2, that a product of rows [m, k] with one of [groups, ., .] sums over.
+
+    None where an equation is no such product: `ragged_dot_general` can do more.
+    """
+    if eqn.primitive.name != "ragged_dot_general" or len(eqn.invars) != 3:
+        return None
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (rows, weights), batch = numbers.dot_dimension_numbers
+    groups = tuple(numbers.lhs_ragged_dimensions), tuple(numbers.rhs_group_dimensions)
+    plain = tuple(rows) == (1,) and tuple(weights) in ((1,), (2,)) and not any(batch) and groups == ((0,), (0,))
+    return int(weights[0]) if plain else None

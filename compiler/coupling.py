@@ -13,7 +13,7 @@ from functools import reduce
 from typing import Any
 
 from xlathe import jaxpr as ir
-from xlathe.axes import Einsum
+from xlathe.axes import Einsum, grouped_sum
 from xlathe.dimensions import Conflict, Dimensions, Label, Labels
 from xlathe.graph import Graph
 from xlathe.layout_rules import ELEMENTWISE
@@ -338,20 +338,16 @@ class _Flow:
     _scatter_add = _scatter
 
     def _ragged_dot_general(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
-        """Rows [m, k] by weights [groups, k, n], in any order of axes; which rows are whose is told by number."""
-        rows, weights, sizes = operands
-        numbers = eqn.params["ragged_dot_dimension_numbers"]
-        ((lhs_sum,), (rhs_sum,)), batch = numbers.dot_dimension_numbers
-        group, ragged = numbers.rhs_group_dimensions, numbers.lhs_ragged_dimensions
-        if batch != ((), ()) or len(group) != 1 or len(ragged) != 1 or ragged[0] == lhs_sum or len(rows.labels) != 2:
+        """Rows [m, k] by weights [groups, k, n] or [groups, n, k]; which rows are whose is told by number."""
+        summed = grouped_sum(eqn)
+        if summed is None:
             raise Conflict
-        (features,) = {0, 1, 2} - {group[0], rhs_sum}
-        self.dims.unify(rows.labels[lhs_sum], weights.labels[rhs_sum])
-        summed = rows.labels[lhs_sum]
-        if not self.dims.atoms(summed) <= self._zero(rows) | self._zero(weights):
-            self._block([summed], eqn, "sums over it and neither side is a weight")
-        self._block([weights.labels[group[0]], *sizes.labels], eqn, "finds a group by number in it")
-        labels = rows.labels[ragged[0]], weights.labels[features]
+        rows, weights, sizes = operands
+        self.dims.unify(rows.labels[1], weights.labels[summed])
+        if not self.dims.atoms(rows.labels[1]) <= self._zero(rows) | self._zero(weights):
+            self._block([rows.labels[1]], eqn, "sums over it and neither side is a weight")
+        self._block([weights.labels[0], *sizes.labels], eqn, "finds a group by number in it")
+        labels = rows.labels[0], weights.labels[3 - summed]
         return [Coupled(labels, tuple(sorted(self._zero(weights, labels[1:]) | self._zero(rows, labels[:1]))))]
 
     def _attention(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:

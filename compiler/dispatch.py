@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from xlathe import jaxpr as ir
+from xlathe.axes import grouped_sum
 from xlathe.layout_rules import ELEMENTWISE, carry
 from xlathe.layouts import Axes, Factors, Layout, Mixes, Root, Sorted, Spread, by_shape, moves, normal, same
 
@@ -201,11 +202,7 @@ class Dispatch:
 
     def _ragged_dot(self, eqn: ir.JaxprEqn, operands: Sequence[Layout]) -> list[Layout]:
         rows, kernels = operands[:2]
-        numbers = eqn.params["ragged_dot_dimension_numbers"]
-        (summed, (over,)), batch = numbers.dot_dimension_numbers
-        plain = tuple(summed) == (1,) and over in (1, 2) and not any(batch) and eqn.params["group_offset"] is None
-        groups = tuple(numbers.lhs_ragged_dimensions), tuple(numbers.rhs_group_dimensions)
-        if not plain or groups != ((0,), (0,)) or kernels.of_tokens:
+        if grouped_sum(eqn) is None or kernels.of_tokens:
             raise Mixes("is no product of rows with one weight a group")
         return self._grouped(eqn, rows, operands[2], eqn.invars[2])
 

@@ -6,15 +6,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 
 from xlathe import jaxpr as ir
+from xlathe.axes import grouped_sum
 from xlathe.kernels import native
 from xlathe.kernels.cached_attention import cpu as cached_attention_cpu
 from xlathe.kernels.quantized_dot import cpu as quantized_dot_cpu
 from xlathe.kernels.quantized_dot import cpu_ragged as quantized_ragged_dot_cpu
 from xlathe.op import Op
 from xlathe.ops import OPS
+from xlathe.ops.quantized_ragged_dot import by_expert
 from xlathe.target import Target, unit_of
 
 
@@ -51,6 +54,8 @@ def lower_operations(jaxpr: ir.Jaxpr, target: Target) -> tuple[ir.Jaxpr, Choices
     chosen = Choices()
 
     def rule(eqn: ir.JaxprEqn, operands: list[Any]) -> list[Any] | None:
+        if eqn.primitive.name == "ragged_dot_general" and target.platform == "cpu":
+            return _by_expert(eqn, operands)
         operation = by_name.get(eqn.primitive.name)
         if operation is None:
             return None
@@ -67,6 +72,26 @@ def lower_operations(jaxpr: ir.Jaxpr, target: Target) -> tuple[ir.Jaxpr, Choices
 
     scattered = ir.inline_calls(jaxpr, lambda eqn: ir.is_op(eqn, "write_slots"))  # one scatter: XLA's own is the kernel
     return ir.retrace(scattered, rule), chosen
+
+
+def _by_expert(eqn: ir.JaxprEqn, operands: list[Any]) -> list[Any] | None:
+    """Products of groups of rows, as a loop over the experts that have rows: XLA on CPUs reads the weights of all."""
+    summed = grouped_sum(eqn)
+    if summed is None:
+        return None
+    rows, weights, sizes = operands
+
+    def product(i: jax.Array) -> jax.Array:
+        weight = jax.lax.dynamic_index_in_dim(weights, i, keepdims=False)
+        return jax.lax.dot_general(
+            rows,
+            weight,
+            (((1,), (summed - 1,)), ((), ())),
+            precision=eqn.params["precision"],
+            preferred_element_type=eqn.params["preferred_element_type"],
+        )
+
+    return [by_expert(product, sizes, jnp.zeros(eqn.outvars[0].aval.shape, eqn.outvars[0].aval.dtype))]
 
 
 def _reason_against(kernel: Kernel | None, operation: Op, eqn: ir.JaxprEqn, operands: list[Any]) -> str | None:

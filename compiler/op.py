@@ -47,11 +47,13 @@ def _trace_once(
 ) -> ir.Jaxpr:
     """The layers of a model, and the sizes it is compiled for, share most of their bodies.
 
-    Without calls of jitted functions: putting sizes in inlines them, and bodies are compared after that too.
+    Without calls of jitted functions, also in loops and branches: putting sizes in inlines them, and bodies are
+    compared after that too.
     """
     avals = [jax.ShapeDtypeStruct(*each) for each in types]
-    traced = ir.trace(lambda *xs: body(*xs, **dict(attributes)), *avals)
-    return ir.inline_calls(traced, lambda eqn: eqn.primitive.name in ir.INLINED)
+    itself = {name: ir.dim_symbol(n, name) for shape, _ in types for n in shape for name in ir.dim_vars(n)}
+    traced: ir.Jaxpr = ir.substitute(ir.trace(lambda *xs: body(*xs, **dict(attributes)), *avals), itself)
+    return traced
 
 
 def op(name: str) -> Callable[[Callable[..., Any]], Op]:

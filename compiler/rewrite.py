@@ -96,7 +96,7 @@ def _live(jaxpr: ir.Jaxpr, replacements: Mapping[ir.Var, Replacement]) -> set[ir
 class Packed:
     """Another form of a weight: stored as `parts`, made by `pack`, and turned back inside the graph by `unpack`.
 
-    parts: suffix of the new input's name -> aval. pack: weight -> one array a part. unpack: parts -> weight.
+    parts: name of the new input -> aval. pack: weight -> one array a part. unpack: parts -> weight.
     """
 
     parts: Mapping[str, Any]
@@ -105,12 +105,12 @@ class Packed:
 
 
 def pack_inputs(graph: Graph, packed: Mapping[str, Packed]) -> Graph:
-    """Replaces the weight `w` by inputs `w.<part>` and leaves the recipes that make them."""
+    """Replaces weights by their parts as inputs, and leaves the recipes that make them."""
     inputs: list[Input] = []
     avals: list[Any] = []
     for item, var in zip(graph.inputs, graph.jaxpr.invars, strict=True):
         parts = packed[item.name].parts if item.name in packed else {}
-        inputs += [Input(f"{item.name}.{part}", item.kind) for part in parts] or [item]
+        inputs += [Input(part, item.kind) for part in parts] or [item]
         avals += list(parts.values()) or [var.aval]
 
     def unpacked(*operands: Any) -> list[Any]:
@@ -121,9 +121,7 @@ def pack_inputs(graph: Graph, packed: Mapping[str, Packed]) -> Graph:
             values.append(form.unpack(*(next(left) for _ in form.parts)) if form else next(left))
         return ir.evaluate(graph.jaxpr, values)
 
-    recipes = [
-        Recipe(name, tuple(f"{name}.{part}" for part in form.parts), form.pack) for name, form in packed.items()
-    ]
+    recipes = [Recipe(name, tuple(form.parts), form.pack) for name, form in packed.items()]
     return graph.replace(
         jaxpr=ir.trace(unpacked, *avals), inputs=tuple(inputs), weights=graph.weights.derive(*recipes)
     )

@@ -1,14 +1,17 @@
-"""Weights that a model stacks when it runs: stacked once, before it runs, where that is all that is done with them."""
+"""Weights of experts in one array or in many: apart for passes, which know each by its name, together when they run."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any, final
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from xlathe import jaxpr as ir
+from xlathe.axes import grouped_sum
 from xlathe.graph import Graph, Recipe
-from xlathe.rewrite import Replacement, rewrite_graph
+from xlathe.rewrite import Packed, Replacement, pack_inputs, rewrite_graph
 
 
 @final
@@ -20,6 +23,33 @@ class Stack:
 
     def __call__(self, weights: Iterable[Any]) -> tuple[np.ndarray]:
         return (np.stack(list(weights), self.axis),)
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Unstack:
+    """Recipe of the arrays along the first axis of one."""
+
+    def __call__(self, stacked: Any) -> tuple[np.ndarray, ...]:
+        return tuple(np.asarray(stacked))
+
+
+def split_experts(graph: Graph) -> tuple[Graph, int]:
+    """Returns the graph with a weight `w/3` for each expert of a `w` [experts, ...] that only multiplies groups of rows
+    (`jax.lax.ragged_dot`), and how many experts that are."""
+    consumer = ir.consumers(ir.live_equations(graph.jaxpr))
+    known = {item.name for item in graph.inputs}
+    packed = {}
+    for item, var in zip(graph.inputs, graph.jaxpr.invars, strict=True):
+        uses = consumer.get(var, [])
+        by_expert = all(grouped_sum(eqn) and eqn.invars[1] is var for eqn in uses)
+        if item.kind != "weight" or not uses or not by_expert:
+            continue
+        count, *shape = var.aval.shape
+        parts = {f"{item.name}/{i}": jax.ShapeDtypeStruct(tuple(shape), var.aval.dtype) for i in range(count)}
+        if not known & set(parts):
+            packed[item.name] = Packed(parts, Unstack(), lambda *experts: jnp.stack(experts))
+    return (pack_inputs(graph, packed) if packed else graph), sum(len(form.parts) for form in packed.values())
 
 
 def stem(names: Sequence[str]) -> str | None:

@@ -9,12 +9,16 @@ from xlathe.narrow import narrow
 from xlathe.own_entries import pair_own_entries
 from xlathe.pipeline import EXACT, Context, Keeps, Pass
 from xlathe.rewrite import drop_dead_inputs
+from xlathe.stacks import split_experts
 
 
 @final
 @dataclasses.dataclass(frozen=True)
 class Canonicalize(Pass):
     """Inlines calls, computes before spreading, merges equal equations and removes dead ones.
+
+    Experts that lie in one array become weights of their own, so that each has its name and its statistics; they are
+    put together again when a program is compiled.
 
     Look-ups in which rows or tokens read their own entries get paired axes instead of counting indices.
 
@@ -27,8 +31,9 @@ class Canonicalize(Pass):
         inlined = ir.inline_calls(graph.jaxpr, _is_inlined)
         paired, own = pair_own_entries(narrow(inlined))
         merged, count = merge_equal(paired)
-        hits = {"merged": count} | ({"own_entries": own} if own else {})
-        return drop_dead_inputs(graph, merged, graph.inputs), Record("canonicalize", hits=hits)
+        split, experts = split_experts(drop_dead_inputs(graph, merged, graph.inputs))
+        hits = {"merged": count} | {k: n for k, n in (("own_entries", own), ("experts", experts)) if n}
+        return split, Record("canonicalize", hits=hits)
 
 
 def _is_inlined(eqn: ir.JaxprEqn) -> bool:

@@ -1,5 +1,6 @@
 """Products of groups of rows with a quantized weight each: the experts of a mixture."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,17 +21,30 @@ def quantized_ragged_dot(
 ) -> jax.Array:  # [m, n]
     """`quantized_dot` of each row with the weight of its expert; rows after the last expert's give zeros.
 
-    An expert without rows is not read by a kernel, whatever its weight holds. This body computes all experts, one
-    after the other.
+    An expert without rows is not read, whatever its weight holds.
     """
+    width = parts[0].shape[1]
+
+    def product(i: jax.Array) -> jax.Array:
+        own = (lax.dynamic_index_in_dim(part, i, keepdims=False) for part in parts)
+        return quantized_dot.body(x, *own, out_dtype=out_dtype, **scheme)
+
+    return by_expert(product, sizes, jnp.zeros((x.shape[0], width), out_dtype))
+
+
+def by_expert(product: Callable[[jax.Array], jax.Array], sizes: jax.Array, total: jax.Array) -> jax.Array:
+    """Returns `total` with the rows of each expert taken from `product` of its number, which is asked of those alone
+    that have rows."""
     # one equation each, also where the number of rows is symbolic: bodies are compared
-    ends, places = lax.cumsum(sizes), lax.iota(sizes.dtype, x.shape[0])
+    ends, places = lax.cumsum(sizes), lax.iota(sizes.dtype, total.shape[0])
 
-    def add(total: jax.Array, expert: Any) -> tuple[jax.Array, None]:
-        end, size, *own_parts = expert
-        product = quantized_dot.body(x, *own_parts, out_dtype=out_dtype, **scheme)
-        own = lax.broadcast_in_dim((places < end) & (places >= end - size), total.shape, (0,))
-        return lax.select(own, product, total), None
+    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+        end, size = (lax.dynamic_index_in_dim(array, i, keepdims=False) for array in (ends, sizes))
 
-    total = jnp.zeros((x.shape[0], parts[0].shape[1]), out_dtype)
-    return lax.scan(add, total, (ends, sizes, *parts))[0]
+        def with_own(total: jax.Array) -> jax.Array:
+            own = lax.broadcast_in_dim((places < end) & (places >= end - size), total.shape, (0,))
+            return lax.select(own, product(i), total)
+
+        return lax.cond(size > 0, with_own, lambda total: total, total)
+
+    return lax.fori_loop(0, sizes.shape[0], add, total)

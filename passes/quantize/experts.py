@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from xlathe import jaxpr as ir
+from xlathe.axes import grouped_sum
 from xlathe.graph import Graph
 from xlathe.ops.quantized_ragged_dot import quantized_ragged_dot
 from xlathe.passes.quantize.uses import Layout
@@ -50,7 +51,10 @@ def find_experts(graph: Graph, wanted: Mapping[str, Any]) -> tuple[list[Experts]
     inputs = {v: i.name for v, i in zip(graph.jaxpr.invars, graph.inputs, strict=True) if i.kind == "weight"}
     found, misses = [], []
     for eqn in equations:
-        stack = producer.get(eqn.invars[1]) if eqn.primitive.name == "ragged_dot_general" else None
+        summed = grouped_sum(eqn)
+        if summed is None:
+            continue
+        stack = producer.get(eqn.invars[1])
         if stack is None or stack.primitive.name != "stack" or not all(a in inputs for a in stack.invars):
             continue
         members = tuple(inputs[a] for a in stack.invars)
@@ -61,7 +65,6 @@ def find_experts(graph: Graph, wanted: Mapping[str, Any]) -> tuple[list[Experts]
         elif len(chosen) == len(members) and len({wanted[name] for name in members}) > 1:
             misses.append(f"{members[0]}: rules give different schemes to the experts that are multiplied at once")
         elif len(chosen) == len(members):
-            (_, (summed,)), _ = eqn.params["ragged_dot_dimension_numbers"].dot_dimension_numbers
             found.append(Experts(members, eqn, Layout((2 - summed,), (summed - 1,))))
         elif chosen:
             misses += [f"{chosen[0]}: only {len(chosen)} of the {len(members)} experts that are multiplied at once"]

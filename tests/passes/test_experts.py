@@ -10,6 +10,7 @@ import pytest
 import xlathe as xl
 from tests.passes.decoding import difference, fused
 from tests.variants import DECODERS
+from xlathe.aot import fix_step, to_step
 from xlathe.graph import Graph, Weights
 from xlathe.ops.quantized_dot import quantized_dot
 from xlathe.ops.quantized_ragged_dot import quantized_ragged_dot
@@ -17,6 +18,7 @@ from xlathe.passes.kv_cache import KVCache
 from xlathe.passes.observe import observe, unseen
 from xlathe.passes.quantize import Quantize
 from xlathe.pipeline import Context
+from xlathe.step import empty_state, run_step
 from xlathe.storage import parse_format
 
 EXPERTS, LAYERS = 4, 2
@@ -45,6 +47,43 @@ def test_before_and_after(graph: Graph) -> None:
     assert not any(e.primitive.name in ("ragged_dot_general", "stack") for e in quantized.jaxpr.eqns)
     trained = {origin.name: origin.shape for origin in quantized.origins}
     assert all(trained[name] == (32, 64) for layer in range(LAYERS) for name in names(layer, "ups"))
+
+
+def test_experts_in_one_array_are_weights_of_their_own() -> None:
+    """Before: `ups` [4, 32, 64]. Expected: four weights that rules and statistics know by name, put together again."""
+    (variant,) = (v for v in DECODERS if v.name == "sorted_and_back")
+    graph = fused(variant)
+    assert graph.history[0].hits["experts"] == 2 * EXPERTS * LAYERS
+    stacked = graph.weights.stored["layers/1/ups"]
+    np.testing.assert_array_equal(graph.weights["layers/1/ups/3"], stacked[3])
+    tokens = np.random.default_rng(0).integers(0, 61, (2, 9))
+    assert f"layers/1/ups/{EXPERTS - 1}" in observe(graph, [tokens]).inputs
+    quantized = Quantize(rules=((".*/ups/.*", "int4:g32"),))(graph)
+    assert quantized.history[-1].hits == {"weight": 0, "expert": EXPERTS * LAYERS}
+    assert quantized.weights["layers/1/ups/*.codes"].shape == (EXPERTS, 64, 16)
+    step = fix_step(to_step(graph), "cpu", rows=1, slots=16, tokens=4, selected=4)
+    assert step.aval("layers/1/downs/*").shape == (EXPERTS, 64, 32)
+
+
+def test_a_float_expert_that_no_token_chose_is_not_read() -> None:
+    """Before: XLA's product of groups, in which NaN times 0 is NaN. Expected: the logits without NaN."""
+    (variant,) = (v for v in DECODERS if v.name == "one_expert")
+    graph = fused(variant)
+    step = fix_step(to_step(graph), "cpu", rows=1, slots=16, tokens=1, selected=1)
+    assert not any(eqn.primitive.name == "ragged_dot_general" for eqn in step.jaxpr.eqns)
+    one = {"tokens": [5], "positions": [0], "rows": [0], "select": [0]}
+    args = {name: np.asarray(values, np.int32) for name, values in one.items()}
+    graphs = (step, *(poisoned(step, e) for e in range(EXPERTS)))
+    expected, *found = (run_step(graph, args, empty_state(step, 1, 16))[0] for graph in graphs)
+    same = [np.array_equal(logits, expected) for logits in found]
+    assert any(same) and not all(same)
+
+
+def poisoned(step: Graph, expert: int) -> Graph:
+    """The graph with NaN in one expert of every layer."""
+    stacks = [name for name in step.arrays if name.endswith(("/ups/*", "/downs/*"))]
+    nan = {name: step.arrays[name].at[expert].set(jnp.nan) for name in stacks}
+    return step.replace(weights=Weights({**step.arrays, **nan}))
 
 
 @pytest.mark.parametrize("options", [{}, {"scheme": "int4", "group": 32}], ids=str)
