@@ -65,6 +65,7 @@ struct Lanes {
   }
   static void store(float* p, Float v) { _mm512_storeu_ps(p, v); }
   static Float madd(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+  static Float sqrt(Float v) { return _mm512_sqrt_ps(v); }
   static float fold(const Float (&v)[1]) {
     const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v[0]), 1));
     const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v[0]), high);
@@ -112,6 +113,7 @@ struct Lanes {
   }
   static void store(float* p, Float v) { _mm256_storeu_ps(p, v); }
   static Float madd(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+  static Float sqrt(Float v) { return _mm256_sqrt_ps(v); }
   static float fold(const Float (&v)[2]) {
     const __m256 eight = _mm256_add_ps(v[0], v[1]);
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -146,6 +148,7 @@ struct Lanes {
   static Float keep(Float v) { return v; }
   static void store(float* p, Float v) { vst1q_f32(p, v); }
   static Float madd(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
+  static Float sqrt(Float v) { return vsqrtq_f32(v); }
   static float fold(const Float (&v)[4]) {
     const float32x4_t four = vaddq_f32(vaddq_f32(v[0], v[2]), vaddq_f32(v[1], v[3]));
     const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
@@ -184,6 +187,9 @@ struct Lanes {
   static Float keep(Float v) { return v; }
   static void store(float* p, Float v) { __builtin_memcpy(p, &v, sizeof v); }
   static Float madd(Float a, Float b, Float c) { return a * b + c; }
+  static Float sqrt(Float v) {
+    return Float{__builtin_sqrtf(v[0]), __builtin_sqrtf(v[1]), __builtin_sqrtf(v[2]), __builtin_sqrtf(v[3])};
+  }
   static float fold(const Float (&v)[4]) {
     const Float four = (v[0] + v[2]) + (v[1] + v[3]);
     return (four[0] + four[2]) + (four[1] + four[3]);

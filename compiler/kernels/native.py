@@ -22,6 +22,7 @@ TARGETS = (
     "xlathe.quantized_ragged_dot.int4",
     "xlathe.cached_attention.f32",
     "xlathe.cached_attention.int8",
+    "xlathe.gguf_blocks",
 )
 _REBUILD = "run `make clean install` in the checkout, or `pip install --force-reinstall --no-deps xlathe`"
 
