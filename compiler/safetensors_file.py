@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 import mmap
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from xlathe.errors import CheckpointError, brief
+from xlathe.files import replaced
 
 DTYPES: Mapping[str, Any] = {  # by their names in the header
     "BOOL": np.bool_,
@@ -180,20 +180,13 @@ def write_safetensors(
         entries[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % ALIGNMENT)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            for name, tensor in tensors.items():
-                begin, end = places[name]
-                file.seek(8 + len(header) + begin)
-                file.write(np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8).data)
-                wrote(end - begin)
-        os.replace(partial, path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+    with replaced(path) as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name, tensor in tensors.items():
+            begin, end = places[name]
+            file.seek(8 + len(header) + begin)
+            file.write(np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8).data)
+            wrote(end - begin)
 
 
 def _places(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:

@@ -1,6 +1,7 @@
 """A model as its files hold it: the one form that every file format is read into and written from."""
 
 import dataclasses
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,10 +15,12 @@ class Checkpoint:
 
     tensors: in the order of the files; matrices as `torch.nn.Linear` holds them, [outputs, inputs], rotary
     projections in Hugging Face's order of rows, an expert's weights one tensor each, whatever the file does.
-    tokenizer: a `tokenizers.Tokenizer`, or None. where: the file or directory, for error messages.
+    tokenizer: a `tokenizers.Tokenizer`, or None. where: the file or directory, for error messages. metadata: what a
+    GGUF file says of its tokenizer and its origin, by full keys, which stays true in another type.
     """
 
     card: Card
     tensors: Mapping[str, Tensor]
     where: str
     tokenizer: Any = None
+    metadata: Mapping[str, Any] = types.MappingProxyType({})

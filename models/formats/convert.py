@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import ml_dtypes
 import numpy as np
@@ -13,6 +13,9 @@ from xlathe.errors import CheckpointError, OptionError, as_path, did_you_mean
 from xlathe.models.checkpoint import Checkpoint, Tensor
 from xlathe.models.formats.checkpoints import open_checkpoint
 from xlathe.models.formats.huggingface import write_huggingface
+
+if TYPE_CHECKING:
+    from xlathe.models.formats.gguf import Plan
 
 DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "F32": np.dtype(np.float32),
@@ -27,34 +30,31 @@ def convert(
     destination: str | os.PathLike[str],
     type: str | None = None,
     progress: Progress = lambda done, total: None,
+    imatrix: str | os.PathLike[str] | None = None,
+    planned: Callable[["Plan"], None] = lambda plan: None,
 ) -> int:
     """Writes what `source` holds to `destination`, a GGUF file where its name ends so, else a Hugging Face directory.
 
-    type: of the numbers, F32, F16, BF16 or (GGUF) Q8_0; by default Q8_0 in a GGUF file, and the source's own in a
-    directory. progress: told the bytes written and the bytes in all. Returns the latter. Raises CheckpointError for
-    a source that is damaged or has no place in the other format, OptionError for an unknown type.
+    type: of the numbers, F32, F16, BF16 or (GGUF) a name in `gguf.mixes.MIXES`; by default Q8_0 in a GGUF file, and
+    the source's own in a directory. progress: told the bytes written and the bytes in all. imatrix: an importance
+    matrix of llama.cpp's, for a GGUF file. planned: told what a GGUF file will hold before any of it is written.
+    Returns the bytes in all. Raises CheckpointError for a source that is damaged or has no place in the other format,
+    OptionError for an unknown type.
     """
     checkpoint, path = open_checkpoint(source), as_path(destination, CheckpointError)
     if path.exists() and path.resolve() == Path(source).resolve():
         raise CheckpointError(f"{path}: expected another place than the source's, which is read while writing")
-    if path.suffix == ".gguf":
-        return _to_gguf(checkpoint, path, type or "Q8_0", progress)
-    return _to_huggingface(checkpoint, path, type, progress)
+    if path.suffix != ".gguf":
+        if imatrix is not None:
+            raise OptionError(f"imatrix: a directory has no use for one; expected a .gguf file, found {path}")
+        return _to_huggingface(checkpoint, path, type, progress)
+    from xlathe.models.formats.gguf import plan_gguf, read_importance, write_plan  # they import the package gguf
 
-
-def _to_gguf(checkpoint: Checkpoint, path: Path, type: str, progress: Progress) -> int:
-    from xlathe.models.formats.gguf import passed_on, write_gguf  # it imports the package gguf
-
-    whole = 0
-
-    def report(done: int, total: int) -> None:
-        nonlocal whole
-        whole = total
-        progress(done, total)
-
-    extra = passed_on(checkpoint.where) if Path(checkpoint.where).is_file() else {}
-    write_gguf(checkpoint, path, type, report, extra)
-    return whole
+    importance = None if imatrix is None else read_importance(imatrix)
+    plan = plan_gguf(checkpoint, type or "Q8_0", checkpoint.metadata, importance)
+    planned(plan)
+    write_plan(plan, path, progress)
+    return plan.size
 
 
 def _to_huggingface(checkpoint: Checkpoint, folder: Path, type: str | None, progress: Progress) -> int:

@@ -28,10 +28,14 @@ inline Group group_at(const BlockEncode& op, int64_t begin, int64_t end, int blo
   return group;
 }
 
+// The bits of the largest |x|, where infinity and NaN are larger than numbers.
 template <int n>
-inline Ints not_finite(const Numbers* x) {
+inline Ints largest_bits(const Numbers* x) {
   Ints found{};
-  for (int j = 0; j < n; ++j) found |= (bits(x[j]) & 0x7f800000) == 0x7f800000;
+  for (int j = 0; j < n; ++j) {
+    const Ints size = bits(x[j]) & 0x7fffffff;
+    found = size > found ? size : found;
+  }
   return found;
 }
 
@@ -40,7 +44,7 @@ using Encode = Ints (*)(const Numbers*, const Numbers*, Ints*);
 // Blocks of n numbers, whose last operand is the importance, or (of 32 numbers) what the type makes of it.
 template <int n, int size, Encode encode, typename Prepare>
 inline int encode_run(const BlockEncode& op, int64_t begin, int64_t end, const Prepare& prepare) {
-  Ints wrong{}, large{};
+  Ints top{}, large{};
   for (int64_t i = begin; i < end; i += kBlocks) {
     const Group group = group_at(op, i, end, n);
     Numbers x[n], weight[n];
@@ -48,11 +52,12 @@ inline int encode_run(const BlockEncode& op, int64_t begin, int64_t end, const P
     load<n>(group.x, x);
     if (op.importance != nullptr) load<n>(group.importance, weight);
     const bool weighted = prepare(group, x, weight);
-    wrong |= not_finite<n>(x);
+    const Ints size = largest_bits<n>(x);
+    top = size > top ? size : top;
     large |= encode(x, weighted ? weight : nullptr, bytes);
     store<size>(bytes, op.out + i * size, end - i < kBlocks ? end - i : kBlocks);
   }
-  return (any(wrong) ? kNotFinite : 0) | (any(large) ? kTooLarge : 0);
+  return (any(top >= 0x7f800000) ? kNotFinite : 0) | (any(large | (top >= kTooLargeBits)) ? kTooLarge : 0);
 }
 
 template <int size, Encode encode>

@@ -18,6 +18,7 @@ enum class BlockType { kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ8_0, kIQ4_NL, kQ2_K, kQ3_K,
 
 // What may be wrong with numbers, as bits.
 constexpr int kNotFinite = 1, kTooLarge = 2;
+constexpr int kTooLargeBits = 0x4e800000;  // 2**30: no type holds such numbers, and their squares would be infinite
 
 struct BlockEncode {
   BlockType type;

@@ -6,6 +6,8 @@ from typing import Final
 
 NOT_FINITE: Final = 1
 TOO_LARGE: Final = 2
+LIMIT: Final = 2.0**30
+"""No type holds such numbers, and sums of their squares would be infinite: llama.cpp makes zeros of some silently."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,9 @@ from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from xlathe.errors import CheckpointError
+from xlathe.kernels import native
+from xlathe.kernels.gguf_blocks import cpu, reference
+from xlathe.kernels.gguf_blocks.layouts import LAYOUTS
 from xlathe.models.checkpoint import Tensor
 from xlathe.models.formats.gguf.container import Container, Entry
 
@@ -23,11 +26,10 @@ PLAIN: Final[Mapping[Type, np.dtype[Any]]] = {
     Type.I32: np.dtype("<i4"),
     Type.I64: np.dtype("<i8"),
 }
-CHUNK: Final = 1 << 16  # numbers worked on at a time: their scratch stays in the cache
+CHUNK: Final = 1 << 20  # numbers encoded at a time: every core gets some, and they stay in the cache
 DECODED: Final = 1 << 20  # numbers decoded at a time: the decoders' scratch is a few times that
-LEAST: Final = 1 / np.finfo(np.float32).max  # scales whose inverse is infinite; float16 has them as zero
-ROUND: Final = np.nextafter(np.float32(0.5), np.float32(0))
-"""Added before truncation, it rounds halves away from zero: 0.5 itself would also lift the number just below a half."""
+NARROW: Final = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+ENCODED: Final = tuple(Type[name] for name in LAYOUTS)
 
 
 def as_tensor(container: Container, entry: Entry) -> Tensor:
@@ -55,40 +57,31 @@ def decode(container: Container, entry: Entry) -> np.ndarray:
     return out.reshape(entry.shape)
 
 
-def encode(array: np.ndarray, kind: Type) -> Iterator[np.ndarray]:
-    """Yields the bytes of `array` (rows of whole blocks) as F32, F16, BF16 or Q8_0, a chunk at a time.
+def encode(array: np.ndarray, kind: Type, importance: np.ndarray | None = None) -> Iterator[np.ndarray]:
+    """Yields the bytes of `array` [..., columns], a chunk of rows at a time.
 
-    Raises FloatingPointError where a number, or a block's scale, does not fit float16.
+    kind: F32, F16, BF16 or one of `ENCODED`, of whose blocks rows have whole numbers. importance: float32 [columns],
+    weights of the squared errors, where they are known. Raises FloatingPointError where a number, or a block's scale,
+    does not fit float16, and where blocks are to hold what is not finite.
     """
-    flat = array.reshape(-1)
-    for i in range(0, flat.size, CHUNK):
-        numbers = flat[i : i + CHUNK]
+    rows = array.reshape(-1, array.shape[-1] if array.ndim else 1)
+    step = max(1, CHUNK // rows.shape[1])
+    encoder = _plain if kind in PLAIN else _blocks
+    for i in range(0, len(rows), step):
+        yield encoder(rows[i : i + step], kind, importance)
+
+
+def _plain(rows: np.ndarray, kind: Type, _: np.ndarray | None) -> np.ndarray:
+    try:
         with np.errstate(over="raise"):
-            if kind is Type.Q8_0:
-                yield encode_q8_0(numbers.astype(np.float32, copy=False))
-            else:
-                yield np.ascontiguousarray(numbers.astype(PLAIN[kind], copy=False)).view(np.uint8)
+            return np.ascontiguousarray(rows.astype(PLAIN[kind], copy=False)).view(np.uint8)
+    except FloatingPointError:
+        raise FloatingPointError(f"expected numbers that fit {kind.name}, found larger ones") from None
 
 
-def encode_q8_0(numbers: np.ndarray) -> np.ndarray:
-    """Returns uint8 [n / 32 * 34]: a float16 scale, max |block| / 127, and 32 int8 codes a block.
-
-    The arithmetic is that of ggml's quantize_row_q8_0_ref, so that the bytes are the same.
-    """
-    blocks = numbers.reshape(-1, 32)
-    scale = _largest(blocks) / np.float32(127)
-    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > LEAST)
-    scaled = blocks * inverse
-    scaled += np.copysign(ROUND, scaled)
-    out = np.empty((len(blocks), 34), np.uint8)
-    out[:, :2] = scale.astype("<f2").view(np.uint8)
-    np.copyto(out[:, 2:].view(np.int8), scaled, casting="unsafe")
-    return out.reshape(-1)
-
-
-def _largest(blocks: np.ndarray) -> np.ndarray:
-    """Returns max |x| of each row of 32, float32 [n, 1], by halving: NumPy reduces short rows slowly."""
-    largest = np.abs(blocks)
-    while (half := largest.shape[1] // 2) >= 1:
-        largest = np.maximum(largest[:, :half], largest[:, half:])
-    return largest
+def _blocks(rows: np.ndarray, kind: Type, importance: np.ndarray | None) -> np.ndarray:
+    if rows.dtype not in NARROW:
+        with np.errstate(over="ignore"):  # infinities are refused by the encoder
+            rows = rows.astype(np.float32, copy=False)
+    encoder = reference.encode if native.unusable() else cpu.encode
+    return encoder(rows, kind.name, importance)

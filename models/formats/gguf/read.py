@@ -22,6 +22,8 @@ from xlathe.models.formats.gguf_tokenizer import tokenizer_of
 
 TOKENS: Final = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 TEMPLATE: Final = "tokenizer.chat_template"
+OWN: Final = ("general.architecture", "general.type", "general.file_type", "general.quantization_version", ALIGNMENT)
+"""Keys that say how a file is written."""
 
 
 def read_gguf(path: Any) -> Checkpoint:
@@ -30,13 +32,6 @@ def read_gguf(path: Any) -> Checkpoint:
     Raises CheckpointError for a file that is damaged, or of an architecture that is not known.
     """
     return as_checkpoint(open_container(path))
-
-
-def passed_on(path: Any) -> dict[str, Any]:
-    """Returns what a file says of its tokenizer and its origin, which stays true in another type."""
-    own = {"general.architecture", "general.type", "general.file_type", "general.quantization_version", ALIGNMENT}
-    metadata = open_container(path).metadata
-    return {key: v for key, v in metadata.items() if key.startswith(("general.", "tokenizer.")) and key not in own}
 
 
 def as_checkpoint(file: Container) -> Checkpoint:
@@ -56,7 +51,13 @@ def as_checkpoint(file: Container) -> Checkpoint:
             raise CheckpointError(f"{file.path}: tensor {name!r}: expected none of this name in {architecture.name}")
     template = lookup(file, TEMPLATE, str)
     card = Card(config, chat_template=template)
-    return Checkpoint(card, types.MappingProxyType(tensors), str(file.path), _tokenizer(file))
+    return Checkpoint(card, types.MappingProxyType(tensors), str(file.path), _tokenizer(file), _passed_on(file))
+
+
+def _passed_on(file: Container) -> dict[str, Any]:
+    """Returns what a file says of its tokenizer and its origin, which stays true in another type."""
+    kept = {key: v for key, v in file.metadata.items() if key.startswith(("general.", "tokenizer."))}
+    return {key: v for key, v in kept.items() if key not in OWN}
 
 
 def _tokenizer(file: Container) -> Any:

@@ -1,34 +1,49 @@
 """From a checkpoint in Hugging Face's vocabulary to a GGUF file, as llama.cpp's converter writes it."""
 
+import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+import numpy as np
 from absl import logging
-from gguf.constants import GGML_QUANT_SIZES, GGML_QUANT_VERSION, GGMLQuantizationType, LlamaFileType
+from gguf.constants import GGML_QUANT_VERSION, GGMLQuantizationType
 
 from xlathe.card import Card
 from xlathe.errors import CheckpointError, OptionError, as_path, did_you_mean
 from xlathe.models.checkpoint import Checkpoint, Tensor
 from xlathe.models.formats.gguf.architecture import Architecture, write_keys
 from xlathe.models.formats.gguf.architectures import BY_MODEL_TYPE
+from xlathe.models.formats.gguf.blocks import ENCODED
 from xlathe.models.formats.gguf.changes import Config
+from xlathe.models.formats.gguf.importance import Importance
+from xlathe.models.formats.gguf.mixes import EMBEDDINGS, MIXES, OUTPUT, Counts, types_of
 from xlathe.models.formats.gguf.read import TEMPLATE, TOKENS
 from xlathe.models.formats.gguf.rules import Planned
 from xlathe.models.formats.gguf.writer import Progress, Typed, write_container
 from xlathe.models.formats.gguf_tokenizer import metadata_of
 
 Type = GGMLQuantizationType
-FILE_TYPES: Final = {
-    "F32": LlamaFileType.ALL_F32,
-    "F16": LlamaFileType.MOSTLY_F16,
-    "BF16": LlamaFileType.MOSTLY_BF16,
-    "Q8_0": LlamaFileType.MOSTLY_Q8_0,
-}
-TYPES: Final = {"F32": Type.F32, "F16": Type.F16, "BF16": Type.BF16, "Q8_0": Type.Q8_0}
-# What llama.cpp only computes with in float32, beside norms and biases.
-FLOAT32: Final = ("ffn_gate_inp.weight", "position_embd.weight", "token_types.weight", "_norm.weight")
 UNUSED_TOKEN: Final = 5  # of tokenizer.ggml.token_type
 UNUSED: Final = (".rotary_emb.inv_freq",)  # buffers that old checkpoints carry
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What will be in a file: metadata by full keys, tensors in their order. before: bytes that each is read from."""
+
+    metadata: Mapping[str, Any]
+    tensors: tuple[Typed, ...]
+    before: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """The bytes of all tensors."""
+        return sum(tensor.size for tensor in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.size / sum(math.prod(tensor.plan.shape) for tensor in self.tensors)
 
 
 def write_gguf(
@@ -38,34 +53,96 @@ def write_gguf(
     progress: Progress = lambda done, total: None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a checkpoint to the file `path`, a tensor at a time; the file is there when it is whole.
+    """Plans and writes a file; errors as of `plan_gguf` and `write_plan`."""
+    write_plan(plan_gguf(checkpoint, type, extra), path, progress)
 
-    type: of matrices, F32, F16, BF16 or Q8_0; norms, biases and routers are F32, and matrices whose rows are no whole
-    blocks of Q8_0 are F16. extra: more metadata, such as a tokenizer's, by full keys. Raises CheckpointError for a
-    family that GGUF or this writer does not know, settings that it cannot say, and tensors without a place.
+
+def write_plan(plan: Plan, path: Any, progress: Progress = lambda done, total: None) -> None:
+    """Writes the file `path`, a tensor at a time; the file is there when it is whole.
+
+    Raises CheckpointError where it cannot be written, and names a tensor whose numbers are not finite or do not fit.
     """
-    path = as_path(path, CheckpointError)
-    if type not in FILE_TYPES:
-        raise OptionError(f"type: no type {type!r} to write{did_you_mean(type, FILE_TYPES)}")
+    write_container(as_path(path, CheckpointError), plan.metadata, plan.tensors, progress)
+
+
+def plan_gguf(
+    checkpoint: Checkpoint,
+    type: str = "Q8_0",
+    extra: Mapping[str, Any] | None = None,
+    importance: Importance | None = None,
+) -> Plan:
+    """Returns what a file of a checkpoint will hold. Nothing but shapes and settings is read.
+
+    type: a name in `MIXES`, by which `types_of` chooses. extra: more metadata, such as a tokenizer's, by full keys.
+    importance: weights of the squared errors, by names of the file's tensors; those without are rounded as if none
+    were known. Raises CheckpointError for a family that GGUF or this writer does not know, settings that it cannot
+    say, tensors without a place, and importance that fits no tensor; OptionError for an unknown type.
+    """
+    if type not in MIXES:
+        raise OptionError(f"type: no type {type!r} to write{did_you_mean(type, MIXES)}")
     config = checkpoint.card.config
     architecture = BY_MODEL_TYPE.get(str(config.get("model_type")))
     if architecture is None:
         known = did_you_mean(str(config.get("model_type")), BY_MODEL_TYPE)
         raise CheckpointError(f"{checkpoint.where}: no GGUF form of the model type {config.get('model_type')!r}{known}")
     try:
-        metadata = {**_metadata(architecture, checkpoint.card, type), **_text(checkpoint)}
-        plans = list(_plans(architecture, checkpoint.tensors, config))
+        metadata = {**_metadata(architecture, checkpoint.card, type), **_text(checkpoint), **(extra or {})}
+        named = _named(architecture, checkpoint.tensors, config)
+        plans = list(_plans(architecture, named, config))
     except KeyError as error:
         raise CheckpointError(f"{checkpoint.where}: config: expected {error.args[0]!r}, found none") from None
-    tensors = [Typed(plan, _type_of(plan, TYPES[type])) for plan in plans]
-    write_container(path, {**metadata, **(extra or {})}, tensors, progress)
+    types = types_of(type, {plan.name: plan.shape for plan in plans}, _counts(metadata), importance is not None)
+    weights = _weights(plans, types, importance or {})
+    if type == "Q2_K_S":
+        _check_q2_k_s(types, weights)
+    tensors = tuple(Typed(plan, types[plan.name], weights.get(plan.name)) for plan in plans)
+    before = tuple(sum(named[source].nbytes for source in plan.sources) for plan in plans)
+    return Plan(metadata, tensors, before)
+
+
+def _counts(metadata: Mapping[str, Any]) -> Counts:
+    name = metadata["general.architecture"]
+
+    def first(key: str, default: int = 0) -> int:
+        found = metadata.get(f"{name}.{key}", default)
+        return int(found if np.ndim(found) == 0 else found[0])
+
+    heads = first("attention.head_count")
+    return Counts(name, first("block_count"), heads, first("attention.head_count_kv", heads), first("expert_count"))
+
+
+def _weights(plans: list[Planned], types: Mapping[str, Type], importance: Importance) -> dict[str, np.ndarray]:
+    """Returns the importance of the tensors that are encoded in blocks and have one."""
+    found = {}
+    for plan in plans:
+        if plan.name in importance and types[plan.name] in ENCODED:
+            weights = importance[plan.name].reshape(-1, plan.shape[-1]) if _fits(plan, importance) else None
+            if weights is not None:
+                found[plan.name] = weights
+            elif plan.name not in EMBEDDINGS:  # llama.cpp's tool writes one of another size there
+                size, expected = importance[plan.name].size, math.prod(plan.shape[:-2]) * plan.shape[-1]
+                raise CheckpointError(f"importance of {plan.name!r}: expected {expected} weights, found {size}")
+    if importance and not found:
+        raise CheckpointError(f"importance: expected names such as {plans[-1].name!r}, found {min(importance)!r}")
+    return found
+
+
+def _fits(plan: Planned, importance: Importance) -> bool:
+    return importance[plan.name].size == math.prod(plan.shape[:-2]) * plan.shape[-1]
+
+
+def _check_q2_k_s(types: Mapping[str, Type], weights: Mapping[str, np.ndarray]) -> None:
+    for name, type in types.items():
+        if type is Type.Q2_K and name not in weights and name not in (*EMBEDDINGS, OUTPUT):
+            expected = "expected its importance (--imatrix), as Q2_K_S needs it"
+            raise CheckpointError(f"tensor {name!r}: {expected}, found none; Q2_K does without")
 
 
 def _metadata(architecture: Architecture, card: Card, type: str) -> dict[str, Any]:
     return {
         "general.architecture": architecture.name,
         "general.type": "model",
-        "general.file_type": int(FILE_TYPES[type]),
+        "general.file_type": int(MIXES[type][1]),
         "general.quantization_version": GGML_QUANT_VERSION,
         # llama.cpp wants to be told that there is no tokenizer, and then the number of tokens
         "tokenizer.ggml.model": "none",
@@ -108,9 +185,8 @@ def _token_ids(card: Card) -> dict[str, int]:
     return {name: value for name, value in ids.items() if isinstance(value, int) and value >= 0}
 
 
-def _plans(architecture: Architecture, tensors: Mapping[str, Tensor], config: Config) -> Iterator[Planned]:
+def _plans(architecture: Architecture, names: Mapping[str, Tensor], config: Config) -> Iterator[Planned]:
     """Yields the tensors of the file. Raises CheckpointError for one of the checkpoint's that has no place in it."""
-    names = _named(architecture, tensors, config)
     used: set[str] = set()
     layers = next(config[key.hf] for key in architecture.keys if key.name == "block_count")
     for rules, count in ((architecture.once, 1), (architecture.block, layers)):
@@ -136,9 +212,3 @@ def _named(architecture: Architecture, tensors: Mapping[str, Tensor], config: Co
     prefix = "" if any(name.startswith(architecture.prefix) for name in bare) else architecture.prefix
     named = {name if name.startswith(("lm_head.", "embed_out.")) else prefix + name: t for name, t in bare.items()}
     return {name: t for name, t in named.items() if not name.startswith(dropped) and not name.endswith(dropped)}
-
-
-def _type_of(plan: Planned, type: Type) -> Type:
-    if len(plan.shape) <= 1 or not plan.name.endswith(".weight") or plan.name.endswith(FLOAT32):
-        return Type.F32
-    return type if plan.shape[-1] % GGML_QUANT_SIZES[type][0] == 0 else Type.F16

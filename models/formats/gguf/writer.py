@@ -1,17 +1,16 @@
 """Writes a container: a header, then tensor by tensor, to a temporary name that is renamed when all is there."""
 
-import contextlib
 import dataclasses
-import os
 import struct
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from gguf.constants import GGMLQuantizationType
 
 from xlathe.errors import CheckpointError
+from xlathe.files import replaced
 from xlathe.models.formats.gguf.blocks import encode
 from xlathe.models.formats.gguf.container import DEFAULT_ALIGNMENT, MAGIC, VERSION, tensor_size
 from xlathe.models.formats.gguf.rules import Planned
@@ -23,10 +22,14 @@ Progress = Callable[[int, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class Typed:
-    """A planned tensor and the type it is stored as."""
+    """A planned tensor and the type it is stored as.
+
+    importance: float32 [matrices, columns], the weights of squared errors, where they are known.
+    """
 
     plan: Planned
     type: GGMLQuantizationType
+    importance: np.ndarray | None = None
 
     @property
     def size(self) -> int:
@@ -37,7 +40,7 @@ def write_container(path: Path, metadata: Mapping[str, Any], tensors: Sequence[T
     """Writes a file at `path`, or leaves what was there. Raises CheckpointError for numbers that do not fit a type."""
     metadata = {key: value for key, value in metadata.items() if key != ALIGNMENT}
     total, done = sum(tensor.size for tensor in tensors), 0
-    with _replaced(path) as file:
+    with replaced(path) as file:
         _pad(file, file.write(_header(metadata, tensors)))
         for tensor in tensors:
             written = 0
@@ -66,39 +69,25 @@ def _header(metadata: Mapping[str, Any], tensors: Sequence[Typed]) -> bytes:
 
 def _write_tensor(file: BinaryIO, tensor: Typed) -> Iterator[int]:
     """Writes the parts as they are read; yields the bytes of each chunk."""
-    for read in tensor.plan.parts:
-        try:
-            for chunk in encode(read(), tensor.type):
+    try:
+        for matrix, importance in _matrices(tensor):
+            for chunk in encode(matrix, tensor.type, importance):
                 yield file.write(chunk.data)
-        except FloatingPointError:
-            raise CheckpointError(
-                f"tensor {tensor.plan.name!r}: expected numbers that fit {tensor.type.name}, found larger ones;"
-                " BF16 and F32 hold them"
-            ) from None
+    except FloatingPointError as error:
+        hint = "; BF16 and F32 hold them" if "larger" in str(error) else ""
+        raise CheckpointError(f"tensor {tensor.plan.name!r}: {error}{hint}") from None
+
+
+def _matrices(tensor: Typed) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Yields the parts; where importance is known, matrix by matrix with its own."""
+    if tensor.importance is None:
+        yield from ((read(), None) for read in tensor.plan.parts)
+        return
+    weights = iter(tensor.importance)
+    for read in tensor.plan.parts:
+        part = read()
+        yield from ((matrix, next(weights)) for matrix in part.reshape(-1, *part.shape[-2:]))
 
 
 def _pad(file: BinaryIO, written: int) -> None:
     file.write(bytes(-written % DEFAULT_ALIGNMENT))
-
-
-@contextlib.contextmanager
-def _replaced(path: Path) -> Iterator[BinaryIO]:
-    """Yields a new file beside `path`, which takes its place when the body ends, and vanishes when it fails."""
-    try:
-        number, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise CheckpointError(f"{path}: expected a place to write to: {error.strerror}") from None
-    try:
-        with os.fdopen(number, "wb", buffering=1 << 20) as file:
-            yield file
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

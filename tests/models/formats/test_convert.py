@@ -79,8 +79,8 @@ def test_a_directory_gets_the_type_that_is_asked_for(tmp_path):
 
 def test_wrong_types_and_places_are_refused(tmp_path, capsys):
     write_huggingface(load("llama"), tmp_path / "source")
-    with pytest.raises(OptionError, match="no type 'Q4_0' to write"):
-        convert(tmp_path / "source", tmp_path / "m.gguf", "Q4_0")
+    with pytest.raises(OptionError, match="no type 'Q4_K' to write; did you mean"):
+        convert(tmp_path / "source", tmp_path / "m.gguf", "Q4_K")
     with pytest.raises(OptionError, match="no type 'Q8_0' in a directory"):
         convert(tmp_path / "source", tmp_path / "out", "Q8_0")
     with pytest.raises(CheckpointError, match="another place than the source"):
