@@ -52,8 +52,8 @@ inline int encode_run(const BlockEncode& op, int64_t begin, int64_t end, const P
     load<n>(group.x, x);
     if (op.importance != nullptr) load<n>(group.importance, weight);
     const bool weighted = prepare(group, x, weight);
-    const Ints size = largest_bits<n>(x);
-    top = size > top ? size : top;
+    const Ints found = largest_bits<n>(x);
+    top = found > top ? found : top;
     large |= encode(x, weighted ? weight : nullptr, bytes);
     store<size>(bytes, op.out + i * size, end - i < kBlocks ? end - i : kBlocks);
   }
