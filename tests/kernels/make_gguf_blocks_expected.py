@@ -7,7 +7,6 @@ wheels are, for any x86-64: CMAKE_ARGS="-DGGML_NATIVE=OFF -DCMAKE_C_FLAGS=-ffp-c
 
 import ctypes
 import hashlib
-import importlib.metadata
 import json
 from pathlib import Path
 
@@ -45,6 +44,8 @@ def digest(blocks: np.ndarray) -> str:
 
 
 def main() -> None:
+    import llama_cpp
+
     hashes = {
         type: {
             "plain": digest(encode(cases.rows(), type, None)),
@@ -53,7 +54,7 @@ def main() -> None:
         for type in LAYOUTS
     }
     made = {
-        "peer": f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')}",
+        "peer": f"llama-cpp-python {llama_cpp.__version__}",
         "flags": "-DGGML_NATIVE=OFF -ffp-contract=off, x86-64",
         "input": digest(cases.rows()) + digest(cases.importance()),
         "blocks": hashes,

@@ -169,7 +169,7 @@ def _steps(numbers: Array, top: int) -> tuple[Array, Array]:
     return np.where(high > 0, high / f32(top), f32(0)), np.minimum(nearest(inverse * numbers) & 255, top)
 
 
-def _again(x: Array, scale: Array, offset: Array, low: int, high: int, codes: Array) -> Array:
+def _again(x: Array, scale: Array, offset: Array | np.float32, low: int, high: int, codes: Array) -> Array:
     """Returns codes rounded with the scales as they are stored; where those are zero, the codes of the search."""
     return np.where(scale == 0, codes, clipped(nearest((x + offset) / scale), low, high) - low)
 

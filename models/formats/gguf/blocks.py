@@ -29,7 +29,7 @@ PLAIN: Final[Mapping[Type, np.dtype[Any]]] = {
 CHUNK: Final = 1 << 20  # numbers encoded at a time: every core gets some, and they stay in the cache
 DECODED: Final = 1 << 20  # numbers decoded at a time: the decoders' scratch is a few times that
 NARROW: Final = (np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
-ENCODED: Final = tuple(Type[name] for name in LAYOUTS)
+ENCODED: Final = tuple(kind for kind in Type if kind.name in LAYOUTS)
 
 
 def as_tensor(container: Container, entry: Entry) -> Tensor:

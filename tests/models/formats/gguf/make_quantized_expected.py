@@ -4,7 +4,6 @@
 build it says tests/kernels/make_gguf_blocks_expected.py.
 """
 
-import importlib.metadata
 import json
 import tempfile
 from pathlib import Path
@@ -16,17 +15,19 @@ EXPECTED = Path(__file__).with_name("quantized_expected.json")
 
 
 def main() -> None:
+    import llama_cpp as peer
+
     hashes: dict[str, dict[str, str]] = {}
-    with tempfile.TemporaryDirectory() as name:
-        source, made = Path(name) / "source.gguf", Path(name) / "made.gguf"
+    with tempfile.TemporaryDirectory() as folder:
+        source, made = Path(folder) / "source.gguf", Path(folder) / "made.gguf"
         for model, mix, weighed in cases():
             write_gguf(load(model), source, "F32")
             status = llama_cpp(source, made, mix, importance_of(source) if weighed else None)
             assert status == 0, (model, mix, weighed)
             hashes.setdefault(model, {})[mix + (" importance" if weighed else "")] = digest(made)
-    peer = f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')}"
+    name = f"llama-cpp-python {peer.__version__}"
     flags = "-DGGML_NATIVE=OFF -ffp-contract=off, x86-64"
-    EXPECTED.write_text(json.dumps({"peer": peer, "flags": flags, "files": hashes}, indent=1) + "\n")
+    EXPECTED.write_text(json.dumps({"peer": name, "flags": flags, "files": hashes}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from xlathe.models.checkpoint import Checkpoint
 from xlathe.models.formats.gguf.container import open_container
 from xlathe.models.formats.gguf.mixes import MIXES
 
-WIDE = {"vocab_size": 64, "hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4}
+WIDE = {"rms_norm_eps": 1e-5, "vocab_size": 64, "hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4}
 MODELS = {
     "shared": {**LLAMA, **WIDE, "num_hidden_layers": 16, "num_key_value_heads": 1},
     "own": {**LLAMA, **WIDE, "num_hidden_layers": 8, "num_key_value_heads": 4, "tie_word_embeddings": True},

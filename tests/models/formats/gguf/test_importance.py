@@ -50,7 +50,7 @@ def test_the_older_file_is_read(tmp_path):
 @pytest.mark.parametrize("content", [b"", dat()[:10], dat()[:40], dat(values=-1), dat(values=1 << 30), b"\xff" * 64])
 def test_damaged_files_are_refused(content, tmp_path):
     (tmp_path / "i.dat").write_bytes(content)
-    with pytest.raises(CheckpointError, match="expected an importance matrix|expected sums of squares"):
+    with pytest.raises(CheckpointError, match=r"expected an importance matrix|expected sums of squares"):
         read_importance(tmp_path / "i.dat")
 
 
