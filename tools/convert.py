@@ -12,6 +12,8 @@ from xlathe.tools.console import byte_bar, make_console
 if TYPE_CHECKING:
     from xlathe.models.formats.gguf import Plan
 
+WIDTH = 110  # columns that a plan takes, also where it is piped
+
 
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
@@ -40,7 +42,7 @@ def run(options: Options, source: str, destination: str) -> None:
             options["type"],
             progress,
             options["imatrix"],
-            lambda plan: console.print(plan_table(plan)),
+            lambda plan: console.print(plan_table(plan), width=max(console.width, WIDTH)),
         )
     console.print(f"{destination}: {written:,} bytes of numbers", soft_wrap=True)
 
