@@ -116,7 +116,7 @@ class Scaled(Format):
         """Returns the least and the largest weight of each block, 0 among them: float32 [blocks, blocks]."""
         xp, (n, k) = namespace(weight), weight.shape
         r, c = self.rows or n, self.columns or k
-        padded = xp.pad(weight, ((0, -n % r), (0, -k % c)))
+        padded = xp.pad(weight, ((0, -n % r), (0, -k % c))) if n % r or k % c else weight
         blocks = padded.reshape(-(-n // r), r, -(-k // c), c)
         return xp.minimum(blocks.min(axis=(1, 3)), 0), xp.maximum(blocks.max(axis=(1, 3)), 0)
 
