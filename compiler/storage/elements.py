@@ -47,7 +47,7 @@ class Element(abc.ABC):
 
     @abc.abstractmethod
     def unpack(self, codes: jax.Array) -> jax.Array:
-        """Returns the levels float32 [..., k] of packed codes."""
+        """Returns the levels float32 [..., k] of packed codes; those of 8-bit floats may be uint8."""
 
 
 @final
@@ -86,7 +86,7 @@ class Integer(Element):
 @final
 @dataclasses.dataclass(frozen=True)
 class Minifloat(Element):
-    """Floats of few bits, rounded to nearest, ties to even, without infinities.
+    """Floats of few bits, rounded to nearest, ties to even. What is no finite number is NaN.
 
     dtype: as ml_dtypes knows it. mantissa: its explicit bits. smallest: the exponent of the least normal number.
     """
@@ -105,10 +105,13 @@ class Minifloat(Element):
         return codes if self.bits == 8 else pack_bits(codes.view(np.uint8), self.bits)
 
     def unpack(self, codes: jax.Array) -> jax.Array:
-        if self.bits == 8:
-            return codes.astype(jnp.float32)
-        values = np.arange(2**self.bits, dtype=np.uint8).view(getattr(ml_dtypes, self.dtype))
-        return _look_up(values.astype(np.float32), unpack_bits(codes, self.bits))
+        """By the same bits of a float16, which has 5 of exponent, times a power of two."""
+        whole = jax.lax.bitcast_convert_type(codes, jnp.uint8)
+        wide = (whole if self.bits == 8 else unpack_bits(whole, self.bits)).astype(jnp.uint16)
+        sign = 1 << (self.bits - 1)
+        half = (wide & (sign - 1)) << (10 - self.mantissa) | (wide & sign) << (16 - self.bits)
+        values = jax.lax.bitcast_convert_type(half, jnp.float16).astype(jnp.float32) * 2.0 ** (self.smallest + 14)
+        return jnp.where(jnp.abs(values) > self.largest, jnp.nan, values)
 
 
 @final

@@ -27,6 +27,7 @@ import numpy as np
 
 from xlathe.storage.elements import (
     BIAS,
+    FP8_E4M3,
     INTEGERS,
     Element,
     exponent_of,
@@ -194,7 +195,8 @@ class Scaled(Format):
         if self.zero:
             levels = levels - self._wide(more.pop(0).astype(jnp.float32), levels.shape[-1])
         if self.scale != "e8m0":
-            values = levels * self._wide(scale.astype(jnp.float32), levels.shape[-1])
+            wide = FP8_E4M3.unpack(scale) if self.scale == "e4m3" else scale.astype(jnp.float32)
+            values = levels * self._wide(wide, levels.shape[-1])
             return values * more.pop(0) if more else values
         # 2**-127 is no normal number: it is 2**-126 for a half.
         powers = jax.lax.bitcast_convert_type(jnp.maximum(scale, 1).astype(jnp.uint32) << 23, jnp.float32)
