@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from xlathe.kernels import native
-from xlathe.kernels.quantized_dot.cpu import quantized_dot, quantized_dot_int4
+from xlathe.kernels.quantized_dot.cpu import product, quantized_dot, quantized_dot_int4
 
 ROUNDS = 30
 K, N = 4096, 11008  # the widest product of a 7B Llama
@@ -86,10 +86,14 @@ def memory_read(nbytes: int) -> Case:
 def decode(weight: Weight, m: int) -> list[Case]:
     """A few rows, in bytes of the weight a second."""
     x, kernel, dot = random_rows(m, K), jax.jit(quantized_dot), jax.jit(jnp.dot)
+    w8a8 = jax.jit(
+        functools.partial(product, out_dtype="float32", format="int8:channel", activations="int8_token")
+    )
     int4, int4_a8 = (jax.jit(functools.partial(quantized_dot_int4, activations=a)) for a in (None, "int8"))
     read, read_dense, read_int4 = (n / 1e9 for n in (weight.codes.nbytes, weight.dense.nbytes, weight.int4_bytes))
     return [
         Case(f"int8 kernel, M = {m}", lambda: kernel(x, weight.codes, weight.scale), read, "GB/s"),
+        Case(f"int8 kernel, activations int8, M = {m}", lambda: w8a8(x, weight.codes, weight.scale), read, "GB/s"),
         Case(f"int4 kernel, M = {m}", lambda: int4(x, *weight.int4), read_int4, "GB/s"),
         Case(f"int4 a8 kernel, M = {m}", lambda: int4_a8(x, *weight.int4), read_int4, "GB/s"),
         Case(f"XLA float32, M = {m}", lambda: dot(x, weight.dense), read_dense, "GB/s"),

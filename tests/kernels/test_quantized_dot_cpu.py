@@ -10,7 +10,10 @@ import pytest
 
 from xlathe.errors import OptionError
 from xlathe.kernels import native
+from xlathe.kernels.quantized_dot import cpu
 from xlathe.kernels.quantized_dot.cpu import TARGET_INT8, quantized_dot
+from xlathe.ops.quantized_dot import quantized_dot as operation
+from xlathe.storage import parse_format
 
 Operands = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -203,3 +206,21 @@ def test_result_of_another_shape_is_refused() -> None:
 def test_unknown_instruction_set_is_refused() -> None:
     with pytest.raises(jax.errors.JaxRuntimeError, match='cannot run isa "sse9"'):
         quantized_dot(*GOOD, isa="sse9")
+
+
+@needs_library
+@pytest.mark.parametrize("activations", ["int8_token", "int8_static", "fp8_token"])
+@pytest.mark.parametrize("form", ["int8:channel", "int4:g32,asym"])
+def test_rounded_activations_are_those_of_the_body(form: str, activations: str) -> None:
+    """Int8 with int8 has exact sums: the bits of the body, for one row and many. Others are as near as floats."""
+    rng, options = np.random.default_rng(0), {"out_dtype": "float32", "format": form, "activations": activations}
+    x = jnp.asarray(rng.standard_normal((40, 640)), jnp.float32)
+    parts = [jnp.asarray(p) for p in parse_format(form).encode(rng.standard_normal((96, 640)).astype(np.float32))]
+    step = [jnp.float32(0.02)] * activations.endswith("static")
+    assert cpu.uncovered(x, *parts, *step, **options) is None
+    expected = np.asarray(jax.jit(lambda *a: operation.body(*a, **options))(x, *parts, *step))
+    for rows in (1, 8, 40):
+        found = np.asarray(jax.jit(lambda *a: cpu.product(*a, **options))(x[:rows], *parts, *step))
+        if form == "int8:channel" and activations.startswith("int8"):
+            np.testing.assert_array_equal(found, expected[:rows])
+        assert np.abs(found - expected[:rows]).max() <= 1e-6 * np.abs(expected).max()

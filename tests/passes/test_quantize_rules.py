@@ -56,7 +56,7 @@ def test_a_graph_computes_what_its_scheme_says(scheme: str, tmp_path: Path) -> N
     np.testing.assert_array_equal(xl.load_graph(tmp_path)(TOKENS), after(TOKENS))
 
 
-@pytest.mark.parametrize("scheme", ["fp8_e4m3:channel,a=fp8_token", "int8:channel,a=int8_token", "bf16"])
+@pytest.mark.parametrize("scheme", ["fp8_e4m3:channel,a=fp8_token", "int8:tensor,a=int8_token", "bf16"])
 def test_what_has_no_kernel_is_told(llama: Graph, scheme: str) -> None:
     quantized = Quantize(scheme)(llama)
     lowered = LowerKernels()(Specialize(batch=2, length=9)(quantized))
