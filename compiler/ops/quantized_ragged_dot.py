@@ -9,6 +9,7 @@ from jax import lax
 
 from xlathe.op import op
 from xlathe.ops.quantized_dot import quantized_dot
+from xlathe.storage import as_bytes
 
 
 @op("quantized_ragged_dot")
@@ -23,10 +24,10 @@ def quantized_ragged_dot(
 
     An expert without rows is not read, whatever its weight holds.
     """
-    width = parts[0].shape[1]
+    width, raw = parts[0].shape[1], [as_bytes(part) for part in parts]
 
     def product(i: jax.Array) -> jax.Array:
-        own = (lax.dynamic_index_in_dim(part, i, keepdims=False) for part in parts)
+        own = (lax.dynamic_index_in_dim(part, i, keepdims=False) for part in raw)
         return quantized_dot.body(x, *own, out_dtype=out_dtype, **scheme)
 
     return by_expert(product, sizes, jnp.zeros((x.shape[0], width), out_dtype))

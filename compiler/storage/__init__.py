@@ -5,8 +5,8 @@ plain floats; `text.py` how formats are named. A format that packs blocks of its
 and a line in `text.py`.
 """
 
-from xlathe.storage.format import Format, Part, all_lines, take_lines
+from xlathe.storage.format import Format, Part, all_lines, as_bytes, take_lines
 from xlathe.storage.scaled import Scaled, Steps
 from xlathe.storage.text import parse_format
 
-__all__ = ["Format", "Part", "Scaled", "Steps", "all_lines", "parse_format", "take_lines"]
+__all__ = ["Format", "Part", "Scaled", "Steps", "all_lines", "as_bytes", "parse_format", "take_lines"]

@@ -70,7 +70,7 @@ def _shares(stored: Format) -> list[int]:
     return [part.rows for part in stored.parts(1, 1 << 20).values()]
 
 
-def _bytes(part: jax.Array) -> jax.Array:
+def as_bytes(part: jax.Array) -> jax.Array:
     """Returns floats of 8 bits as their bits: to move some of an array, XLA for CPUs would convert all of it."""
     small = jnp.issubdtype(part.dtype, jnp.floating) and part.dtype.itemsize == 1
     return jax.lax.bitcast_convert_type(part, jnp.uint8) if small else part
@@ -79,7 +79,7 @@ def _bytes(part: jax.Array) -> jax.Array:
 def take_lines(stored: Format, index: jax.Array, *parts: jax.Array) -> list[jax.Array]:
     """Returns a line of each part for every row in `index`, an int array; out of range, the nearest."""
     return [
-        jnp.take(_bytes(part), index if rows == 1 else index // rows, axis=0, mode="clip") if rows else part
+        jnp.take(as_bytes(part), index if rows == 1 else index // rows, axis=0, mode="clip") if rows else part
         for part, rows in zip(parts, _shares(stored), strict=False)
     ]
 
@@ -88,6 +88,6 @@ def all_lines(stored: Format, *parts: jax.Array) -> list[jax.Array]:
     """Returns a line of each part for every row of the weight."""
     n = parts[0].shape[0]
     return [
-        jnp.repeat(_bytes(part), rows, axis=0)[:n] if rows > 1 else _bytes(part)
+        jnp.repeat(as_bytes(part), rows, axis=0)[:n] if rows > 1 else as_bytes(part)
         for part, rows in zip(parts, _shares(stored), strict=False)
     ]
