@@ -67,7 +67,9 @@ class Scheme:
 def _check_blocks(text: str, stored: Format) -> None:
     """Activations in blocks of 32 have exact sums with integers, whose scales a block of 32 must not cross."""
     if not isinstance(stored, Scaled) or stored.element not in INTEGERS or stored.zero not in ("", "u8"):
-        raise OptionError(f"{text!r}: a=int8 is for integers, and whole zero points; a=int8_token and a=fp8_token go with every format")
+        raise OptionError(
+            f"{text!r}: a=int8 is for integers with whole zero points; a=int8_token and a=fp8_token are for all"
+        )
     if stored.rows != 1 or not stored.columns or stored.columns % BLOCK:
         raise OptionError(
             f"{text!r}: expected a group that is a multiple of {BLOCK} where activations are rounded in blocks"
