@@ -1,0 +1,104 @@
+"""GPTQ: the error of rounding one column is made good by the columns that are not rounded yet.
+
+Frantar et al. 2022, https://arxiv.org/abs/2210.17323, after Optimal Brain Surgeon (Hassibi & Stork 1993).
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+
+from xlathe.errors import PassError
+from xlathe.passes.quantize.methods.grid import Grid, Params, round_column
+
+BLOCK = 128
+DAMPING = (0.01, 0.1, 1.0)
+"""What is added to the diagonal, in units of its mean: the first with which the matrix has a Cholesky factor."""
+
+
+class Factor(NamedTuple):
+    """Upper triangular U with U^T U = (H + damping * mean(diag H) * I)^-1, float64 [k, k]."""
+
+    upper: np.ndarray
+    damping: float
+
+
+def inverse_factor(gram: np.ndarray) -> Factor:
+    """Factors the damped inverse of a Hessian X^T X, float64 [k, k], without forming the inverse.
+
+    A channel that was always zero (H_jj = 0) gets H_jj = 1: it shares nothing with the others and is rounded to
+    nearest. (The paper's code sets its weights to zero, which other tokens than the calibration's would notice.)
+    Raises PassError where no damping helps: the matrix is no sum of squares, or not finite.
+    """
+    hessian = np.array(gram, np.float64)
+    diagonal = np.diagonal(hessian)
+    if not np.isfinite(hessian).all() or (diagonal < 0).any():
+        raise PassError("the sum of x^T x of the calibration is not finite, or has a negative diagonal")
+    hessian[np.diag_indices_from(hessian)] = np.where(diagonal == 0, 1.0, diagonal)
+    mean = float(np.diagonal(hessian).mean())
+    for damping in DAMPING:
+        damped = hessian + damping * mean * np.eye(len(hessian))
+        try:
+            # H = R R^T with R upper triangular is the lower factor of H read backwards; then U = R^-1.
+            upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+        except np.linalg.LinAlgError:
+            continue
+        return Factor(scipy.linalg.solve_triangular(upper, np.eye(len(hessian))), damping)
+    raise PassError(f"the sum of x^T x of the calibration has no Cholesky factor, with damping up to {DAMPING[-1]}")
+
+
+def gptq(
+    weight: Any, gram: np.ndarray, grid: Grid, params: Params, *, act_order: bool = True, block: int = BLOCK
+) -> tuple[jax.Array, float]:
+    """Returns the weights [n, k] as they were when each column was rounded, and the damping that was used.
+
+    Their nearest codes are GPTQ's. weight: floating [n, k]. gram: X^T X, [k, k]. params: scales and zero points of all
+    groups, which do not change on the way (static groups), so that act_order, which rounds the columns with the largest
+    activations first, needs no order of columns at run time. block: columns whose errors are passed on at once.
+    Raises PassError as `inverse_factor` does.
+    """
+    weight = jnp.asarray(weight)
+    columns = weight.shape[1]
+    order = np.argsort(-np.diagonal(gram), kind="stable") if act_order else np.arange(columns)
+    upper, damping = inverse_factor(np.asarray(gram)[np.ix_(order, order)])
+    padding = -columns % block
+    padded = jnp.pad(weight[:, order].T, ((0, padding), (0, 0)))
+    factor = jnp.asarray(scipy.linalg.block_diag(upper, np.eye(padding)), weight.dtype)
+    group = np.pad(order // grid.group, (0, padding))
+    swept = _sweep(padded, factor, params.scale.T, params.zero.T, group, grid.last, block)
+    return swept[:columns].T[:, np.argsort(order)], damping
+
+
+@functools.partial(jax.jit, static_argnames=("last", "block"))
+def _sweep(
+    rows: jax.Array,  # [k, n], the columns of the weight in the order in which they are rounded
+    factor: jax.Array,  # [k, k], upper triangular
+    scale: jax.Array,  # [groups, n]
+    zero: jax.Array,
+    group: jax.Array,  # int [k], of each column
+    last: int,
+    block: int,
+) -> jax.Array:
+    count = rows.shape[0]
+
+    def one_block(number: jax.Array, rows: jax.Array) -> jax.Array:
+        start = number * block
+        inside = jax.lax.dynamic_slice_in_dim(rows, start, block)
+        across = jax.lax.dynamic_slice_in_dim(factor, start, block)
+        own = jax.lax.dynamic_slice_in_dim(across, start, block, axis=1)
+
+        def one_column(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            inside, errors = state
+            which = group[start + i]
+            error = (inside[i] - round_column(inside[i], scale[which], zero[which], last)) / own[i, i]
+            later = jnp.where(jnp.arange(block) > i, own[i], 0)
+            return inside - later[:, None] * error, errors.at[i].set(error)
+
+        inside, errors = jax.lax.fori_loop(0, block, one_column, (inside, jnp.zeros_like(inside)))
+        behind = jnp.where(jnp.arange(count) >= start + block, across, 0)
+        return jax.lax.dynamic_update_slice_in_dim(rows - behind.T @ errors, inside, start, axis=0)
+
+    return jax.lax.fori_loop(0, count // block, one_block, rows)

@@ -1,0 +1,128 @@
+"""GPTQ against Optimal Brain Surgeon written out column by column, and its laws."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xlathe.errors import PassError
+from xlathe.passes.quantize.methods.gptq import gptq, inverse_factor
+from xlathe.passes.quantize.methods.grid import Grid, output_error
+
+GRID = Grid(bits=4, group=16, symmetric=True, stored="float64")
+ROWS, COLUMNS = 12, 96
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def weight(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_t(5, size=(ROWS, COLUMNS))
+
+
+def activations(condition: float, tokens: int = 400, seed: int = 1) -> np.ndarray:
+    """Float64 [tokens, columns] whose second moments have eigenvalues from 1 to 1 / condition."""
+    rng = np.random.default_rng(seed)
+    basis, _ = np.linalg.qr(rng.normal(size=(COLUMNS, COLUMNS)))
+    return rng.normal(size=(tokens, COLUMNS)) * np.geomspace(1, condition**-0.5, COLUMNS) @ basis
+
+
+def brain_surgeon(weight: np.ndarray, gram: np.ndarray, scale: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Rounds column after column; the rest moves by -(w_q - r) / [H^-1]_qq * [H^-1]_q, and H^-1 loses row q."""
+    weight, inverse = weight.copy(), np.linalg.inv(gram + 0.01 * np.mean(np.diagonal(gram)) * np.eye(COLUMNS))
+    rounded = np.zeros_like(weight)
+    for q in order:
+        step = scale[:, q // GRID.group]
+        rounded[:, q] = np.clip(np.rint(weight[:, q] / step), -8, 7) * step
+        weight -= np.outer(weight[:, q] - rounded[:, q], inverse[q] / inverse[q, q])
+        inverse -= np.outer(inverse[:, q], inverse[q]) / inverse[q, q]
+    return rounded
+
+
+def run(weight: np.ndarray, gram: np.ndarray, grid: Grid = GRID, **options) -> np.ndarray:
+    params = grid.fit(jnp.asarray(weight))
+    return np.asarray(grid.nearest(gptq(weight, gram, grid, params, **options)[0], params))
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_equals_optimal_brain_surgeon(act_order: bool) -> None:
+    w, x = weight(), activations(1e4)
+    gram = x.T @ x
+    order = np.argsort(-np.diagonal(gram), kind="stable") if act_order else np.arange(COLUMNS)
+    expected = brain_surgeon(w, gram, np.asarray(GRID.fit(jnp.asarray(w)).scale), order)
+    np.testing.assert_allclose(run(w, gram, act_order=act_order), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_is_round_to_nearest_where_channels_are_independent(symmetric: bool) -> None:
+    grid = Grid(4, 16, symmetric, "float64")
+    w = jnp.asarray(weight())
+    np.testing.assert_array_equal(run(weight(), np.eye(COLUMNS), grid), grid.nearest(w, grid.fit(w)))
+
+
+@pytest.mark.parametrize("condition", [10.0, 1e6])
+def test_gives_weight_error_for_output_error(condition: float) -> None:
+    w, x = weight(), activations(condition)
+    gram = x.T @ x
+    nearest = np.asarray(GRID.nearest(jnp.asarray(w), GRID.fit(jnp.asarray(w))))
+    found = run(w, gram)
+    assert np.square(w - found).sum() > np.square(w - nearest).sum()
+    assert np.square((w - found) @ x.T).sum() < (0.9 if condition < 1e3 else 0.3) * np.square((w - nearest) @ x.T).sum()
+
+
+def test_does_not_depend_on_the_block() -> None:
+    w, x = weight(), activations(1e3)
+    params = GRID.fit(jnp.asarray(w))
+    whole, *others = (np.asarray(gptq(w, x.T @ x, GRID, params, block=block)[0]) for block in (COLUMNS, 1, 20, 32))
+    for other in others:
+        np.testing.assert_allclose(other, whole, rtol=0, atol=1e-12 * np.abs(whole).max())
+
+
+def test_a_dead_channel_is_rounded_to_nearest() -> None:
+    w, x = weight(), activations(1e3)
+    x[:, [3, 40]] = 0
+    found, nearest = run(w, x.T @ x), np.asarray(GRID.nearest(jnp.asarray(w), GRID.fit(jnp.asarray(w))))
+    np.testing.assert_array_equal(found[:, [3, 40]], nearest[:, [3, 40]])
+    assert (found != nearest).any()
+
+
+def test_a_group_of_zeros_stays_zero() -> None:
+    w, x = weight(), activations(10)
+    w[2, 16:32] = 0
+    assert not run(w, x.T @ x)[2, 16:32].any()
+    assert not run(np.zeros_like(w), x.T @ x).any()
+
+
+def test_factor_of_the_inverse() -> None:
+    x = activations(1e3)
+    gram = x.T @ x
+    upper, damping = inverse_factor(gram)
+    assert damping == 0.01 and not np.tril(upper, -1).any()
+    damped = gram + damping * np.diagonal(gram).mean() * np.eye(COLUMNS)
+    np.testing.assert_allclose(upper.T @ upper @ damped, np.eye(COLUMNS), atol=1e-10)
+
+
+def test_damping_rises_until_there_is_a_factor() -> None:
+    """Fewer tokens than channels are singular and need no more; rounding errors may leave a negative eigenvalue."""
+    x = activations(10, tokens=5)
+    gram = x.T @ x
+    assert inverse_factor(gram).damping == 0.01
+    indefinite = gram - 0.05 * np.diagonal(gram).mean() * np.eye(COLUMNS)
+    assert inverse_factor(np.where(np.eye(COLUMNS) > 0, np.maximum(indefinite, 0), indefinite)).damping == 0.1
+
+
+def test_refuses_what_is_no_sum_of_squares() -> None:
+    with pytest.raises(PassError, match="not finite"):
+        inverse_factor(np.full((3, 3), np.nan))
+    with pytest.raises(PassError, match=r"no Cholesky factor, with damping up to 1\.0"):
+        inverse_factor(np.array([[1.0, 5.0], [5.0, 1.0]]))
+
+
+def test_output_error_is_that_of_the_products() -> None:
+    w, x = weight(), activations(10)
+    rounded = np.round(w)
+    expected = np.square((w - rounded) @ x.T).sum()
+    np.testing.assert_allclose(output_error(jnp.asarray(w), rounded, x.T @ x), expected, rtol=1e-12)
