@@ -131,6 +131,23 @@ def expose(jaxpr: Jaxpr, wanted: Sequence[Var]) -> Jaxpr:
     return trace(run, *(v.aval for v in jaxpr.invars))
 
 
+def evaluate_between(
+    jaxpr: Jaxpr, operands: Sequence[Any], known: Mapping[Var, Any], wanted: Sequence[Var], sizes: Mapping[str, Dim]
+) -> list[Any]:
+    """Evaluates some values of `jaxpr`, with size variables replaced, from its inputs and others that are known."""
+    missing, needed = set(wanted) - set(known), set()
+    for index, eqn in reversed(list(enumerate(jaxpr.eqns))):
+        if not missing.isdisjoint(eqn.outvars):
+            needed.add(index)
+            missing |= {atom for atom in eqn.invars if isinstance(atom, Var) and atom not in known}
+    env = {**dict(zip(jaxpr.invars, operands, strict=True)), **known}
+    for index, eqn in enumerate(jaxpr.eqns):
+        if index in needed:
+            values = [atom.val if isinstance(atom, Literal) else env[atom] for atom in eqn.invars]
+            env |= dict(zip(eqn.outvars, bind_at(eqn, values, sizes), strict=True)) | known
+    return [env[var] for var in wanted]
+
+
 def retrace(jaxpr: Jaxpr, rule: Rule | None = None) -> Jaxpr:
     """Traces `jaxpr` again with `rule` overriding equations; the inputs stay the same."""
     return trace(lambda *operands: evaluate(jaxpr, operands, rule), *(v.aval for v in jaxpr.invars))

@@ -1,6 +1,7 @@
 """Calibrate: run a graph on sample tokens and keep statistics of what each weight is multiplied with."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,9 @@ from xlathe.graph import Graph
 from xlathe.passes.quantize.experts import Experts, find_experts
 from xlathe.passes.quantize.uses import Layout, Uses, plan_weights
 from xlathe.stats import InputStats, Stats
+
+Found = Mapping[str, Sequence[Mapping[str, jax.Array]]]
+"""Statistics of one batch, one a use of the weight."""
 
 
 def observe(
@@ -28,21 +32,74 @@ def observe(
     that none chose).
     Raises OptionError without batches.
     """
+    checked = check_calibration(graph, batches)
+    products = find_products(graph, graph.names("weight"))
+    exposed = ir.expose(graph.jaxpr, products.values)
+
+    @jax.jit
+    def run(arrays: dict[str, jax.Array], batch: dict[str, jax.Array]) -> Found:
+        _, *values = graph.evaluate(exposed, arrays, batch)
+        return products.statistics(values, gram)
+
+    total: dict[str, InputStats] = {}
+    for number, batch in enumerate(checked):
+        total = add_found(total, run(graph.arrays, batch))
+        progress("calibrating", (number + 1) / len(batches))
+    return Stats(total)
+
+
+def check_calibration(graph: Graph, batches: Sequence[Any]) -> list[dict[str, np.ndarray]]:
+    """Returns the arguments of each batch; raises OptionError where there are none, or the graph takes none."""
     if graph.is_step:
         raise OptionError("calibration runs a forward graph, this is an incremental step")
     if not isinstance(batches, Sequence | np.ndarray) or not len(batches):
         what = "none" if isinstance(batches, Sequence | np.ndarray) else type(batches).__name__
         raise OptionError(f"calibration needs at least one batch of int32 tokens [b, t], got {what}")
-    layouts, _ = plan_weights(graph, list(graph.names("weight")))
-    sources = {name: _inputs(graph, name, layout) for name, layout in layouts.items()}
-    experts, _ = find_experts(graph, dict.fromkeys(graph.names("weight")))
-    run = _compiled(graph, sources, experts, gram)
-    total: dict[str, InputStats] = {}
-    for number, batch in enumerate(batches):
-        for name, found in run(graph.check_batch(batch)).items():
-            total[name] = total[name] + found if name in total else found
-        progress("calibrating", (number + 1) / len(batches))
-    return Stats(total)
+    return [graph.check_batch(batch) for batch in batches]
+
+
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """What each weight is multiplied with.
+
+    plain: by the name of a weight, activations and which of their axes are summed over. experts: stacks of weights that
+    groups of rows are multiplied with.
+    """
+
+    plain: Mapping[str, Sequence[tuple[ir.Var, tuple[int, ...]]]]
+    experts: Sequence[Experts] = ()
+
+    @property
+    def values(self) -> list[ir.Var]:
+        """The activations that `statistics` reads, in order."""
+        routed = (var for group in self.experts for var in (group.rows, group.sizes))
+        return list(dict.fromkeys((*(var for inputs in self.plain.values() for var, _ in inputs), *routed)))
+
+    def statistics(self, values: Sequence[jax.Array], gram: bool) -> Found:
+        """Returns sums over the tokens of one batch; values: of `self.values`."""
+        seen = dict(zip(self.values, values, strict=True))
+        found = {
+            name: [_statistics(_rows(seen[var], axes), gram) for var, axes in inputs] for name, inputs in self.plain.items()
+        }
+        for group in self.experts:
+            found |= _of_experts(group, seen[group.rows].astype(jnp.float32), seen[group.sizes], gram)
+        return found
+
+
+def find_products(graph: Graph, names: Sequence[str]) -> Products:
+    """Returns the products with weights among `names` that could be quantized."""
+    layouts, _ = plan_weights(graph, list(names))
+    experts, _ = find_experts(graph, dict.fromkeys(names))
+    return Products({name: _inputs(graph, name, layout) for name, layout in layouts.items()}, experts)
+
+
+def add_found(total: Mapping[str, InputStats], found: Found) -> dict[str, InputStats]:
+    """Returns statistics with those of one more batch."""
+    result = dict(total)
+    for name, parts in jax.device_get(found).items():
+        for part in map(_to_stats, parts):
+            result[name] = result[name] + part if name in result else part
+    return result
 
 
 def _inputs(graph: Graph, name: str, layout: Layout) -> list[tuple[ir.Var, tuple[int, ...]]]:
@@ -62,33 +119,6 @@ def unseen(stats: Stats) -> tuple[str, ...]:
     return tuple(name for name, found in stats.inputs.items() if not found.count)
 
 
-def _compiled(
-    graph: Graph, sources: Any, experts: Sequence[Experts], gram: bool
-) -> Callable[[dict[str, np.ndarray]], dict[str, InputStats]]:
-    routed = [var for group in experts for var in (group.rows, group.sizes)]
-    wanted = list(dict.fromkeys((*(var for inputs in sources.values() for var, _ in inputs), *routed)))
-    exposed = ir.expose(graph.jaxpr, wanted)
-
-    def run(arrays: dict[str, jax.Array], batch: dict[str, jax.Array]) -> dict[str, list[Any]]:
-        _, *values = graph.evaluate(exposed, arrays, batch)
-        seen = dict(zip(wanted, values, strict=True))
-        plain = {
-            name: [_statistics(_rows(seen[var], axes), gram) for var, axes in inputs]
-            for name, inputs in sources.items()
-        }
-        for group in experts:
-            plain |= _of_experts(group, seen[group.rows].astype(jnp.float32), seen[group.sizes], gram)
-        return plain
-
-    compiled = jax.jit(run)
-
-    def collect(batch: dict[str, np.ndarray]) -> dict[str, InputStats]:
-        found = jax.device_get(compiled(graph.arrays, batch))
-        return {name: _sum([_to_stats(each) for each in parts]) for name, parts in found.items()}
-
-    return collect
-
-
 def _rows(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Returns an activation as float32 [tokens, k]."""
     kept = [i for i in range(x.ndim) if i not in axes]
@@ -96,7 +126,7 @@ def _rows(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     return x.transpose(*kept, *axes).reshape(-1, size).astype(jnp.float32)
 
 
-def _of_experts(group: Experts, rows: jax.Array, sizes: jax.Array, gram: bool) -> dict[str, list[Any]]:
+def _of_experts(group: Experts, rows: jax.Array, sizes: jax.Array, gram: bool) -> Found:
     """Returns statistics of the rows of each expert: zeros in place of the rows of others add nothing to a sum."""
     ends, places, found = jnp.cumsum(sizes), jnp.arange(rows.shape[0]), {}
     for i, name in enumerate(group.names):
@@ -117,10 +147,3 @@ def _statistics(x: jax.Array, gram: bool) -> dict[str, jax.Array]:
 def _to_stats(found: dict[str, np.ndarray]) -> InputStats:
     wide = {key: np.asarray(value, np.float64) for key, value in found.items() if key not in ("count", "absmax")}
     return InputStats(count=np.asarray(found["count"], np.int64), absmax=found["absmax"], **wide)
-
-
-def _sum(stats: list[InputStats]) -> InputStats:
-    total = stats[0]
-    for each in stats[1:]:
-        total = total + each
-    return total

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 from xlathe.errors import OptionError
-from xlathe.passes.quantize.methods.awq import awq_scales, normalized
-from xlathe.passes.quantize.methods.grid import Grid
-from xlathe.passes.quantize.methods.rotation import hadamard, random_rotation
-from xlathe.passes.quantize.methods.smooth import smooth_scales
+from xlathe.passes.quantize.algorithms.awq import awq_scales, normalized
+from xlathe.passes.quantize.algorithms.blocks import rounded
+from xlathe.passes.quantize.algorithms.rotation import hadamard, random_rotation
+from xlathe.passes.quantize.algorithms.smooth import smooth_scales
+from xlathe.storage import parse_format
 
-GRID = Grid(bits=4, group=32, symmetric=True)
+INT4 = parse_format("int4:g32")
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +30,8 @@ def loud() -> tuple[np.ndarray, np.ndarray]:
     return x, rng.normal(size=(48, 64))
 
 
-def rounded(weight: np.ndarray) -> np.ndarray:
-    return np.asarray(GRID.nearest(jnp.asarray(weight), GRID.fit(jnp.asarray(weight))))
+def nearest(weight: np.ndarray) -> np.ndarray:
+    return np.asarray(rounded(jnp.asarray(weight), INT4.fit(jnp.asarray(weight)), INT4))
 
 
 def error(x: np.ndarray, weight: np.ndarray, found: np.ndarray) -> float:
@@ -39,8 +40,8 @@ def error(x: np.ndarray, weight: np.ndarray, found: np.ndarray) -> float:
 
 def test_awq_wins_with_a_loud_channel(loud) -> None:
     x, weight = loud
-    scales = awq_scales([jnp.asarray(weight)], np.abs(x).mean(0), x.T @ x, GRID)
-    assert error(x, weight, rounded(weight * scales) / scales) < 0.1 * error(x, weight, rounded(weight))
+    scales = awq_scales([jnp.asarray(weight)], np.abs(x).mean(0), x.T @ x, INT4)
+    assert error(x, weight, nearest(weight * scales) / scales) < 0.1 * error(x, weight, nearest(weight))
     assert scales.argmax() == 17
 
 
@@ -48,9 +49,9 @@ def test_awq_scales_are_the_best_of_twenty_one(loud) -> None:
     x, weight = loud
     tried = [normalized(np.abs(x).mean(0) ** (i / 20)) for i in range(21)]
     np.testing.assert_array_equal(tried[0], np.ones(64))
-    best = min(error(x, weight, rounded(weight * s) / s) for s in tried)
-    scales = awq_scales([jnp.asarray(weight)], np.abs(x).mean(0), x.T @ x, GRID)
-    np.testing.assert_allclose(error(x, weight, rounded(weight * scales) / scales), best, rtol=1e-9)
+    best = min(error(x, weight, nearest(weight * s) / s) for s in tried)
+    scales = awq_scales([jnp.asarray(weight)], np.abs(x).mean(0), x.T @ x, INT4)
+    np.testing.assert_allclose(error(x, weight, nearest(weight * scales) / scales), best, rtol=1e-9)
 
 
 def eight_bits(values: np.ndarray) -> np.ndarray:

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from xlathe.errors import PassError
-from xlathe.passes.quantize.methods.gptq import gptq, inverse_factor
-from xlathe.passes.quantize.methods.grid import Grid, output_error
+from xlathe.passes.quantize.algorithms.blocks import output_error, rounded
+from xlathe.passes.quantize.algorithms.gptq import gptq, inverse_factor
+from xlathe.storage import Scaled, parse_format
 
-GRID = Grid(bits=4, group=16, symmetric=True, stored="float64")
+INT4 = Scaled("int4", 1, 16, "f32")  # f32: scales are not rounded
 ROWS, COLUMNS = 12, 96
 
 
@@ -33,18 +34,23 @@ def activations(condition: float, tokens: int = 400, seed: int = 1) -> np.ndarra
 def brain_surgeon(weight: np.ndarray, gram: np.ndarray, scale: np.ndarray, order: np.ndarray) -> np.ndarray:
     """Rounds column after column; the rest moves by -(w_q - r) / [H^-1]_qq * [H^-1]_q, and H^-1 loses row q."""
     weight, inverse = weight.copy(), np.linalg.inv(gram + 0.01 * np.mean(np.diagonal(gram)) * np.eye(COLUMNS))
-    rounded = np.zeros_like(weight)
+    found = np.zeros_like(weight)
     for q in order:
-        step = scale[:, q // GRID.group]
-        rounded[:, q] = np.clip(np.rint(weight[:, q] / step), -8, 7) * step
-        weight -= np.outer(weight[:, q] - rounded[:, q], inverse[q] / inverse[q, q])
+        step = scale[:, q // INT4.columns]
+        found[:, q] = np.clip(np.rint(weight[:, q] / step), -8, 7) * step
+        weight -= np.outer(weight[:, q] - found[:, q], inverse[q] / inverse[q, q])
         inverse -= np.outer(inverse[:, q], inverse[q]) / inverse[q, q]
-    return rounded
+    return found
 
 
-def run(weight: np.ndarray, gram: np.ndarray, grid: Grid = GRID, **options) -> np.ndarray:
-    params = grid.fit(jnp.asarray(weight))
-    return np.asarray(grid.nearest(gptq(weight, gram, grid, params, **options)[0], params))
+def run(weight: np.ndarray, gram: np.ndarray, stored: Scaled = INT4, **options) -> np.ndarray:
+    steps = stored.fit(jnp.asarray(weight))
+    levels = gptq(weight, gram, stored, steps, **options)[0]
+    return np.asarray(stored.values(levels, *stored.spread(steps, weight.shape)))
+
+
+def to_nearest(weight: np.ndarray, stored: Scaled = INT4) -> np.ndarray:
+    return np.asarray(rounded(jnp.asarray(weight), stored.fit(jnp.asarray(weight)), stored))
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -52,22 +58,21 @@ def test_equals_optimal_brain_surgeon(act_order: bool) -> None:
     w, x = weight(), activations(1e4)
     gram = x.T @ x
     order = np.argsort(-np.diagonal(gram), kind="stable") if act_order else np.arange(COLUMNS)
-    expected = brain_surgeon(w, gram, np.asarray(GRID.fit(jnp.asarray(w)).scale), order)
+    expected = brain_surgeon(w, gram, np.asarray(INT4.fit(jnp.asarray(w)).scale), order)
     np.testing.assert_allclose(run(w, gram, act_order=act_order), expected, atol=1e-9)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-def test_is_round_to_nearest_where_channels_are_independent(symmetric: bool) -> None:
-    grid = Grid(4, 16, symmetric, "float64")
-    w = jnp.asarray(weight())
-    np.testing.assert_array_equal(run(weight(), np.eye(COLUMNS), grid), grid.nearest(w, grid.fit(w)))
+@pytest.mark.parametrize("text", ["int2:g32,asym", "int8", "nvfp4", "nf4:g32", "fp8_e4m3:b8x32"])
+def test_is_round_to_nearest_where_channels_are_independent(text: str) -> None:
+    stored = parse_format(text)
+    np.testing.assert_array_equal(run(weight(), np.eye(COLUMNS), stored), to_nearest(weight(), stored))
 
 
 @pytest.mark.parametrize("condition", [10.0, 1e6])
 def test_gives_weight_error_for_output_error(condition: float) -> None:
     w, x = weight(), activations(condition)
     gram = x.T @ x
-    nearest = np.asarray(GRID.nearest(jnp.asarray(w), GRID.fit(jnp.asarray(w))))
+    nearest = to_nearest(w)
     found = run(w, gram)
     assert np.square(w - found).sum() > np.square(w - nearest).sum()
     assert np.square((w - found) @ x.T).sum() < (0.9 if condition < 1e3 else 0.3) * np.square((w - nearest) @ x.T).sum()
@@ -75,16 +80,15 @@ def test_gives_weight_error_for_output_error(condition: float) -> None:
 
 def test_does_not_depend_on_the_block() -> None:
     w, x = weight(), activations(1e3)
-    params = GRID.fit(jnp.asarray(w))
-    whole, *others = (np.asarray(gptq(w, x.T @ x, GRID, params, block=block)[0]) for block in (COLUMNS, 1, 20, 32))
+    whole, *others = (run(w, x.T @ x, block=block) for block in (COLUMNS, 1, 20, 32))
     for other in others:
-        np.testing.assert_allclose(other, whole, rtol=0, atol=1e-12 * np.abs(whole).max())
+        np.testing.assert_allclose(other, whole, rtol=0, atol=1e-12)
 
 
 def test_a_dead_channel_is_rounded_to_nearest() -> None:
     w, x = weight(), activations(1e3)
     x[:, [3, 40]] = 0
-    found, nearest = run(w, x.T @ x), np.asarray(GRID.nearest(jnp.asarray(w), GRID.fit(jnp.asarray(w))))
+    found, nearest = run(w, x.T @ x), to_nearest(w)
     np.testing.assert_array_equal(found[:, [3, 40]], nearest[:, [3, 40]])
     assert (found != nearest).any()
 
@@ -123,6 +127,6 @@ def test_refuses_what_is_no_sum_of_squares() -> None:
 
 def test_output_error_is_that_of_the_products() -> None:
     w, x = weight(), activations(10)
-    rounded = np.round(w)
-    expected = np.square((w - rounded) @ x.T).sum()
-    np.testing.assert_allclose(output_error(jnp.asarray(w), rounded, x.T @ x), expected, rtol=1e-12)
+    whole = np.round(w)
+    expected = np.square((w - whole) @ x.T).sum()
+    np.testing.assert_allclose(output_error(jnp.asarray(w), whole, x.T @ x), expected, rtol=1e-12)

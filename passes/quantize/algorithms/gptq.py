@@ -12,7 +12,7 @@ import numpy as np
 import scipy.linalg
 
 from xlathe.errors import PassError
-from xlathe.passes.quantize.methods.grid import Grid, Params, round_column
+from xlathe.storage import Scaled, Steps
 
 BLOCK = 128
 DAMPING = (0.01, 0.1, 1.0)
@@ -51,54 +51,59 @@ def inverse_factor(gram: np.ndarray) -> Factor:
 
 
 def gptq(
-    weight: Any, gram: np.ndarray, grid: Grid, params: Params, *, act_order: bool = True, block: int = BLOCK
+    weight: Any, gram: np.ndarray, stored: Scaled, steps: Steps, *, act_order: bool = True, block: int = BLOCK
 ) -> tuple[jax.Array, float]:
-    """Returns the weights [n, k] as they were when each column was rounded, and the damping that was used.
+    """Returns the level of each weight, [n, k], and the damping that was used.
 
-    Their nearest codes are GPTQ's. weight: floating [n, k]. gram: X^T X, [k, k]. params: scales and zero points of all
-    groups, which do not change on the way (static groups), so that act_order, which rounds the columns with the largest
-    activations first, needs no order of columns at run time. block: columns whose errors are passed on at once.
+    weight: floating [n, k]. gram: X^T X, [k, k]. steps: of all blocks; they do not change on the way (static groups),
+    so that act_order, which rounds the columns with the largest activations first, needs no order of columns at run
+    time. block: columns whose errors are passed on at once; it does not change the result.
     Raises PassError as `inverse_factor` does.
     """
     weight = jnp.asarray(weight)
-    columns = weight.shape[1]
-    order = np.argsort(-np.diagonal(gram), kind="stable") if act_order else np.arange(columns)
+    n, k = weight.shape
+    order = np.argsort(-np.diagonal(gram), kind="stable") if act_order else np.arange(k)
     upper, damping = inverse_factor(np.asarray(gram)[np.ix_(order, order)])
-    padding = -columns % block
-    padded = jnp.pad(weight[:, order].T, ((0, padding), (0, 0)))
+    padding = -k % block
+
+    def in_order(array: Any) -> jax.Array:
+        return jnp.pad(jnp.broadcast_to(array, (n, k)).T[order], ((0, padding), (0, 0)))
+
     factor = jnp.asarray(scipy.linalg.block_diag(upper, np.eye(padding)), weight.dtype)
-    group = np.pad(order // grid.group, (0, padding))
-    swept = _sweep(padded, factor, params.scale.T, params.zero.T, group, grid.last, block)
-    return swept[:columns].T[:, np.argsort(order)], damping
+    scale, zero = stored.spread(steps, (n, k))
+    levels = _sweep(in_order(weight), factor, in_order(scale), in_order(zero), stored, block)
+    return levels[np.argsort(order)].T, damping
 
 
-@functools.partial(jax.jit, static_argnames=("last", "block"))
+@functools.partial(jax.jit, static_argnames=("stored", "block"))
 def _sweep(
     rows: jax.Array,  # [k, n], the columns of the weight in the order in which they are rounded
     factor: jax.Array,  # [k, k], upper triangular
-    scale: jax.Array,  # [groups, n]
-    zero: jax.Array,
-    group: jax.Array,  # int [k], of each column
-    last: int,
+    scale: jax.Array,  # [k, n]
+    zero: jax.Array,  # [k, n]
+    stored: Scaled,
     block: int,
 ) -> jax.Array:
+    """Returns the levels, [k, n]."""
     count = rows.shape[0]
 
-    def one_block(number: jax.Array, rows: jax.Array) -> jax.Array:
+    def one_block(number: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        rows, levels = state
         start = number * block
         inside = jax.lax.dynamic_slice_in_dim(rows, start, block)
         across = jax.lax.dynamic_slice_in_dim(factor, start, block)
         own = jax.lax.dynamic_slice_in_dim(across, start, block, axis=1)
 
-        def one_column(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            inside, errors = state
-            which = group[start + i]
-            error = (inside[i] - round_column(inside[i], scale[which], zero[which], last)) / own[i, i]
+        def one_column(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            inside, levels, errors = state
+            steps = scale[start + i], zero[start + i]
+            level = stored.nearest(inside[i], *steps)
+            error = (inside[i] - stored.values(level, *steps)) / own[i, i]
             later = jnp.where(jnp.arange(block) > i, own[i], 0)
-            return inside - later[:, None] * error, errors.at[i].set(error)
+            return inside - later[:, None] * error, levels.at[start + i].set(level), errors.at[i].set(error)
 
-        inside, errors = jax.lax.fori_loop(0, block, one_column, (inside, jnp.zeros_like(inside)))
+        _, levels, errors = jax.lax.fori_loop(0, block, one_column, (inside, levels, jnp.zeros_like(inside)))
         behind = jnp.where(jnp.arange(count) >= start + block, across, 0)
-        return jax.lax.dynamic_update_slice_in_dim(rows - behind.T @ errors, inside, start, axis=0)
+        return rows - behind.T @ errors, levels
 
-    return jax.lax.fori_loop(0, count // block, one_block, rows)
+    return jax.lax.fori_loop(0, count // block, one_block, (rows, jnp.zeros_like(rows)))[1]
