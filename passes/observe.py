@@ -78,8 +78,9 @@ class Products:
     def statistics(self, values: Sequence[jax.Array], gram: bool) -> Found:
         """Returns sums over the tokens of one batch; values: of `self.values`."""
         seen = dict(zip(self.values, values, strict=True))
-        found = {
-            name: [_statistics(_rows(seen[var], axes), gram) for var, axes in inputs] for name, inputs in self.plain.items()
+        found: dict[str, list[Any]] = {
+            name: [_statistics(_rows(seen[var], axes), gram) for var, axes in inputs]
+            for name, inputs in self.plain.items()
         }
         for group in self.experts:
             found |= _of_experts(group, seen[group.rows].astype(jnp.float32), seen[group.sizes], gram)

@@ -12,7 +12,7 @@ import numpy as np
 
 from xlathe import jaxpr as ir
 from xlathe.graph import Graph
-from xlathe.passes.observe import Found, Products, add_found, check_calibration, find_products
+from xlathe.passes.observe import Products, add_found, check_calibration, find_products
 from xlathe.sections import cut_points
 from xlathe.stats import InputStats
 
