@@ -144,7 +144,7 @@ def evaluate_between(
     for index, eqn in enumerate(jaxpr.eqns):
         if index in needed:
             values = [atom.val if isinstance(atom, Literal) else env[atom] for atom in eqn.invars]
-            env |= dict(zip(eqn.outvars, bind_at(eqn, values, sizes), strict=True)) | known
+            env |= {**dict(zip(eqn.outvars, bind_at(eqn, values, sizes), strict=True)), **known}
     return [env[var] for var in wanted]
 
 

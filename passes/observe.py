@@ -78,7 +78,7 @@ class Products:
     def statistics(self, values: Sequence[jax.Array], gram: bool) -> Found:
         """Returns sums over the tokens of one batch; values: of `self.values`."""
         seen = dict(zip(self.values, values, strict=True))
-        found: dict[str, list[Any]] = {
+        found: dict[str, Sequence[Any]] = {
             name: [_statistics(_rows(seen[var], axes), gram) for var, axes in inputs]
             for name, inputs in self.plain.items()
         }

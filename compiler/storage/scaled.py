@@ -152,7 +152,7 @@ class Scaled(Format):
             return Steps(scale, xp.clip(xp.rint(zero), 0, self.levels.largest))
         return Steps(scale, round_to_float(zero, *SCALES[self.zero]))  # type: ignore[misc]
 
-    def spread(self, steps: Steps, shape: tuple[int, int]) -> tuple[Any, Any]:
+    def spread(self, steps: Steps, shape: tuple[int, ...]) -> tuple[Any, Any]:
         """Returns scale, `outer` in it, and zero (0 without one) of each weight: float32 [n, k], an axis may be 1."""
         xp, (n, k) = namespace(steps.scale), shape
         scale = steps.scale if steps.outer is None else steps.scale * steps.outer

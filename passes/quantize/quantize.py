@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 from xlathe import jaxpr as ir
 from xlathe.axes import Einsum
-from xlathe.errors import OptionError, PassError, did_you_mean
+from xlathe.errors import OptionError, did_you_mean
 from xlathe.graph import Graph, Recipe, Record
 from xlathe.ops.quantized_dot import quantized_dot
+from xlathe.passes.quantize.calibrate import make_recipes, told
 from xlathe.passes.quantize.experts import Experts, emit_product
 from xlathe.passes.quantize.methods import find_method
 from xlathe.passes.quantize.plan import Plan, Rule, make_plan
@@ -21,7 +22,6 @@ from xlathe.passes.quantize.schemes import Scheme
 from xlathe.passes.quantize.uses import Uses
 from xlathe.pipeline import APPROXIMATE, Context, Keeps, Pass
 from xlathe.rewrite import Replacement, rewrite_graph
-from xlathe.stats import InputStats
 from xlathe.storage import take_lines
 
 GRANULARITIES = ("tensor", "channel", "group")
@@ -85,12 +85,11 @@ class Quantize(Pass):
 
     def apply(self, graph: Graph, context: Context) -> tuple[Graph, Record]:
         plan = self.plan(graph)
-        stats = _calibrate(plan, graph, context)
+        makers = make_recipes(plan, graph, context)
         experts = sum(len(group.names) for group in plan.experts)
         hits = {"weight": len(plan.schemes) - experts} | ({"expert": experts} if experts else {})
-        unseen = tuple(name for name, found in stats.items() if not found.count)
-        notes = tuple(f"{name}: no token of the calibration chose this expert" for name in unseen)
-        return _replace(graph, plan, stats), Record("quantize", hits=hits, misses=plan.misses, notes=notes)
+        notes = told(plan, graph, makers)
+        return _replace(graph, plan, makers), Record("quantize", hits=hits, misses=plan.misses, notes=notes)
 
 
 def _given(options: Quantize) -> list[str]:
@@ -118,33 +117,11 @@ def _scheme_text(options: Quantize) -> str:
     return f"{text}:{','.join([*map(str, shared), *['asym'] * (not options.symmetric), *rounded])}"
 
 
-def _calibrate(plan: Plan, graph: Graph, context: Context) -> Mapping[str, InputStats]:
-    """Returns the statistics of the weights that are quantized, as far as the plan needs them; and, where there are
-    experts and batches to see them by, theirs."""
-    from xlathe.passes.observe import observe  # it reads products as this package does
-
-    static = [name for name, scheme in plan.schemes.items() if scheme.is_static]
-    wanted = plan.method.statistics != "none" or bool(static)
-    if not wanted and not (plan.experts and len(context.calibration) and not graph.is_step):
-        return {}
-    found = observe(graph, context.calibration, plan.method.statistics == "gram", context.progress).inputs
-    stats = {name: found[name] for name in plan.schemes if name in found}
-    for name in static:
-        if not stats[name].count:
-            raise PassError(f"quantize: {name}: static activations need tokens, and none of the calibration reached it")
-    return stats
-
-
-def _replace(graph: Graph, plan: Plan, stats: Mapping[str, InputStats]) -> Graph:
+def _replace(graph: Graph, plan: Plan, makers: Mapping[str, Encode]) -> Graph:
     """Adds the parts of weights as inputs, replaces the products, and drops the weights."""
     finder, replacements, recipes = Uses(graph), {}, []
     added: dict[str, jax.ShapeDtypeStruct] = {}
     in_groups = {name for group in plan.experts for name in group.names}
-    makers = {
-        e.name: Encode(e.name, e.layout, e.scheme, plan.method, stats.get(e.name))
-        for e in plan.entries
-        if e.scheme is not None and e.layout is not None
-    }
     for name, make in makers.items():
         if name in in_groups:
             continue

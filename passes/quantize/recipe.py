@@ -21,7 +21,7 @@ class Encode:
     """Recipe of the parts of a weight.
 
     name: for messages. layout: which of its axes are rows, and which are summed over. stats: None where neither method
-    nor scheme needs them.
+    nor scheme needs them. made: what the method made already, where weights are quantized one after the other.
     """
 
     name: str
@@ -29,12 +29,16 @@ class Encode:
     scheme: Scheme
     method: Method
     stats: InputStats | None = None
+    made: tuple[np.ndarray, ...] | None = None
 
     def __call__(self, weight: Any) -> tuple[np.ndarray, ...]:
+        return (*(self.make(weight) if self.made is None else self.made), *self._step())
+
+    def make(self, weight: Any) -> tuple[np.ndarray, ...]:
+        """Returns the parts of the storage format."""
         matrix = self.layout.matrix(weight)
         check_finite(self.name, matrix)
-        parts = self.method(self.name, matrix, self.scheme.stored, self.stats)
-        return (*parts, *self._step())
+        return self.method(self.name, matrix, self.scheme.stored, self.stats)
 
     def _step(self) -> tuple[np.ndarray, ...]:
         """Returns the step of static activations, whose largest in calibration becomes the last level."""

@@ -30,8 +30,8 @@ def quantize_in_order(
     """Calls `quantize` once for every weight that is multiplied with activations, from the first to the last.
 
     Each gets statistics, with `gram`, of its activations when all weights before it are what `quantize` returned. A
-    weight that several values are multiplied with gets the statistics of all of them, at the last one. A weight that is
-    looked up as well (a tied embedding) is looked up as it was. Raises OptionError without batches.
+    weight that several values are multiplied with gets the statistics of all of them, at the last one; what it makes of
+    the others, or of look-ups (a tied embedding), is as it was before. Raises OptionError without batches.
     """
     stages = _stages(graph, find_products(graph, names))
     run = _Run(graph, check_calibration(graph, batches))

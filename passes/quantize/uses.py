@@ -35,6 +35,11 @@ class Layout:
         array = np.asarray(weight, np.float32)
         return array.transpose(*self.free, *self.contracted).reshape(self.shape(array))
 
+    def weight(self, matrix: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """Undoes `matrix`."""
+        order = (*self.free, *self.contracted)
+        return matrix.reshape([shape[i] for i in order]).transpose(np.argsort(order))
+
 
 @dataclasses.dataclass(frozen=True)
 class Use:
