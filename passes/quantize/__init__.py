@@ -1,5 +1,6 @@
-"""Quantization: the pass, and one file a method."""
+"""Quantization: the pass, what prepares a model for it, and one file a method."""
 
 from xlathe.passes.quantize.quantize import Quantize
+from xlathe.passes.quantize.scaling import AwqScales, SmoothQuant
 
-__all__ = ["Quantize"]
+__all__ = ["AwqScales", "Quantize", "SmoothQuant"]

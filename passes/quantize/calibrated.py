@@ -1,16 +1,20 @@
 """Methods of rounding by the algorithms of `algorithms/`: each hands it the weight and what calibration saw."""
 
 import dataclasses
+import functools
 from typing import ClassVar, Literal, final
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from xlathe.errors import PassError
-from xlathe.passes.quantize.algorithms import awq, gptq, hqq, search
+from xlathe.passes.quantize.algorithms import autoround, awq, gptq, hqq, search
+from xlathe.passes.quantize.algorithms.blocks import output_error
 from xlathe.passes.quantize.method import Method
 from xlathe.stats import InputStats
 from xlathe.storage import Format, Scaled, Steps
+from xlathe.storage.elements import INTEGERS
 
 NEEDS_SCALES = "it chooses levels and scales, which this format does not have"
 
@@ -110,3 +114,39 @@ class Gptq(Method):
         except PassError as error:
             raise PassError(f"quantize: {name}: {error}") from None
         return stored.pack(levels, steps)
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class AutoRound(Method):
+    """Signed gradient descent on rounding and clipping: `xlathe.passes.quantize.algorithms.autoround`.
+
+    The loss is the squared error of the weight's own products; the published one is that of a whole layer's output.
+    """
+
+    statistics: ClassVar[Literal["none", "moments", "gram"]] = "gram"
+
+    steps: int = autoround.STEPS
+
+    def refusal(self, stored: Format) -> str | None:
+        if not isinstance(stored, Scaled) or stored.element not in INTEGERS:
+            return "what it learns is added to whole numbers, which this format does not have"
+        return None
+
+    def __call__(
+        self, name: str, weight: np.ndarray, stored: Format, stats: InputStats | None
+    ) -> tuple[np.ndarray, ...]:
+        assert isinstance(stored, Scaled) and stats is not None and stats.gram is not None
+        if not stats.count:
+            return stored.encode(weight)
+        array, gram = jnp.asarray(weight), jnp.asarray(stats.gram / stats.count, jnp.float32)
+        tuned, _ = autoround.tune(
+            autoround.start(array, stored), functools.partial(_products_error, stored), array, gram, steps=self.steps
+        )
+        return stored.pack(*autoround.choose(array, tuned, stored))
+
+
+def _products_error(
+    stored: Scaled, tuned: autoround.Tuned, step: jax.Array, weight: jax.Array, gram: jax.Array
+) -> jax.Array:
+    return output_error(weight, autoround.stands_for(weight, tuned, stored), gram)

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 from xlathe.errors import OptionError
 from xlathe.pass_text import parse_passes
-from xlathe.passes.quantize.calibrated import Clip, Gptq, Hqq, Search
+from xlathe.passes.quantize.calibrated import AutoRound, Clip, Gptq, Hqq, Search
 from xlathe.passes.quantize.method import Method
 from xlathe.passes.quantize.rtn import Rtn
 
-METHODS: Mapping[str, type[Method]] = {"rtn": Rtn, "search": Search, "hqq": Hqq, "clip": Clip, "gptq": Gptq}
+METHODS: Mapping[str, type[Method]] = {"rtn": Rtn, "search": Search, "hqq": Hqq, "clip": Clip, "gptq": Gptq, "auto_round": AutoRound}
 
 
 def find_method(text: str) -> Method:

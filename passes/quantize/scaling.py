@@ -1,0 +1,117 @@
+"""Move factors of channels from activations into weights: AWQ's scales and SmoothQuant, before a model is quantized."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import ClassVar, final
+
+import jax.numpy as jnp
+import numpy as np
+
+from xlathe.errors import OptionError, PassError
+from xlathe.graph import Graph, Record
+from xlathe.passes.quantize.algorithms.awq import awq_scales
+from xlathe.passes.quantize.algorithms.smooth import smooth_scales
+from xlathe.passes.quantize.pairs import Pair, find_pairs
+from xlathe.passes.quantize.uses import Uses
+from xlathe.pipeline import REASSOCIATED, Context, Keeps, Pass, is_forward
+from xlathe.stats import InputStats
+from xlathe.storage import Scaled, parse_format
+
+Choose = Callable[[Sequence[np.ndarray], InputStats], np.ndarray]
+"""Factors [k] of the columns of weights, float32 [n, k] each, that read the same activations."""
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class AwqScales(Pass):
+    """Scales up the columns of weights that read large activations, so that rounding them costs less.
+
+    scheme: the storage format that scales are searched for, `int4:g128`; what quantizes afterwards should be the same.
+    Each pair of makers (a norm, or an up-projection) and readers of some channels, which are found in the graph, gets
+    the factors with the least error of its products (Lin et al. 2023, arXiv 2306.00978). The model's function
+    stays.
+
+    Needs calibration batches (OptionError). Raises PassError where no pair is found.
+    """
+
+    needs = (is_forward,)
+    keeps: ClassVar[Keeps] = REASSOCIATED
+
+    scheme: str = "int4:g128"
+
+    def __post_init__(self) -> None:
+        self._stored()
+
+    def apply(self, graph: Graph, context: Context) -> tuple[Graph, Record]:
+        stored = self._stored()
+
+        def choose(weights: Sequence[np.ndarray], stats: InputStats) -> np.ndarray:
+            assert stats.gram is not None
+            absolute = stats.sum_absolute / max(int(stats.count), 1)
+            return awq_scales([jnp.asarray(w) for w in weights], absolute, stats.gram.astype(np.float32), stored)
+
+        return _rescale("awq_scales", graph, context, choose, gram=True)
+
+    def _stored(self) -> Scaled:
+        stored = parse_format(self.scheme)
+        if not isinstance(stored, Scaled):
+            raise OptionError(f"awq_scales: scheme={self.scheme!r} has no scales that others could lower the error of")
+        return stored
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class SmoothQuant(Pass):
+    """Divides channels of activations by max|x|^alpha / max|w|^(1 - alpha), so that they are rounded with less error.
+
+    For schemes that round activations (Xiao et al. 2022, arXiv 2211.10438). alpha: how much of the outliers weights
+    take over, 0 to 1. norms: only channels that a norm makes, as published; else those of up-projections as well. The
+    function of the model stays.
+
+    Needs calibration batches (OptionError). Raises PassError where no pair is found.
+    """
+
+    needs = (is_forward,)
+    keeps: ClassVar[Keeps] = REASSOCIATED
+
+    alpha: float = 0.5
+    norms: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.alpha, int | float) or not 0 <= self.alpha <= 1:
+            raise OptionError(f"smooth_quant: alpha={self.alpha!r}: expected a number from 0 to 1")
+
+    def apply(self, graph: Graph, context: Context) -> tuple[Graph, Record]:
+        def choose(weights: Sequence[np.ndarray], stats: InputStats) -> np.ndarray:
+            return smooth_scales(weights, stats.absmax, self.alpha)
+
+        return _rescale("smooth_quant", graph, context, choose, gram=False, norms=self.norms)
+
+
+def _rescale(
+    name: str, graph: Graph, context: Context, choose: Choose, *, gram: bool, norms: bool = False
+) -> tuple[Graph, Record]:
+    from xlathe.passes.observe import observe  # it reads products as this package does
+
+    stats = observe(graph, context.calibration, gram, context.progress).inputs
+    found, misses = find_pairs(graph)
+    pairs = [p for p in found if (p.by_norm or not norms) and all(side.name in stats for side in p.readers)]
+    if not pairs:
+        raise PassError(f"{name}: no channels that weights make and weights read; nearly: {'; '.join(misses[:5])}")
+    uses, result = Uses(graph), graph
+    for number, pair in enumerate(pairs):
+        factors = choose(_matrices(result, uses, pair), stats[pair.readers[0].name])
+        result = result.replace(weights=result.weights.derive(*pair.recipes(factors)))
+        context.progress(name, (number + 1) / len(pairs))
+    hits = {"norm": sum(pair.by_norm for pair in pairs), "projection": sum(not pair.by_norm for pair in pairs)}
+    return result, Record(name, hits=hits, misses=misses)
+
+
+def _matrices(graph: Graph, uses: Uses, pair: Pair) -> list[np.ndarray]:
+    """Returns the weights that read the channels, as they are by now, float32 [n, k]."""
+    found = []
+    for side in pair.readers:
+        layout = uses.layout(side.name)
+        assert layout is not None and layout.contracted == (side.axis,)
+        found.append(layout.matrix(graph.weights[side.name]))
+    return found

@@ -1,0 +1,94 @@
+"""Factors of channels: the pairs that the graph has, and that moving factors between them changes nothing."""
+
+import numpy as np
+import pytest
+
+from tests.graphs import eager, relative, tokens, traced
+from tests.variants import DECODERS
+from xlathe.errors import OptionError, PassError
+from xlathe.passes import PASSES
+from xlathe.passes.canonicalize import Canonicalize
+from xlathe.passes.quantize import AwqScales, Quantize, SmoothQuant
+from xlathe.passes.quantize.pairs import Side, find_pairs
+from xlathe.pipeline import Pipeline
+
+NO_NORM = {"nnx_mask_buffer"}  # its norms have no weights
+AUTHORINGS = ("llama", "gpt2", "gemma2", "fused_qkv", "nnx_scan", "linen_multi_head_attention", "post_norm", "tied_head")
+AUTHORINGS += ("latent_and_rotary_key", "experts_top_two", "parallel_blocks", "tokens_before_batch", *NO_NORM)
+VARIANTS = {variant.name: variant for variant in DECODERS}
+
+
+@pytest.mark.parametrize("name", AUTHORINGS)
+def test_the_function_stays(name: str) -> None:
+    graph = Canonicalize()(traced(name))
+    pairs, misses = find_pairs(graph)
+    assert bool(pairs) == (name not in NO_NORM) and misses
+    rng, scaled = np.random.default_rng(0), graph
+    for pair in pairs:
+        factors = np.exp(rng.uniform(-1.5, 1.5, pair.channels))
+        scaled = scaled.replace(weights=scaled.weights.derive(*pair.recipes(factors)))
+    ids = tokens(VARIANTS[name], 1, 5)
+    assert relative(eager(scaled, ids), eager(graph, ids)) <= 1e-5
+
+
+def test_pairs_of_a_llama() -> None:
+    """A norm and q, k, v; a norm and gate, up; the rows of up and down; the last norm and the head."""
+    pairs, misses = find_pairs(Canonicalize()(traced("llama")))
+    first = [name for name in traced("llama").names("weight") if "layers/0" in name]
+    norm = next(name for name in first if "norm" in name and pairs[0].makers[0].name == name)
+    assert pairs[0].makers == (Side(norm, 0),) and pairs[0].by_norm
+    assert [side.name.split("/")[-2] for side in pairs[0].readers] == ["q_proj", "k_proj", "v_proj"]
+    (product,) = [pair for pair in pairs if not pair.by_norm and "layers/0" in pair.makers[0].name]
+    assert "up_proj" in product.makers[0].name and "down_proj" in product.readers[0].name
+    assert all("o_proj" in miss for miss in misses)  # heads share their values
+
+
+def test_a_norm_by_one_plus_its_weight() -> None:
+    pairs, _ = find_pairs(Canonicalize()(traced("gemma2")))
+    assert {side.offset for pair in pairs if pair.by_norm for side in pair.makers} == {1.0}
+
+
+def test_a_norm_with_a_bias() -> None:
+    pairs, _ = find_pairs(Canonicalize()(traced("gpt2")))
+    assert all(len(pair.makers) == 2 for pair in pairs)
+
+
+@pytest.mark.parametrize("pass_", [AwqScales("int3:g8"), SmoothQuant(), SmoothQuant(norms=False)], ids=str)
+def test_passes_keep_the_function(pass_) -> None:
+    graph, given = Canonicalize()(traced("llama")), [tokens(VARIANTS["llama"], 2, 16)]
+    found = Pipeline([pass_], verify=True)(graph, calibration=given)
+    assert found.structural_hash == graph.structural_hash
+    assert found.history[-1].hits == {"norm": 5, "projection": 0 if getattr(pass_, "norms", False) else 2}
+    assert Pipeline.parse(str(pass_), PASSES).passes == (pass_,)
+
+
+def test_an_outlier_channel_is_made_good() -> None:
+    """A channel of x100 that the weights behind it take back: rounding loses it, and with AWQ's scales does not."""
+    graph, given = Canonicalize()(traced("llama")), [tokens(VARIANTS["llama"], 2, 16, seed=s) for s in range(4)]
+    pairs, _ = find_pairs(graph)
+    for pair in pairs:
+        factors = np.ones(pair.channels)
+        factors[3] = 0.01
+        graph = graph.replace(weights=graph.weights.derive(*pair.recipes(factors)))
+    held_out = tokens(VARIANTS["llama"], 2, 16, seed=99)
+
+    def error(*passes) -> float:
+        found = Pipeline(passes)(graph, calibration=given)
+        return float(np.square(np.asarray(found(held_out) - graph(held_out))).mean())
+
+    plain, scaled = error(Quantize("int4:g32")), error(AwqScales("int4:g32"), Quantize("int4:g32"))
+    assert scaled < 0.5 * plain
+    dynamic = "int8:channel,a=int8_token"
+    assert error(SmoothQuant(), Quantize(dynamic)) < 0.2 * error(Quantize(dynamic))
+
+
+def test_bad_input() -> None:
+    with pytest.raises(OptionError, match=r"alpha=1\.5: expected a number from 0 to 1"):
+        SmoothQuant(alpha=1.5)
+    with pytest.raises(OptionError, match="scheme='bf16' has no scales"):
+        AwqScales("bf16")
+    with pytest.raises(OptionError, match="needs at least one batch"):
+        SmoothQuant()(Canonicalize()(traced("llama")))
+    graph = Canonicalize()(traced("nnx_mask_buffer"))
+    with pytest.raises(PassError, match="no channels that weights make and weights read; nearly: "):
+        Pipeline([SmoothQuant()])(graph, calibration=[tokens(VARIANTS["nnx_mask_buffer"], 1, 4)])
