@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 
 from xlathe.errors import OptionError
-from xlathe.pass_text import parse_passes
+from xlathe.pass_text import parse_passes, pass_name
 from xlathe.passes.quantize.calibrated import AutoRound, Clip, Gptq, Hqq, Search
 from xlathe.passes.quantize.method import Method
 from xlathe.passes.quantize.rtn import Rtn
 
-METHODS: Mapping[str, type[Method]] = {"rtn": Rtn, "search": Search, "hqq": Hqq, "clip": Clip, "gptq": Gptq, "auto_round": AutoRound}
+METHODS: Mapping[str, type[Method]] = {
+    pass_name(cls): cls for cls in (Rtn, Search, Hqq, Clip, Gptq, AutoRound)
+}
 
 
 def find_method(text: str) -> Method:

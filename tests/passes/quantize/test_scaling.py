@@ -13,8 +13,8 @@ from xlathe.passes.quantize.pairs import Side, find_pairs
 from xlathe.pipeline import Pipeline
 
 NO_NORM = {"nnx_mask_buffer"}  # its norms have no weights
-AUTHORINGS = ("llama", "gpt2", "gemma2", "fused_qkv", "nnx_scan", "linen_multi_head_attention", "post_norm", "tied_head")
-AUTHORINGS += ("latent_and_rotary_key", "experts_top_two", "parallel_blocks", "tokens_before_batch", *NO_NORM)
+AUTHORINGS = ("llama", "gpt2", "gemma2", "fused_qkv", "nnx_scan", "linen_multi_head_attention", "post_norm")
+AUTHORINGS += ("tied_head", "latent_and_rotary_key", "experts_top_two", "parallel_blocks", *NO_NORM)
 VARIANTS = {variant.name: variant for variant in DECODERS}
 
 
