@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.graphs import relative, tokens, traced
+from tests.graphs import graph_of, relative, tokens, traced
 from tests.variants import DECODERS
 from xlathe.errors import OptionError, PassError
 from xlathe.passes import PASSES
@@ -45,8 +45,19 @@ def test_pairs_of_a_llama() -> None:
 
 
 def test_a_norm_by_one_plus_its_weight() -> None:
-    pairs, _ = find_pairs(Canonicalize()(traced("gemma2")))
-    assert {side.offset for pair in pairs if pair.by_norm for side in pair.makers} == {1.0}
+    rng = np.random.default_rng(0)
+    params = {"table": rng.normal(size=(11, 8)), "norm": rng.normal(size=8) / 4, "head": rng.normal(size=(8, 11))}
+
+    def gemma(params: dict, ids: jax.Array) -> jax.Array:
+        x = params["table"][ids]
+        return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True)) * (1 + params["norm"]) @ params["head"]
+
+    graph = graph_of(gemma, **{name: value.astype(np.float32) for name, value in params.items()})
+    (pair,), _ = find_pairs(graph)
+    assert pair.makers == (Side("norm", 0, offset=1.0),) and pair.readers == (Side("head", 0),)
+    scaled = graph.replace(weights=graph.weights.derive(*pair.recipes(np.geomspace(0.1, 10, 8))))
+    ids = np.arange(6)[None]
+    assert relative(scaled(ids), graph(ids)) <= 1e-5
 
 
 def test_a_norm_with_a_bias() -> None:
