@@ -38,7 +38,7 @@ def make_recipes(plan: Plan, graph: Graph, context: Context) -> dict[str, Encode
         stats = makers[name].stats
         if stats is None or not stats.count:
             raise PassError(
-                f"quantize: {name}: no token of the calibration reached it, so it has no static activations"
+                f"quantize: {name}: static activations need tokens, and none of the calibration reached it"
             )
     return makers
 
