@@ -51,7 +51,8 @@ def _trace_once(
     compared after that too.
     """
     avals = [jax.ShapeDtypeStruct(*each) for each in types]
-    itself = {name: ir.dim_symbol(n, name) for shape, _ in types for n in shape for name in ir.dim_vars(n)}
+    found = ((name, ir.dim_symbol(n, name)) for shape, _ in types for n in shape for name in ir.dim_vars(n))
+    itself = {name: symbol for name, symbol in found if symbol is not None}
     traced: ir.Jaxpr = ir.substitute(ir.trace(lambda *xs: body(*xs, **dict(attributes)), *avals), itself)
     return traced
 
