@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from xlathe.tools.sweep_rows import Job, Row
 
 ROWS = "rows"
-EVAL_TOKENS = 16384  # of the demo's held-out text
+EVAL_TOKENS = 8192  # of the demo's held-out text
 
 
 def define(values: flags.FlagValues) -> None:

@@ -26,7 +26,8 @@ from xlathe.errors import OptionError
 from xlathe.memory import plan_from_graph
 from xlathe.models.llama import Llama, LlamaConfig
 from xlathe.passes import CacheLayout
-from xlathe.program import Program, _Run
+from xlathe.program import Program
+from xlathe.run import Run
 from xlathe.target import find_target
 
 VOCAB, SLOTS, ROWS = 61, 48, 3
@@ -272,7 +273,7 @@ def test_slots_past_the_end_of_a_row_are_never_read(
     plain: Program, drafting: Callable[..., Program], kind: str
 ) -> None:
     program = drafting(8, kind)
-    run = _Run(program, program.limits.request(PROMPTS, LONGEST, None, **SAMPLED))
+    run = Run(program, program.limits.request(PROMPTS, LONGEST, None, **SAMPLED))
     run.state = tuple(jnp.full_like(x, jnp.nan if x.dtype == jnp.float32 else 0) for x in run.state)
     for _ in run.pieces():
         pass

@@ -9,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import xlathe as xl
+from tests.models.formats.test_text_travels import spoken
 from tests.tools.test_demo import Reader
 from xlathe.errors import OptionError
+from xlathe.models.formats.huggingface import write_huggingface
 from xlathe.report import count_parameters
 from xlathe.tools import sweep_rows
 from xlathe.tools.main import main
@@ -18,7 +21,7 @@ from xlathe.tools.quality import Quality
 from xlathe.tools.source import preset
 from xlathe.tools.sweep import read_ways
 from xlathe.tools.sweep_report import Report, as_text, front, page, points, sheet, write_png
-from xlathe.tools.sweep_rows import Figures, Job, Row, peak_memory, run_row
+from xlathe.tools.sweep_rows import Figures, Job, Row, measure, peak_memory, run_row
 from xlathe.verify import Estimate
 
 TEXT = "def read_file(path):\n    with open(path) as file:\n        return file.read()  # naïve\n" * 4
@@ -101,6 +104,19 @@ def test_the_peak_is_of_the_process_alone():
     found = int(sweep_rows.subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
     assert peak_memory() > 300e6 and held[-1] == 1
     assert found < peak_memory() - 200e6
+
+
+def test_a_way_may_be_a_type_of_gguf_files(tmp_path):
+    """Expected: F16 loses rounding alone, and its bytes are those of the file's tensors; norms stay float32."""
+    write_huggingface(spoken("llama"), tmp_path / "hf")
+    graph = xl.from_pretrained(tmp_path / "hf")
+    np.save(tmp_path / "windows.npy", np.random.default_rng(0).integers(0, graph.vocab, (3, 24), dtype=np.int32))
+    np.save(tmp_path / "none.npy", np.zeros((0, 1), np.int32))
+    job = Job(str(tmp_path / "hf"), "gguf:F16", str(tmp_path / "windows.npy"), str(tmp_path / "none.npy"), 12, False)
+    found = measure(job)
+    shapes = [graph.aval(name).shape for name in graph.names("weight")]
+    assert found.bytes == sum(np.prod(shape) * (2 if len(shape) > 1 else 4) for shape in shapes)
+    assert 0 < found.quality.kl.mean < 1e-5
 
 
 def row(name: str, size: int, kl: float) -> Row:
