@@ -139,15 +139,18 @@ class Table(Element):
 
 
 def round_to_float(x: Any, mantissa: int, smallest: int, largest: float) -> Any:
-    """Rounds float32 to so many explicit bits of mantissa; below 2**smallest steps stay as they are there."""
+    """Rounds floats to so many explicit bits of mantissa; below 2**smallest steps stay as they are there."""
     xp = namespace(x)
     step = power_of_two(xp.maximum(exponent_of(x), smallest) - mantissa)
     return xp.clip(xp.rint(x / step) * step, -largest, largest)
 
 
 def exponent_of(x: Any) -> Any:
-    """Returns floor(log2(|x|)) of float32, int32; -127 of 0 and of numbers below 2**-126."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32) if isinstance(x, jax.Array) else np.asarray(x).view(np.int32)
+    """Returns floor(log2(|x|)) of floats as float32 has them, int32; -127 of 0 and of numbers below 2**-126."""
+    if isinstance(x, jax.Array):
+        bits: Any = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+    else:
+        bits = np.asarray(x, np.float32).view(np.int32)
     return (bits >> 23 & 255) - BIAS
 
 
