@@ -31,7 +31,7 @@ ROUNDS = 3
 
 def llama_cpp(source: Path, made: Path, mix: str) -> None:
     """Has llama.cpp quantize a file."""
-    import llama_cpp as peer
+    import llama_cpp as peer  # type: ignore[import-not-found, unused-ignore]  # an extra: llama
 
     options = peer.llama_model_quantize_default_params()
     options.nthread, options.ftype = os.cpu_count() or 1, int(MIXES[mix][1])
