@@ -1,5 +1,6 @@
 """`xlathe eval`: its figures are those of NumPy written out, for a graph and for a bundle."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -117,7 +118,9 @@ def test_which_protocol_ran_is_told(tiny_folder, text, capsys):
 @pytest.mark.parametrize("made", ["llama", "gpt-2"])
 def test_checkpoints_begin_their_windows_as_llama_cpp_does(made, tmp_path, capsys):
     """Of a directory and of a GGUF file; `llama` begins a text with <s>, `gpt-2` with nothing."""
-    given = spoken(made)
+    plain = spoken(made)
+    card = dataclasses.replace(plain.card, config={**plain.card.config, "rms_norm_eps": 1e-6})  # llama.cpp wants one
+    given = dataclasses.replace(plain, card=card)
     write_huggingface(given, tmp_path / "hf")
     write_gguf(given, tmp_path / "m.gguf", "F32")
     (tmp_path / "text").write_text(" ".join(CORPUS) * 4, encoding="utf-8")
