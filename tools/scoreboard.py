@@ -37,22 +37,52 @@ class Entry:
         return f"{self.method} {self.scheme}"
 
 
-def quantized(method: str, scheme: str) -> Entry:
-    """Returns a row of the pass `quantize` alone."""
-    return Entry(method, scheme, f'canonicalize,fuse_attention,quantize{{scheme="{scheme}",method="{method}"}}')
+def quantized(method: str, scheme: str, before: str = "") -> Entry:
+    """Returns a row of the pass `quantize`, and of the pass `before` it."""
+    passes = ["canonicalize", "fuse_attention", *([before] if before else [])]
+    name = "+".join([*([before] if before else []), method])
+    return Entry(name, scheme, ",".join([*passes, f'quantize{{scheme="{scheme}",method="{method}"}}']))
+
+
+def file_of(type: str) -> Entry:
+    """Returns a row of a GGUF file."""
+    return Entry("gguf", type, f"gguf:{type}")
 
 
 # By size, the largest first; of one scheme, the plainest method first.
 ENTRIES: Final[tuple[Entry, ...]] = (
     Entry("none", "float32", "canonicalize,fuse_attention"),
     quantized("rtn", "bf16"),
-    Entry("gguf", "Q8_0", "gguf:Q8_0"),
+    file_of("Q8_0"),
+    quantized("rtn", "mxfp8"),
     quantized("rtn", "int8"),
+    quantized("rtn", "int8:channel,a=int8_token"),
+    quantized("rtn", "fp8_e4m3:channel"),
+    file_of("Q6_K"),
+    file_of("Q5_K_M"),
+    file_of("Q4_K_M"),
     quantized("rtn", "int4:g32,asym"),
+    file_of("Q4_K_S"),
+    file_of("Q4_0"),
     quantized("rtn", "int4:g32"),
+    quantized("gptq", "int4:g32"),
     quantized("rtn", "int4:g32,a=int8"),
+    quantized("rtn", "nvfp4"),
+    quantized("rtn", "nf4:g64"),
+    quantized("rtn", "mxfp4"),
     quantized("rtn", "int4:g128,asym"),
     quantized("rtn", "int4:g128"),
+    quantized("hqq", "int4:g128"),
+    quantized("search", "int4:g128"),
+    quantized("auto_round", "int4:g128"),
+    quantized("clip", "int4:g128", before="awq_scales"),
+    quantized("gptq", "int4:g128"),
+    file_of("Q3_K_M"),
+    quantized("rtn", "int3:g64"),
+    quantized("gptq", "int3:g64"),
+    file_of("Q2_K"),
+    quantized("rtn", "int2:g64"),
+    quantized("gptq", "int2:g64"),
 )
 
 
