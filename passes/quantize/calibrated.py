@@ -1,5 +1,6 @@
 """Methods of rounding by the algorithms of `algorithms/`: each hands it the weight and what calibration saw."""
 
+import abc
 import dataclasses
 import functools
 from typing import ClassVar, Literal, final
@@ -16,75 +17,88 @@ from xlathe.stats import InputStats
 from xlathe.storage import Format, Scaled, Steps
 from xlathe.storage.elements import INTEGERS
 
-NEEDS_SCALES = "it chooses levels and scales, which this format does not have"
+
+class OnLevels(Method):
+    """A method that chooses scales, and levels of them.
+
+    integers: whether the levels must be whole numbers. A weight that calibration never reached is rounded to nearest.
+    """
+
+    integers: ClassVar[bool] = False
+
+    @final
+    def refusal(self, stored: Format) -> str | None:
+        if not isinstance(stored, Scaled):
+            return "it chooses levels and scales, which this format does not have"
+        if self.integers and stored.element not in INTEGERS:
+            return "what it learns is added to whole numbers, which this format does not have"
+        return None
+
+    @final
+    def __call__(
+        self, name: str, weight: np.ndarray, stored: Format, stats: InputStats | None
+    ) -> tuple[np.ndarray, ...]:
+        assert isinstance(stored, Scaled)
+        if stats is not None and not stats.count:
+            return stored.encode(weight)
+        try:
+            levels, steps = self.choose(jnp.asarray(weight), stored, stats)
+        except PassError as error:
+            raise PassError(f"quantize: {name}: {error}") from None
+        return stored.pack(levels, steps)
+
+    @abc.abstractmethod
+    def choose(self, weight: jax.Array, stored: Scaled, stats: InputStats | None) -> tuple[jax.Array, Steps]:
+        """Returns levels [n, k] and steps of a weight float32 [n, k]; stats: of some tokens, if it wants any."""
 
 
-def _pack(stored: Scaled, weight: np.ndarray, steps: Steps) -> tuple[np.ndarray, ...]:
-    return stored.pack(stored.nearest(jnp.asarray(weight), *stored.spread(steps, weight.shape)), steps)
+def _nearest(weight: jax.Array, stored: Scaled, steps: Steps) -> tuple[jax.Array, Steps]:
+    return stored.nearest(weight, *stored.spread(steps, weight.shape)), steps
 
 
-def _importance(stats: InputStats) -> np.ndarray:
-    """Returns the mean of x^2 of each column, float32 [k]."""
-    return (stats.sum_squares / stats.count).astype(np.float32)
+def _searched(weight: jax.Array, stored: Scaled, stats: InputStats) -> Steps:
+    """Columns count by the mean of x^2."""
+    importance = jnp.asarray(stats.sum_squares / stats.count, jnp.float32)
+    return search.search_steps(weight, importance, stored)
 
 
 @final
 @dataclasses.dataclass(frozen=True)
-class Search(Method):
+class Search(OnLevels):
     """Scales with the least error, where each column counts by the mean square of its activations (an importance
     matrix): `xlathe.passes.quantize.algorithms.search`."""
 
     statistics: ClassVar[Literal["none", "moments", "gram"]] = "moments"
 
-    def refusal(self, stored: Format) -> str | None:
-        return None if isinstance(stored, Scaled) else NEEDS_SCALES
-
-    def __call__(
-        self, name: str, weight: np.ndarray, stored: Format, stats: InputStats | None
-    ) -> tuple[np.ndarray, ...]:
-        assert isinstance(stored, Scaled) and stats is not None
-        if not stats.count:
-            return stored.encode(weight)
-        return _pack(stored, weight, search.search_steps(jnp.asarray(weight), jnp.asarray(_importance(stats)), stored))
+    def choose(self, weight: jax.Array, stored: Scaled, stats: InputStats | None) -> tuple[jax.Array, Steps]:
+        assert stats is not None
+        return _nearest(weight, stored, _searched(weight, stored, stats))
 
 
 @final
 @dataclasses.dataclass(frozen=True)
-class Hqq(Method):
+class Hqq(OnLevels):
     """Half-quadratic quantization, without calibration: `xlathe.passes.quantize.algorithms.hqq`."""
 
-    def refusal(self, stored: Format) -> str | None:
-        return None if isinstance(stored, Scaled) else NEEDS_SCALES
-
-    def __call__(
-        self, name: str, weight: np.ndarray, stored: Format, stats: InputStats | None
-    ) -> tuple[np.ndarray, ...]:
-        assert isinstance(stored, Scaled)
-        return _pack(stored, weight, hqq.hqq(jnp.asarray(weight), stored))
+    def choose(self, weight: jax.Array, stored: Scaled, stats: InputStats | None) -> tuple[jax.Array, Steps]:
+        return _nearest(weight, stored, hqq.hqq(weight, stored))
 
 
 @final
 @dataclasses.dataclass(frozen=True)
-class Clip(Method):
+class Clip(OnLevels):
     """AWQ's search for ranges (its scales are the pass `AwqScales`): `xlathe.passes.quantize.algorithms.awq`."""
 
     statistics: ClassVar[Literal["none", "moments", "gram"]] = "gram"
 
-    def refusal(self, stored: Format) -> str | None:
-        return None if isinstance(stored, Scaled) else NEEDS_SCALES
-
-    def __call__(
-        self, name: str, weight: np.ndarray, stored: Format, stats: InputStats | None
-    ) -> tuple[np.ndarray, ...]:
-        assert isinstance(stored, Scaled) and stats is not None and stats.gram is not None
-        if not stats.count:
-            return stored.encode(weight)
-        return _pack(stored, weight, awq.clip_ranges(jnp.asarray(weight), jnp.asarray(stats.gram, jnp.float32), stored))
+    def choose(self, weight: jax.Array, stored: Scaled, stats: InputStats | None) -> tuple[jax.Array, Steps]:
+        assert stats is not None and stats.gram is not None
+        return _nearest(weight, stored, awq.clip_ranges(weight, jnp.asarray(stats.gram, jnp.float32), stored))
 
 
 @final
 @dataclasses.dataclass(frozen=True)
-class Gptq(Method):
+class Gptq(OnLevels):
     """The error of a column is made good by those not yet rounded: `xlathe.passes.quantize.algorithms.gptq`.
 
     act_order: columns with the largest activations first. search: scales as `Search` chooses them; else they just reach
@@ -96,54 +110,32 @@ class Gptq(Method):
     act_order: bool = True
     search: bool = True
 
-    def refusal(self, stored: Format) -> str | None:
-        return None if isinstance(stored, Scaled) else NEEDS_SCALES
-
-    def __call__(
-        self, name: str, weight: np.ndarray, stored: Format, stats: InputStats | None
-    ) -> tuple[np.ndarray, ...]:
-        assert isinstance(stored, Scaled) and stats is not None and stats.gram is not None
-        if not stats.count:
-            return stored.encode(weight)
-        array = jnp.asarray(weight)
-        steps = stored.fit(array)
-        if self.search:
-            steps = search.search_steps(array, jnp.asarray(_importance(stats)), stored)
-        try:
-            levels, _ = gptq.gptq(array, stats.gram, stored, steps, act_order=self.act_order)
-        except PassError as error:
-            raise PassError(f"quantize: {name}: {error}") from None
-        return stored.pack(levels, steps)
+    def choose(self, weight: jax.Array, stored: Scaled, stats: InputStats | None) -> tuple[jax.Array, Steps]:
+        assert stats is not None and stats.gram is not None
+        steps = _searched(weight, stored, stats) if self.search else stored.fit(weight)
+        levels, _ = gptq.gptq(weight, stats.gram, stored, steps, act_order=self.act_order)
+        return levels, steps
 
 
 @final
 @dataclasses.dataclass(frozen=True)
-class AutoRound(Method):
+class AutoRound(OnLevels):
     """Signed gradient descent on rounding and clipping: `xlathe.passes.quantize.algorithms.autoround`.
 
     The loss is the squared error of the weight's own products; the published one is that of a whole layer's output.
     """
 
     statistics: ClassVar[Literal["none", "moments", "gram"]] = "gram"
+    integers: ClassVar[bool] = True
 
     steps: int = autoround.STEPS
 
-    def refusal(self, stored: Format) -> str | None:
-        if not isinstance(stored, Scaled) or stored.element not in INTEGERS:
-            return "what it learns is added to whole numbers, which this format does not have"
-        return None
-
-    def __call__(
-        self, name: str, weight: np.ndarray, stored: Format, stats: InputStats | None
-    ) -> tuple[np.ndarray, ...]:
-        assert isinstance(stored, Scaled) and stats is not None and stats.gram is not None
-        if not stats.count:
-            return stored.encode(weight)
-        array, gram = jnp.asarray(weight), jnp.asarray(stats.gram / stats.count, jnp.float32)
-        tuned, _ = autoround.tune(
-            autoround.start(array, stored), functools.partial(_products_error, stored), array, gram, steps=self.steps
-        )
-        return stored.pack(*autoround.choose(array, tuned, stored))
+    def choose(self, weight: jax.Array, stored: Scaled, stats: InputStats | None) -> tuple[jax.Array, Steps]:
+        assert stats is not None and stats.gram is not None
+        gram = jnp.asarray(stats.gram / stats.count, jnp.float32)
+        loss = functools.partial(_products_error, stored)
+        tuned, _ = autoround.tune(autoround.start(weight, stored), loss, weight, gram, steps=self.steps)
+        return autoround.choose(weight, tuned, stored)
 
 
 def _products_error(
