@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -16,21 +16,13 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
 
     Raises CheckpointError where it cannot be written.
     """
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        number, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(number, "wb", buffering=1 << 20) as file:
-                yield file
-            os.chmod(name, 0o666 & ~_umask())  # as a file that is opened by its name has
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        with open(beside, "xb", buffering=1 << 20) as file:
+            yield file
+        os.replace(beside, path)
+    except BaseException as error:
+        beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(beside), beside):
+            raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from None
+        raise

@@ -28,6 +28,12 @@ class InputStats:
     sum_absolute: np.ndarray
     gram: np.ndarray | None = None
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether no activation was NaN, infinite or so large that a sum is."""
+        fields = (self.absmax, self.sum_squares, self.sum_absolute, *([] if self.gram is None else [self.gram]))
+        return all(bool(np.isfinite(field).all()) for field in fields)
+
     def __add__(self, other: "InputStats") -> "InputStats":
         """Returns the statistics of both."""
         both = self.gram is not None and other.gram is not None

@@ -17,6 +17,7 @@ from xlathe.stats import InputStats, Stats
 
 Found = Mapping[str, Sequence[Mapping[str, jax.Array]]]
 """Statistics of one batch, one a use of the weight."""
+TOKENS = 256  # whose products are one sum
 
 
 def observe(
@@ -142,7 +143,18 @@ def _statistics(x: jax.Array, gram: bool) -> dict[str, jax.Array]:
         "absmax": jnp.abs(x).max(axis=0),
         "sum_squares": jnp.square(x).sum(axis=0),
         "sum_absolute": jnp.abs(x).sum(axis=0),
-    } | ({"gram": x.T @ x} if gram else {})
+    } | ({"gram": _gram(x)} if gram else {})
+
+
+def _gram(x: jax.Array) -> jax.Array:
+    """Returns x^T x, of a few tokens at a time: XLA splits longer sums by the number of threads, which changes bits."""
+    steps = -(-x.shape[0] // TOKENS)
+    padded = jnp.pad(x, ((0, steps * TOKENS - x.shape[0]), (0, 0))).reshape(steps, TOKENS, x.shape[1])
+
+    def add(total: jax.Array, part: jax.Array) -> tuple[jax.Array, None]:
+        return total + part.T @ part, None
+
+    return jax.lax.scan(add, jnp.zeros((x.shape[1],) * 2, x.dtype), padded)[0]
 
 
 def _to_stats(found: dict[str, np.ndarray]) -> InputStats:

@@ -31,6 +31,8 @@ def run(options: Options, source: str) -> None:
     if (pipeline is not None) != options["plan"] or options["json"] > options["plan"]:
         raise UsageError("--plan goes with --passes or --config, whose plan it prints, and --json with --plan")
     if is_bundle(source):
+        if options["plan"] or options["text"]:
+            raise UsageError(f"{source} is a bundle, which has a manifest alone; --plan and --text go with graphs")
         print((Path(source) / "manifest.json").read_text(encoding="utf-8"))
         return
     graph = open_graph(source)

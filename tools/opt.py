@@ -44,7 +44,7 @@ def run(options: Options, source: str, destination: str) -> None:
 
 VERB = Verb(
     "opt",
-    "run passes on a graph directory, or the word demo, and save the graph",
+    "run passes on a graph directory, a checkpoint or the demo, and save the graph",
     ("SOURCE", "OUT"),
     define,
     run,

@@ -80,13 +80,14 @@ def cut(
 
 
 def _length(protocol: Protocol, count: int, max_len: int, context: int | None) -> int:
+    least = next(n for n in range(2, 8) if n - 1 - protocol.first(n) > 0)  # one token is scored
     if context is None:
         length = min(protocol.context, max_len, count // 2)
-        if length < 2:
-            raise OptionError(f"the text has {count} tokens, expected at least 4")
+        if length < least:
+            raise OptionError(f"the text has {count} tokens, expected at least {2 * least}")
         return length
-    if not 2 <= context <= max_len:
-        raise OptionError(f"context={context}: expected 2 to {max_len}, the longest text that the models take")
+    if not least <= context <= max_len:
+        raise OptionError(f"context={context}: expected {least} to {max_len}, the longest text that the models take")
     if count < 2 * context:
         raise OptionError(f"the text has {count} tokens, expected at least two windows of {context}")
     return context

@@ -197,7 +197,7 @@ def speculation_sheet(drafted: Sequence[Drafted], caption: str) -> Sheet:
 def estimate_text(value: Estimate, factor: float = 1.0) -> str:
     """Prints a mean to the digits that its error, of two significant ones, allows."""
     mean, error = factor * value.mean, factor * value.error
-    if error == 0:
+    if error == 0 or not math.isfinite(error):
         return f"{mean:g}"
     digits = max(0, 1 - math.floor(math.log10(error)))
     return f"{mean:.{digits}f} ±{error:.{digits}f}"

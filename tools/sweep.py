@@ -104,7 +104,7 @@ def _windows(options: Options, source: str, graph: "Graph", protocol: Protocol) 
     if options["text"] is None:
         if source != DEMO:
             raise UsageError("which text? --text=FILE")
-        return _own_windows(options["context"] or DEMO_LENGTH)
+        return _own_windows(DEMO_LENGTH if options["context"] is None else options["context"])
     tokens = encode(read_text(Path(options["text"])), graph.tokenizer, source, "evaluating a text")
     return cut(protocol, tokens, beginning(graph.tokenizer), graph.max_len, options["context"])
 

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -118,7 +119,7 @@ def points(rows: Sequence[Row]) -> list[Point]:
     """Returns what a plot shows: rows that differ from the source by more than rounding."""
     best, found = front(rows), []
     for row in rows:
-        if row.figures is None or row.figures.quality.kl.mean < LEAST:
+        if row.figures is None or not LEAST <= row.figures.quality.kl.mean < math.inf:
             continue
         kl, megabytes = row.figures.quality.kl, row.figures.bytes / 1e6
         text = f"{row.name}: {megabytes:.2f} MB, {estimate_text(kl, 1e3)} 10⁻³ nats a token"
@@ -131,7 +132,7 @@ def page(report: Report) -> str:
     """Returns the page; every text in it that is not its own is escaped."""
     shown = points(report.rows)
     title = f"Ways to make {report.source} smaller"
-    plot = figure(
+    plot = shown and figure(
         scatter("sweep", title, *AXES, shown),
         "Further left is smaller, further down is closer. Bars: one standard error. Joined: what nothing else beats in "
         "both; at the bottom left of all are ways that change nothing but rounding, which are not shown.",
@@ -143,7 +144,7 @@ def page(report: Report) -> str:
     return document(
         f"xlathe sweep {report.source}",
         [
-            section(sheet(report), plot if shown else ""),
+            section(sheet(report), plot or ""),
             f"<section><h2>Failed</h2>\n<dl>{errors}</dl></section>" if errors else "",
             f"<section><h2>Pipelines</h2>\n<dl>{ways}</dl></section>",
         ],

@@ -29,7 +29,7 @@ def round_tokens(x: jax.Array, activations: str, *step: jax.Array) -> tuple[jax.
     """Rounds x [..., k] to the levels of int8 or of fp8 e4m3: float32 [..., k], and their step [..., 1].
 
     The largest magnitude of a token becomes the largest level, 127 or 448; or `step`, float32 [], is given, and what is
-    beyond the largest level becomes it. Ties go to even.
+    beyond the largest level becomes it. Ties go to even. The step of a token with a NaN is NaN.
     """
     wide, whole = x.astype(jnp.float32), activations.startswith("int8")
     last = INT8_MAX if whole else FP8_E4M3.largest
@@ -40,4 +40,5 @@ def round_tokens(x: jax.Array, activations: str, *step: jax.Array) -> tuple[jax.
         largest = jnp.abs(wide).max(axis=-1, keepdims=True)
         inverse, steps = jnp.where(largest > SMALLEST, last / largest, 0), largest * jnp.float32(1 / last)
     scaled = wide * inverse
+    steps = jnp.where(jnp.isnan(wide).any(axis=-1, keepdims=True), jnp.nan, steps)  # no level is one
     return (jnp.clip(jnp.round(scaled), -last, last) if whole else FP8_E4M3.nearest(scaled)), steps

@@ -38,8 +38,8 @@ def convert(
     type: of the numbers, F32, F16, BF16 or (GGUF) a name in `gguf.mixes.MIXES`; by default Q8_0 in a GGUF file, and
     the source's own in a directory. progress: told the bytes written and the bytes in all. imatrix: an importance
     matrix of llama.cpp's, for a GGUF file. planned: told what a GGUF file will hold before any of it is written.
-    Returns the bytes in all. Raises CheckpointError for a source that is damaged or has no place in the other format,
-    OptionError for an unknown type.
+    Returns the bytes in all. Raises CheckpointError for a source that is damaged, holds NaN or infinite numbers or has
+    no place in the other format, OptionError for an unknown type.
     """
     checkpoint, path = open_checkpoint(source), as_path(destination, CheckpointError)
     if path.exists() and path.resolve() == Path(source).resolve():
@@ -60,7 +60,7 @@ def convert(
 def _to_huggingface(checkpoint: Checkpoint, folder: Path, type: str | None, progress: Progress) -> int:
     if type is not None and type not in DTYPES:
         raise OptionError(f"type: no type {type!r} in a directory{did_you_mean(type, DTYPES)}")
-    cast = checkpoint if type is None else _cast(checkpoint, DTYPES[type])
+    cast = _cast(checkpoint, None if type is None else DTYPES[type])
     whole = sum(tensor.nbytes for tensor in cast.tensors.values())
     done = 0
 
@@ -73,19 +73,28 @@ def _to_huggingface(checkpoint: Checkpoint, folder: Path, type: str | None, prog
     return whole
 
 
-def _cast(checkpoint: Checkpoint, dtype: np.dtype[Any]) -> Checkpoint:
-    """Returns the checkpoint with floats of another type; raises CheckpointError when one that does not fit is read."""
+def _cast(checkpoint: Checkpoint, dtype: np.dtype[Any] | None) -> Checkpoint:
+    """Returns the checkpoint with floats of another type, if one is given.
+
+    Raises CheckpointError when a number is read that does not fit, or is none.
+    """
 
     def changed(name: str, tensor: Tensor) -> Tensor:
+        wanted = dtype or tensor.dtype
+
         def read() -> np.ndarray:
+            array = tensor.read()
+            if not np.isfinite(array).all():
+                raise CheckpointError(f"tensor {name!r}: expected numbers, found NaN or infinite ones")
             try:
                 with np.errstate(over="raise"):
-                    return tensor.read().astype(dtype, copy=False)
+                    return array.astype(wanted, copy=False)
             except FloatingPointError:
-                raise CheckpointError(f"tensor {name!r}: expected numbers that fit {dtype}, found larger") from None
+                raise CheckpointError(f"tensor {name!r}: expected numbers that fit {wanted}, found larger") from None
 
-        return Tensor(tensor.shape, dtype, read)
+        return Tensor(tensor.shape, wanted, read)
 
     tensors = {name: changed(name, tensor) for name, tensor in checkpoint.tensors.items()}
-    card = dataclasses.replace(checkpoint.card, config={**checkpoint.card.config, "dtype": str(dtype)})
+    said = {} if dtype is None else {"dtype": str(dtype)}
+    card = dataclasses.replace(checkpoint.card, config={**checkpoint.card.config, **said})
     return dataclasses.replace(checkpoint, card=card, tensors=tensors)

@@ -1,6 +1,8 @@
 """A Hugging Face directory: `config.json`, `generation_config.json`, safetensors in one file or in shards."""
 
 import json
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,20 @@ from xlathe.card import Card
 from xlathe.errors import CheckpointError
 from xlathe.models.checkpoint import Checkpoint, Tensor
 from xlathe.models.formats.json_file import read_json
-from xlathe.models.formats.tokenizer import SETTINGS, TOKENIZER, read_chat_template, read_special_tokens, read_tokenizer
+from xlathe.models.formats.tokenizer import (
+    FILES,
+    SETTINGS,
+    TOKENIZER,
+    read_chat_template,
+    read_special_tokens,
+    read_tokenizer,
+)
 from xlathe.safetensors_file import read_safetensors, write_safetensors
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# What a directory holds of a model, the configuration first.
+OWNED = (CONFIG, GENERATION, WEIGHTS, INDEX, *FILES)
 METADATA = {"format": "pt"}  # without which transformers refuses a file
 SHARD = 5_000_000_000  # bytes, at most, but for a tensor that is larger: as transformers has it
 
@@ -71,21 +82,31 @@ def write_huggingface(
 ) -> None:
     """Writes a directory that `transformers` loads, tensor by tensor, in files of at most `shard` bytes.
 
-    The configuration comes last: without it, what an interrupted run left is no checkpoint.
-    wrote: told the bytes of each tensor. Raises CheckpointError where the directory cannot be written.
+    All of them take their places at the end, and what another checkpoint left there goes; so a run that fails leaves
+    the directory as it was. wrote: told the bytes of each tensor. Raises CheckpointError where the directory cannot be
+    written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).unlink(missing_ok=True)
-        _write_tensors(checkpoint.tensors, folder, wrote, shard)
-        if checkpoint.tokenizer is not None:
-            checkpoint.tokenizer.save(str(folder / TOKENIZER))
-            _write_json(_text_settings(checkpoint.card), folder / SETTINGS)
-        if checkpoint.card.generation:
-            _write_json(checkpoint.card.generation, folder / GENERATION)
-        _write_json(checkpoint.card.config, folder / CONFIG)
+        with tempfile.TemporaryDirectory(prefix=".written-", dir=folder) as name:
+            _write_files(checkpoint, Path(name), wrote, shard)
+            shards = folder.glob("model-*-of-*.safetensors")
+            for old in (*map(folder.joinpath, OWNED), *shards):  # the configuration first: without it there is none
+                old.unlink(missing_ok=True)
+            for new in sorted(Path(name).iterdir(), key=lambda file: file.name == CONFIG):
+                os.replace(new, folder / new.name)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from None
+
+
+def _write_files(checkpoint: Checkpoint, folder: Path, wrote: Callable[[int], None], shard: int) -> None:
+    _write_tensors(checkpoint.tensors, folder, wrote, shard)
+    if checkpoint.tokenizer is not None:
+        checkpoint.tokenizer.save(str(folder / TOKENIZER))
+        _write_json(_text_settings(checkpoint.card), folder / SETTINGS)
+    if checkpoint.card.generation:
+        _write_json(checkpoint.card.generation, folder / GENERATION)
+    _write_json(checkpoint.card.config, folder / CONFIG)
 
 
 def _text_settings(card: Card) -> dict[str, Any]:
@@ -94,8 +115,6 @@ def _text_settings(card: Card) -> dict[str, Any]:
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], folder: Path, wrote: Callable[[int], None], shard: int) -> None:
-    for old in [*folder.glob("model-*-of-*.safetensors"), folder / INDEX, folder / WEIGHTS]:
-        old.unlink(missing_ok=True)
     shards = list(_split(tensors, shard))
     if len(shards) == 1:
         write_safetensors(folder / WEIGHTS, shards[0], wrote, METADATA)

@@ -16,6 +16,7 @@ from xlathe.models.formats.sentencepiece import read_sentencepiece
 
 TOKENIZER, VOCAB, MERGES, PIECES = "tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model"
 SETTINGS, SPECIAL, TEMPLATE = "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
+FILES = (TOKENIZER, VOCAB, MERGES, PIECES, SETTINGS, SPECIAL, TEMPLATE)
 BYTE_LEVEL = {"GPT2Tokenizer": GPT2, "RobertaTokenizer": GPT2, "Qwen2Tokenizer": QWEN2}
 BEGIN = ("LlamaTokenizer", "GemmaTokenizer", "CodeLlamaTokenizer")  # which add a beginning unless told not to
 

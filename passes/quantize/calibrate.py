@@ -34,6 +34,9 @@ def make_recipes(plan: Plan, graph: Graph, context: Context) -> dict[str, Encode
 
         found = observe(graph, context.calibration, progress=context.progress).inputs
         makers = {name: dataclasses.replace(make, stats=found.get(name)) for name, make in makers.items()}
+    for name, make in makers.items():
+        if make.stats is not None:
+            _check_finite(name, make.stats)
     for name in static:
         stats = makers[name].stats
         if stats is None or not stats.count:
@@ -53,6 +56,7 @@ def _in_order(graph: Graph, makers: Mapping[str, Encode], context: Context) -> d
     done = dict(makers)
 
     def quantize(name: str, stats: InputStats) -> np.ndarray:
+        _check_finite(name, stats)
         make = dataclasses.replace(makers[name], stats=stats)
         weight = graph.weights[name]
         parts = make.make(weight)
@@ -62,6 +66,11 @@ def _in_order(graph: Graph, makers: Mapping[str, Encode], context: Context) -> d
 
     quantize_in_order(graph, list(makers), context.calibration, quantize, context.progress)
     return done
+
+
+def _check_finite(name: str, stats: InputStats) -> None:
+    if not stats.is_finite:
+        raise PassError(f"quantize: {name}: the activations of the calibration are not all finite")
 
 
 def told(plan: Plan, graph: Graph, makers: Mapping[str, Encode]) -> tuple[str, ...]:

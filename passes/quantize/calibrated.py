@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xlathe.errors import PassError
+from xlathe.errors import OptionError, PassError
 from xlathe.passes.quantize.algorithms import autoround, awq, gptq, hqq, search
 from xlathe.passes.quantize.algorithms.blocks import output_error
 from xlathe.passes.quantize.method import Method
@@ -45,6 +45,8 @@ class OnLevels(Method):
             levels, steps = self.choose(jnp.asarray(weight), stored, stats)
         except PassError as error:
             raise PassError(f"quantize: {name}: {error}") from None
+        if not np.isfinite(levels).all():
+            raise PassError(f"quantize: {name}: {self} found levels that are not finite")
         return stored.pack(levels, steps)
 
     @abc.abstractmethod
@@ -129,6 +131,10 @@ class AutoRound(OnLevels):
     integers: ClassVar[bool] = True
 
     steps: int = autoround.STEPS
+
+    def __post_init__(self) -> None:
+        if type(self.steps) is not int or self.steps < 1:
+            raise OptionError(f"auto_round: steps={self.steps!r}: expected a positive number")
 
     def choose(self, weight: jax.Array, stored: Scaled, stats: InputStats | None) -> tuple[jax.Array, Steps]:
         assert stats is not None and stats.gram is not None

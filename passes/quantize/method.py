@@ -1,7 +1,7 @@
 """What a method of rounding is given, and what it returns.
 
-A method is a frozen dataclass whose fields are its options; its text form is a pass's, `gptq{damp=0.05}`, and it has a
-line in `methods.py`. It is called once a weight, when the weight is prepared, and plans nothing:
+A method is a frozen dataclass whose fields are its options; its text form is a pass's, `gptq{act_order=False}`, and
+it has a line in `methods.py`. It is called once a weight, when the weight is prepared, and plans nothing:
 
     parts = method(name, weight, stored, stats)
 

@@ -14,7 +14,7 @@ METHODS: Mapping[str, type[Method]] = {
 
 
 def find_method(text: str) -> Method:
-    """Returns the method of a text, `gptq{damp=0.05}`. Raises OptionError for unknown methods and options."""
+    """Returns the method of a text, `gptq{act_order=False}`. Raises OptionError for unknown methods and options."""
     try:
         (method,) = parse_passes(text, METHODS)
     except OptionError as error:

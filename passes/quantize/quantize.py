@@ -72,7 +72,7 @@ class Quantize(Pass):
 
     def parsed_rules(self) -> tuple[Rule, ...]:
         """Returns all rules in order; the scheme's is the last."""
-        rules = [Rule.parse(*each) for each in self.rules]
+        rules = [Rule.parse(*_pair(each)) for each in self.rules]
         if self.scheme is not None or not rules:
             rules.append(Rule.parse(self.weights, _scheme_text(self)))
         elif (given := _given(self)) or self.weights != ".*":
@@ -92,10 +92,17 @@ class Quantize(Pass):
         return _replace(graph, plan, makers), Record("quantize", hits=hits, misses=plan.misses, notes=notes)
 
 
+def _pair(rule: Any) -> tuple[str, str]:
+    if isinstance(rule, tuple) and len(rule) == 2 and all(isinstance(part, str) for part in rule):
+        return rule  # type: ignore[return-value]
+    raise OptionError(f"quantize: rules: expected pairs (regular expression, scheme) of strings, found {rule!r}")
+
+
 def _given(options: Quantize) -> list[str]:
     """Returns the options of a scheme that are given apart from its text."""
     names = ("granularity", "group", "symmetric", "activations")
-    return [name for name in names if getattr(options, name) not in (None, True)]
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    return [name for name in names if getattr(options, name) is not defaults[name]]
 
 
 def _scheme_text(options: Quantize) -> str:
@@ -108,8 +115,8 @@ def _scheme_text(options: Quantize) -> str:
     if options.granularity not in (None, *GRANULARITIES):
         hint = did_you_mean(str(options.granularity), GRANULARITIES)
         raise OptionError(f"quantize: granularity={options.granularity!r} is not known{hint}")
-    if options.group is not None and options.group < 1:
-        raise OptionError(f"quantize: group={options.group}: expected a positive number")
+    if options.group is not None and (type(options.group) is not int or options.group < 1):
+        raise OptionError(f"quantize: group={options.group!r}: expected a positive number")
     shared = [options.granularity] if options.granularity in ("tensor", "channel") else []
     if options.group is not None or options.granularity == "group":
         shared.append(f"g{options.group or GROUP}")

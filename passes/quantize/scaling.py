@@ -96,6 +96,9 @@ def _rescale(
     stats = observe(graph, context.calibration, gram, context.progress).inputs
     found, misses = find_pairs(graph)
     pairs = [p for p in found if (p.by_norm or not norms) and all(side.name in stats for side in p.readers)]
+    for reader in (side.name for pair in pairs for side in pair.readers):
+        if not stats[reader].is_finite:
+            raise PassError(f"{name}: {reader}: the activations of the calibration are not all finite")
     if not pairs:
         raise PassError(f"{name}: no channels that weights make and weights read; nearly: {'; '.join(misses[:5])}")
     uses, result = Uses(graph), graph

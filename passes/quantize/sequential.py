@@ -1,7 +1,7 @@
 """Quantize a model from its first product to its last, so that each weight is calibrated on what it will get.
 
-Between sections of the model nothing is kept but the activations at a cut point of the residual stream, and one stage's
-sums of x^T x: memory does not grow with depth.
+Between sections of the model nothing is kept of activations but those at a cut point of the residual stream, and one
+stage's sums of x^T x. The weights are all held, as they are by now.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,5 +1,9 @@
 """Calibration statistics against NumPy."""
 
+import os
+import subprocess
+import sys
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -57,3 +61,19 @@ def test_bad_input(params: dict[str, np.ndarray], tmp_path) -> None:
     (tmp_path / "stats.safetensors").write_bytes(b"no")
     with pytest.raises(OptionError, match="cannot be read"):
         Stats.load(tmp_path / "stats.safetensors")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="threads are as many as the cores of this machine")
+def test_sums_do_not_depend_on_the_number_of_threads() -> None:
+    """Before: 4,096 tokens [64], whose products XLA adds up in as many parts as there are threads."""
+    code = """if True:
+        import os, sys
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(sys.argv[1])])
+        import jax, numpy as np, hashlib
+        from xlathe.passes.observe import _statistics
+        x = np.random.default_rng(0).normal(size=(4096, 64)).astype(np.float32)
+        found = jax.jit(lambda x: _statistics(x, True))(x)
+        print({name: hashlib.sha256(np.asarray(value).tobytes()).hexdigest() for name, value in found.items()})
+    """
+    told = [subprocess.run([sys.executable, "-c", code, n], capture_output=True, check=True).stdout for n in "12"]
+    assert told[0] == told[1]

@@ -121,11 +121,20 @@ def test_rules_that_do_not_fit_the_graph(llama: Graph, options: dict[str, Any], 
         ({"scheme": "nf4:a=int8"}, "a=int8 is for integers with whole zero points; a=int8_token and a=fp8"),
         ({"scheme": "int8:a=int9"}, "activations 'int9' is not known; did you mean 'int8'"),
         ({"scheme": "int8:a=int8_token,a=fp8_token"}, "exclude each other"),
+        ({"rules": "first"}, "rules: expected pairs .* found 'f'"),
+        ({"rules": (("first",),)}, r"rules: expected pairs .* found \('first',\)"),
+        ({"scheme": "int4", "group": True}, "group=True: expected a positive number"),
+        ({"scheme": "int4", "method": "auto_round{steps=0}"}, "steps=0: expected a positive number"),
     ],
 )
 def test_rules_that_are_none(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         Quantize(**options)
+
+
+def test_a_group_of_one_is_a_group() -> None:
+    (rule,) = Quantize("int8", group=1).parsed_rules()
+    assert str(rule.scheme) == "int8:g1"
 
 
 @pytest.mark.parametrize("text", ["int8:channel", "int4:g32,asym,a=int8", "mxfp4:a=fp8_token", "fp8_e4m3:b128x128"])

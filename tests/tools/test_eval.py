@@ -154,7 +154,7 @@ def test_a_program_forced_along_tokens_gives_the_logits_of_its_graph(quantized, 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"\xff\xfe", "is no text in UTF-8"), (b"a", "the text has 1 tokens, expected at least 4"), (b"", "has 0 tokens")],
+    [(b"\xff\xfe", "is no text in UTF-8"), (b"a", "the text has 1 tokens, expected at least 6"), (b"", "has 0 tokens")],
 )
 def test_texts_that_cannot_be_evaluated(tiny_folder, tmp_path, content, message, capsys):
     (tmp_path / "text").write_bytes(content)

@@ -40,10 +40,10 @@ def test_windows_are_no_longer_than_a_model_takes(context, length):
 @pytest.mark.parametrize(
     ("count", "context", "message"),
     [
-        (3, None, "the text has 3 tokens, expected at least 4"),
+        (3, None, "the text has 3 tokens, expected at least 6"),
         (30, 16, "the text has 30 tokens, expected at least two windows of 16"),
-        (300, 65, "context=65: expected 2 to 64"),
-        (300, 1, "context=1: expected 2 to 64"),
+        (300, 65, "context=65: expected 3 to 64"),
+        (300, 2, "context=2: expected 3 to 64"),
     ],
 )
 def test_texts_and_lengths_that_do_not_fit(count, context, message):

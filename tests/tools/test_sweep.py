@@ -147,6 +147,12 @@ def test_the_page_holds_every_cell_and_escapes_what_others_wrote():
     assert "<i>none</i>: no <b>luck</b>\n" in as_text(report)
 
 
+@pytest.mark.parametrize("rows", [ROWS[4:], (row("collapsed", 10, np.inf),), ROWS[5:]], ids=["same", "inf", "failed"])
+def test_a_page_with_nothing_to_plot(rows):
+    report = Report("demo", "protocol windows", 3, rows)
+    assert "<svg" not in page(report) and rows[0].name in as_text(report)
+
+
 def test_the_plot_is_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install xlathe[plots]")
     write_png(points(ROWS), tmp_path / "plot.png")

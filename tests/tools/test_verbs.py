@@ -42,6 +42,12 @@ def test_opt_saves_what_the_pipeline_gives(tiny, tiny_folder, tmp_path, capsys):
     assert out.splitlines()[1] == expected.report().splitlines()[1]  # sizes
 
 
+def test_a_bundle_has_no_plan(tmp_path, capsys):
+    (tmp_path / "manifest.json").write_text("{}")
+    assert main(["inspect", str(tmp_path), "--plan", "--config=int8"]) == 2
+    assert "is a bundle, which has a manifest alone" in capsys.readouterr().err
+
+
 def test_opt_verifies_and_dumps(tiny_folder, tmp_path, capsys):
     dump = tmp_path / "dump"
     run(capsys, "opt", tiny_folder, tmp_path / "out", "--config=float32", "--verify", f"--dump={dump}")

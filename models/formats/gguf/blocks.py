@@ -72,6 +72,8 @@ def encode(array: np.ndarray, kind: Type, importance: np.ndarray | None = None) 
 
 
 def _plain(rows: np.ndarray, kind: Type, _: np.ndarray | None) -> np.ndarray:
+    if not np.isfinite(rows).all():
+        raise FloatingPointError("expected numbers, found NaN or infinite ones")
     try:
         with np.errstate(over="raise"):
             return np.ascontiguousarray(rows.astype(PLAIN[kind], copy=False)).view(np.uint8)

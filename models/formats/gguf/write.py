@@ -122,6 +122,8 @@ def _weights(plans: list[Planned], types: Mapping[str, Type], importance: Import
             elif plan.name not in EMBEDDINGS:  # llama.cpp's tool writes one of another size there
                 size, expected = importance[plan.name].size, math.prod(plan.shape[:-2]) * plan.shape[-1]
                 raise CheckpointError(f"importance of {plan.name!r}: expected {expected} weights, found {size}")
+    if importance and not any(types[plan.name] in ENCODED for plan in plans):
+        raise CheckpointError("importance: expected a type in blocks, found none whose errors could be weighed")
     if importance and not found:
         raise CheckpointError(f"importance: expected names such as {plans[-1].name!r}, found {min(importance)!r}")
     return found

@@ -20,7 +20,7 @@ DAMPING = (0.01, 0.1, 1.0)
 
 
 class Factor(NamedTuple):
-    """Upper triangular U with U^T U = (H + damping * mean(diag H) * I)^-1, float64 [k, k]."""
+    """Upper triangular U with U^T U = (H / mean(diag H) + damping * I)^-1, float64 [k, k]."""
 
     upper: np.ndarray
     damping: float
@@ -28,6 +28,8 @@ class Factor(NamedTuple):
 
 def inverse_factor(gram: np.ndarray) -> Factor:
     """Factors the damped inverse of a Hessian X^T X, float64 [k, k], without forming the inverse.
+
+    Its unit is the mean of its diagonal, which no level depends on and float32 may not reach.
 
     A channel that was always zero (H_jj = 0) gets H_jj = 1: it shares nothing with the others and is rounded to
     nearest. (The paper's code sets its weights to zero, which other tokens than the calibration's would notice.)
@@ -38,9 +40,9 @@ def inverse_factor(gram: np.ndarray) -> Factor:
     if not np.isfinite(hessian).all() or (diagonal < 0).any():
         raise PassError("the sum of x^T x of the calibration is not finite, or has a negative diagonal")
     hessian[np.diag_indices_from(hessian)] = np.where(diagonal == 0, 1.0, diagonal)
-    mean = float(np.diagonal(hessian).mean())
+    hessian /= np.diagonal(hessian).mean()
     for damping in DAMPING:
-        damped = hessian + damping * mean * np.eye(len(hessian))
+        damped = hessian + damping * np.eye(len(hessian))
         try:
             # H = R R^T with R upper triangular is the lower factor of H read backwards; then U = R^-1.
             upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]

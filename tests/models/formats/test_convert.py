@@ -110,3 +110,14 @@ def test_a_tokenizer_with_fewer_tokens_than_the_embedding_has_rows(tmp_path):
         model = importlib.import_module("llama_cpp").Llama(str(tmp_path / "m.gguf"), n_ctx=16, verbose=False)
         plain = tokenizer.encode("The fox  doesn't", add_special_tokens=False).ids
         assert model.tokenize(b"The fox  doesn't", add_bos=False) == plain
+
+
+@pytest.mark.parametrize("destination", ["hf", "m.gguf"])
+def test_numbers_that_are_none_are_refused_by_name(destination, tmp_path):
+    given = load("llama")
+    arrays = {name: tensor.read() for name, tensor in given.tensors.items()}
+    arrays["model.norm.weight"][3] = np.nan
+    write_huggingface(of_arrays(given.card.config, arrays), tmp_path / "source")
+    with pytest.raises(CheckpointError, match=r"norm\.weight': expected numbers, found NaN"):
+        convert(tmp_path / "source", tmp_path / destination, "F32")
+    assert not (tmp_path / "m.gguf").exists() and not list((tmp_path / "hf").glob("*"))

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.models.tiny import LLAMA, tiny_checkpoint, write_tiny
+from tests.models.tiny import GEMMA2, LLAMA, tiny_checkpoint, write_tiny
 from xlathe.errors import CheckpointError
 from xlathe.models.formats.huggingface import read_huggingface, write_huggingface
 from xlathe.safetensors_file import write_safetensors
@@ -30,12 +30,20 @@ def test_writing_again_leaves_no_shards_behind(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_an_interrupted_write_is_no_checkpoint(tmp_path: Path) -> None:
+def test_an_interrupted_write_leaves_what_was_there(tmp_path: Path) -> None:
     write_huggingface(tiny_checkpoint(), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(KeyboardInterrupt):
-        write_huggingface(tiny_checkpoint(), tmp_path, wrote=interrupt)
-    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
-        read_huggingface(tmp_path)
+        write_huggingface(tiny_checkpoint(GEMMA2), tmp_path, wrote=interrupt)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_nothing_of_another_checkpoint_stays(tmp_path: Path) -> None:
+    """Before: a directory with a tokenizer, shards and settings of its texts. Expected: those of the new one alone."""
+    for name in ("tokenizer.json", "generation_config.json", "model-00001-of-00002.safetensors", "merges.txt", "NOTES"):
+        (tmp_path / name).write_text("old")
+    write_huggingface(tiny_checkpoint(), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"NOTES", "config.json", "model.safetensors"}
 
 
 def interrupt(size: int) -> None:

@@ -105,7 +105,7 @@ def test_factor_of_the_inverse() -> None:
     gram = x.T @ x
     upper, damping = inverse_factor(gram)
     assert damping == 0.01 and not np.tril(upper, -1).any()
-    damped = gram + damping * np.diagonal(gram).mean() * np.eye(COLUMNS)
+    damped = gram / np.diagonal(gram).mean() + damping * np.eye(COLUMNS)
     np.testing.assert_allclose(upper.T @ upper @ damped, np.eye(COLUMNS), atol=1e-10)
 
 
