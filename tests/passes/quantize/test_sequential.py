@@ -44,7 +44,7 @@ def test_activations_that_are_no_numbers_are_refused_by_name(graph: Graph, schem
     broken = np.array(graph.weights["first"])
     broken[0, 0] = np.nan
     quantize = Quantize(scheme, rules=(("first|shared", "none"),), method=method)
-    with pytest.raises(PassError, match="(second|head): the activations of the calibration are not all finite"):
+    with pytest.raises(PassError, match=r"(second|head): the activations of the calibration are not all finite"):
         quantize(with_weights(graph, {"first": broken}), Context(batches()))
 
 
