@@ -18,8 +18,6 @@ from xlathe.passes.quantize.uses import Uses
 from xlathe.pipeline import REASSOCIATED, Context, Keeps, Pass, is_forward
 from xlathe.sections import cut_points
 
-SHOWN = 5  # near misses in a message
-
 
 @final
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +55,7 @@ class Rotate(Pass):
         recipes = plan.recipes(graph, random_rotation(plan.size, self.seed))
         hits = {"norm": len(plan.folded), "weight": len(plan.turned)}
         result = graph.replace(weights=graph.weights.derive(*recipes))
-        return result, Record("rotate", hits=hits, misses=plan.misses, notes=notes)
+        return result, Record("rotate", hits=hits, notes=notes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +65,6 @@ class _Plan:
     folded: tuple[Pair, ...]
     turned: Mapping[str, AxisSet]
     size: int
-    misses: tuple[str, ...]
 
     def recipes(self, graph: Graph, matrix: np.ndarray) -> list[Recipe]:
         scales: dict[str, list[tuple[int, np.ndarray]]] = {name: [] for name in self.turned}
@@ -127,16 +124,15 @@ def _plan(graph: Graph) -> _Plan:
     """Finds what to fold and to turn, and proves that the results stay; raises PassError where they do not."""
     graph = separate(graph)
     axes, size = _stream_axes(graph)
-    pairs, misses = find_pairs(graph)
+    pairs, _ = find_pairs(graph)
     folded = tuple(p for p in pairs if p.by_norm and len(p.makers) == 1 and p.makers[0].name in axes)
     flat = frozenset(p.makers[0].name for p in folded)
     turned = {name: found for name, found in axes.items() if name not in flat}
     try:
         prove(graph, turned, flat)
     except PassError as error:
-        nearly = f"; nearly: {'; '.join(misses[:SHOWN])}" if misses else ""
-        raise PassError(f"rotate: {error}{nearly}") from None
-    return _Plan(folded, turned, size, misses)
+        raise PassError(f"rotate: {error}") from None
+    return _Plan(folded, turned, size)
 
 
 def _stream_axes(graph: Graph) -> tuple[dict[str, AxisSet], int]:
@@ -146,19 +142,18 @@ def _stream_axes(graph: Graph) -> tuple[dict[str, AxisSet], int]:
     """
     coupling = couple(graph)
     dims = coupling.dimensions
-    found = Counter(
-        dims.resolve(label) for cut in cut_points(graph) for label in coupling.values[cut].labels if label
-    )
-    whole = [label for label, _ in found.most_common() if len(label) == 1 and not ir.is_symbolic(dims.size(label))]
-    if not whole:
+    labels = (coupling.values[cut].labels for cut in cut_points(graph))
+    found = Counter(dims.resolve(label) for own in labels for label in own if not ir.is_symbolic(dims.size(label)))
+    del found[()]
+    if not found:
         raise PassError("rotate: no residual stream: no value [b, t, width] carries all that depends on the tokens")
+    ((stream, _),) = found.most_common(1)
     axes = {}
     for item, var in zip(graph.inputs, graph.jaxpr.invars, strict=True):
-        labels = coupling.values[var].labels
-        own = frozenset(i for i, label in enumerate(labels) if label and dims.resolve(label) == whole[0])
+        own = frozenset(i for i, label in enumerate(coupling.values[var].labels) if dims.resolve(label) == stream)
         if own and item.kind == "weight":
             axes[item.name] = own
-    return axes, int(dims.size(whole[0]))  # type: ignore[arg-type]
+    return axes, int(dims.size(stream))
 
 
 def _tied(graph: Graph) -> dict[str, list[ir.JaxprEqn]]:

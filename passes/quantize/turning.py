@@ -136,9 +136,11 @@ class _Proof:
         """All operands are turned alike; those that `passes` names are what they were when turned."""
         found = {value for atom, value in operands if value.moved or not passes(atom, self.producer)}
         if len(found) != 1 or next(iter(found)).paired:
-            atom = next((atom for atom, value in operands if not value.moved), operands[0][0])
-            what = f"{self._named(atom)}, which is not rotated with it,"
-            raise _Refused(f"{eqn.primitive.name} joins the residual stream and {what}")
+            plain = next((atom for atom, value in operands if not value.moved), operands[0][0])
+            moved = next(atom for atom, value in operands if value.moved and atom is not plain)
+            stream = self._named(moved) if self._source(moved) in self.names.keys() else "the residual stream"
+            what = f"{stream} and {self._named(plain)}, which is not rotated with it,"
+            raise _Refused(f"{eqn.primitive.name} joins {what}")
         return found.pop()
 
     def _mul(self, eqn: ir.JaxprEqn, operands: list[Value]) -> Value:
@@ -162,7 +164,7 @@ class _Proof:
 
     def _by_channel(self, atoms: Sequence[ir.Atom]) -> str:
         names = " and ".join(dict.fromkeys(map(self._named, atoms)))
-        return f"the residual stream is scaled channel by channel, by {names},"
+        return f"the residual stream is scaled channel by channel, by {names}, which cannot be folded into weights,"
 
     def _square(self, eqn: ir.JaxprEqn, operands: list[Value]) -> Value:
         if len(operands[0].turned) != 1:
@@ -253,11 +255,18 @@ class _Proof:
 
     def _named(self, atom: ir.Atom) -> str:
         """Returns the name of the input that a value is a view of, or what makes it."""
+        source = self._source(atom)
+        if isinstance(source, ir.Literal):
+            return "a number"
+        return self.names[source] if source in self.names else f"the result of {self.producer[source].primitive.name}"
+
+    def _source(self, atom: ir.Atom) -> ir.Atom:
+        """Returns what a value is a view of."""
         while isinstance(atom, ir.Var) and (eqn := self.producer.get(atom)) is not None:
             if eqn.primitive.name not in _VIEWS | SAME_SHAPE:
-                return f"the result of {eqn.primitive.name}"
+                break
             atom = eqn.invars[0]
-        return "a number" if isinstance(atom, ir.Literal) else self.names[atom]
+        return atom
 
 
 def _only(eqn: ir.JaxprEqn, operands: list[Value]) -> Value:
