@@ -138,7 +138,7 @@ class _Proof:
         if len(found) != 1 or next(iter(found)).paired:
             plain = next((atom for atom, value in operands if not value.moved), operands[0][0])
             moved = next(atom for atom, value in operands if value.moved and atom is not plain)
-            stream = self._named(moved) if self._source(moved) in self.names.keys() else "the residual stream"
+            stream = self._named(moved) if self._source(moved) in self.names else "the residual stream"
             what = f"{stream} and {self._named(plain)}, which is not rotated with it,"
             raise _Refused(f"{eqn.primitive.name} joins {what}")
         return found.pop()

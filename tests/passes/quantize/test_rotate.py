@@ -163,7 +163,10 @@ def test_a_channel_that_a_norm_makes_loud() -> None:
 
 
 def test_a_loud_channel_of_the_stream_is_spread() -> None:
-    """Embeddings write a channel 100 times as loud as others, and all readers take it back: rounded activations lose the other channels."""
+    """Embeddings write a channel 100 times as loud as others, and all readers take it back.
+
+    Activations that are rounded beside it lose the other channels.
+    """
     graph = plain("llama")
     weights = {name: np.array(graph.weights[name]) for name in graph.names("weight", "const")}
     weights["embed/embedding"][:, 7] = 100 * np.sign(weights["embed/embedding"][:, 7])
