@@ -137,7 +137,7 @@ class _Proof:
         found = {value for atom, value in operands if value.moved or not passes(atom, self.producer)}
         if len(found) != 1 or next(iter(found)).paired:
             plain = next((atom for atom, value in operands if not value.moved), operands[0][0])
-            moved = next(atom for atom, value in operands if value.moved and atom is not plain)
+            moved = next((atom for atom, value in operands if value.moved and atom is not plain), plain)
             stream = self._named(moved) if self._source(moved) in self.names else "the residual stream"
             what = f"{stream} and {self._named(plain)}, which is not rotated with it,"
             raise _Refused(f"{eqn.primitive.name} joins {what}")
