@@ -94,7 +94,7 @@ class Quantize(Pass):
 
 def _pair(rule: Any) -> tuple[str, str]:
     if isinstance(rule, tuple) and len(rule) == 2 and all(isinstance(part, str) for part in rule):
-        return rule  # type: ignore[return-value]
+        return rule
     raise OptionError(f"quantize: rules: expected pairs (regular expression, scheme) of strings, found {rule!r}")
 
 
