@@ -37,11 +37,9 @@ class Entry:
         return f"{self.method} {self.scheme}"
 
 
-def quantized(method: str, scheme: str, before: str = "") -> Entry:
-    """Returns a row of the pass `quantize`, and of the pass `before` it."""
-    passes = ["canonicalize", "fuse_attention", *([before] if before else [])]
-    name = "+".join([*([before] if before else []), method])
-    return Entry(name, scheme, ",".join([*passes, f'quantize{{scheme="{scheme}",method="{method}"}}']))
+def quantized(method: str, scheme: str) -> Entry:
+    """Returns a row of the pass `quantize` alone."""
+    return Entry(method, scheme, f'canonicalize,fuse_attention,quantize{{scheme="{scheme}",method="{method}"}}')
 
 
 def file_of(type: str) -> Entry:
@@ -74,15 +72,7 @@ ENTRIES: Final[tuple[Entry, ...]] = (
     quantized("rtn", "int4:g128"),
     quantized("hqq", "int4:g128"),
     quantized("search", "int4:g128"),
-    quantized("auto_round", "int4:g128"),
-    quantized("clip", "int4:g128", before="awq_scales"),
     quantized("gptq", "int4:g128"),
-    file_of("Q3_K_M"),
-    quantized("rtn", "int3:g64"),
-    quantized("gptq", "int3:g64"),
-    file_of("Q2_K"),
-    quantized("rtn", "int2:g64"),
-    quantized("gptq", "int2:g64"),
 )
 
 
