@@ -145,6 +145,10 @@ class _Flow:
         zero = self.dims.atoms(value.zero)
         return zero if labels is None else zero & {a for label in labels for a in self.dims.atoms(label)}
 
+    def _zero_of(self, atom: ir.Atom, value: Coupled) -> set[int]:
+        """As `_zero`; what is zero everywhere is so at all atoms."""
+        return set(range(len(self.dims.sizes))) if is_zero(atom, self.producer) else self._zero(value)
+
     def _elementwise(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
         if eqn.primitive.name == "optimization_barrier":
             return operands
@@ -163,9 +167,7 @@ class _Flow:
 
     def _zero_elementwise(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> set[int]:
         name = eqn.primitive.name
-        everywhere = set(range(len(self.dims.sizes)))
-        constant = [is_zero(atom, self.producer) for atom in eqn.invars]
-        zero = [everywhere if is_0 else self._zero(o) for is_0, o in zip(constant, operands, strict=True)]
+        zero = [self._zero_of(atom, o) for atom, o in zip(eqn.invars, operands, strict=True)]
         if name in _ZERO_IF_ANY:
             return reduce(operator.or_, zero)
         if name in _ZERO_IF_ALL:
@@ -332,8 +334,8 @@ class _Flow:
             else:
                 self._block([table.labels[axis], label], eqn, "writes part of it")
         self._block([table.labels[i] for i in found], eqn, "finds a place by it")
-        table_0 = set(range(len(self.dims.sizes))) if is_zero(eqn.invars[0], self.producer) else self._zero(table)
-        return [Coupled(table.labels, tuple(sorted(table_0 & self._zero(rows, table.labels))))]
+        zero = self._zero_of(eqn.invars[0], table) & self._zero(rows, table.labels)
+        return [Coupled(table.labels, tuple(sorted(zero)))]
 
     _scatter_add = _scatter
 

@@ -5,7 +5,6 @@
 
 import dataclasses
 import json
-import re
 import shutil
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from xlathe.models.checkpoint import Checkpoint, Tensor
 from xlathe.models.formats.convert import convert
 from xlathe.models.formats.gguf import read_gguf, write_gguf
 from xlathe.models.formats.gguf.blocks import Type, encode
+from xlathe.tools.process_memory import memory_of
 
 ONE_B = {
     "model_type": "llama",
@@ -80,7 +80,7 @@ def measure(config: dict[str, object], folder: Path, rounds: int) -> Measured:
         (
             _timed(lambda: shutil.copyfile(source, copy)),
             _timed(lambda: _encode(source)),
-            _timed(lambda: convert(source, made, "Q8_0", lambda done, total: peak.append(_anonymous()))),
+            _timed(lambda: convert(source, made, "Q8_0", lambda done, total: peak.append(memory_of("RssAnon") or 0))),
         )
         for _ in range(rounds)
     ]
@@ -93,12 +93,6 @@ def _encode(source: Path) -> None:
         if len(tensor.shape) > 1:
             for _ in encode(tensor.read(), Type.Q8_0):
                 pass
-
-
-def _anonymous() -> int:
-    """Returns the bytes of memory that are no mapped files."""
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
-    return int(found[1]) * 1024 if found else 0
 
 
 def _timed(function: Callable[[], object]) -> float:

@@ -6,7 +6,6 @@ Linux tells memory of a process apart from files that it maps.
 
 import dataclasses
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from typing import Final
 
 from xlathe.models.formats.huggingface import write_huggingface
 from xlathe.tools.bench_convert import ONE_B, random_llama
+from xlathe.tools.process_memory import memory_of
 
 EVERY: Final = 0.01  # seconds between looks
 COPIES, BESIDE = 4, 500_000_000  # of the largest tensor, as float32 and on its way; of code and what JAX compiles
@@ -56,21 +56,11 @@ def run(words: Sequence[str]) -> tuple[int, float]:
     start, peak = time.perf_counter(), 0
     with subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
-            peak = max(peak, _anonymous(process.pid))
+            peak = max(peak, memory_of("RssAnon", process.pid) or 0)
             time.sleep(EVERY)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, list(words))
     return peak, time.perf_counter() - start
-
-
-def _anonymous(process: int) -> int:
-    """Returns the bytes of a process's memory that are no mapped files, 0 where it has ended."""
-    try:
-        told = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
-    except OSError:
-        return 0
-    found = re.search(r"RssAnon:\s+(\d+) kB", told)
-    return int(found[1]) * 1024 if found else 0
 
 
 def main(config: dict[str, object]) -> None:

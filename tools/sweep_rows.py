@@ -6,7 +6,6 @@ ends it ends nothing else.
 
 import dataclasses
 import json
-import re
 import resource
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from xlathe.errors import XlatheError
+from xlathe.tools.process_memory import memory_of
 from xlathe.verify import Estimate
 
 if TYPE_CHECKING:
@@ -129,15 +129,13 @@ def _make(graph: "Graph", job: Job, folder: Path) -> "tuple[Graph, int]":
 
 
 def _make_gguf(graph: "Graph", type: str, path: Path) -> "tuple[Graph, int]":
-    from gguf import GGUFReader
-
     from xlathe.models.export import to_checkpoint
-    from xlathe.models.formats.gguf import write_gguf
+    from xlathe.models.formats.gguf import plan_gguf, write_plan
     from xlathe.models.pretrained import from_pretrained
 
-    write_gguf(to_checkpoint(graph), path, type)
-    size = sum(int(tensor.n_bytes) for tensor in GGUFReader(path).tensors)
-    return from_pretrained(path, max_len=graph.max_len), size
+    plan = plan_gguf(to_checkpoint(graph), type)
+    write_plan(plan, path)
+    return from_pretrained(path, max_len=graph.max_len), plan.size
 
 
 def peak_memory() -> int:
@@ -145,12 +143,9 @@ def peak_memory() -> int:
 
     On Linux of its own memory map: `getrusage` tells that of the process that started it, where that was larger.
     """
-    try:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
-    except OSError:
-        found = None
-    if found:
-        return 1024 * int(found[1])
+    found = memory_of("VmHWM")
+    if found is not None:
+        return found
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

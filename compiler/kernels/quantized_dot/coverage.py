@@ -1,8 +1,10 @@
 """What the Pallas kernels of quantized_dot cover."""
 
+from collections.abc import Iterable
+
 import jax
 
-from xlathe.storage import Scaled, parse_format
+from xlathe.storage import Part, Scaled, parse_format
 
 GROUPS = (32, 64, 128, 256, 512, 1024)
 """Codes of 4 bits that may share a scale."""
@@ -37,22 +39,24 @@ def uncovered(
         return f"expected {COVERED}; found {format}"
     if out_dtype not in ("bfloat16", "float32"):
         return f"expected a result in bfloat16 or float32; found {out_dtype}"
-    operands = [x, *parts]
-    if x.ndim < 1 or not all(array.size for array in operands):
-        return f"expected no axis to be empty; found {_texts(operands)}"
+    found = types_of(parts)
+    told = texts([*types_of([x]), *found])
+    if x.ndim < 1 or not all(array.size for array in (x, *parts)):
+        return f"expected no axis to be empty; found {told}"
     n, k = parts[0].shape[0], x.shape[-1]
-    expected: list[tuple[str, tuple[float, ...]]]
-    if not group:
-        form = "codes int8 [n, k], scale float32 [n]"
-        expected = [("int8", (n, k)), ("float32", (n,))]
-    else:
+    form = "codes int8 [n, k], scale float32 [n]"
+    if group:
         form = f"codes uint8 [n, k / 2], scale bfloat16 [n, k / {group}] and zero uint8 like it, or none"
-        expected = [("uint8", (n, k / 2)), ("bfloat16", (n, k / group))]
-        expected += [("uint8", (n, k / group))] * format.endswith("asym")
-    if [(str(array.dtype), array.shape) for array in operands[1:]] != expected or x.dtype != "bfloat16":
-        return f"expected x bfloat16 [..., k], {form}; found {_texts(operands)}"
+    stored = parse_format(format)
+    if stored.misfit(n, k) or found != types_of(stored.parts(n, k).values()) or x.dtype != "bfloat16":
+        return f"expected x bfloat16 [..., k], {form}; found {told}"
     return None
 
 
-def _texts(operands: list[jax.Array]) -> str:
-    return ", ".join(f"{array.dtype}{list(array.shape)}" for array in operands)
+def types_of(arrays: Iterable[jax.Array | Part]) -> list[tuple[str, tuple[int, ...]]]:
+    """Returns dtype and shape of arrays, or of what a format stores."""
+    return [(str(array.dtype), tuple(array.shape)) for array in arrays]
+
+
+def texts(types: Iterable[tuple[str, tuple[int, ...]]]) -> str:
+    return ", ".join(f"{dtype}{list(shape)}" for dtype, shape in types)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 
 from xlathe.errors import OptionError
 from xlathe.kernels import native
-from xlathe.kernels.quantized_dot.coverage import COVERED, group_of
+from xlathe.kernels.quantized_dot.coverage import COVERED, group_of, texts, types_of
+from xlathe.storage import parse_format
 
 TARGETS = {8: "xlathe.quantized_ragged_dot.int8", 4: "xlathe.quantized_ragged_dot.int4"}
 """By the bits of a code."""
@@ -46,19 +47,13 @@ def uncovered(
     """Says why no kernel computes `xlathe.ops.quantized_ragged_dot` of this; None where one does."""
     if activations is not None:
         return f"expected activations as they are; found them rounded to {activations}"
-    group = group_of(format)
-    if group is None:
+    if group_of(format) is None:
         return f"expected {COVERED}; found {format}"
     count, n, k = *parts[0].shape[:2], x.shape[-1]
-    expected = [("float32", (x.shape[0], k)), ("int32", (count,))]
-    if not group:
-        expected += [("int8", (count, n, k)), ("float32", (count, n))]
-    else:
-        expected += [("uint8", (count, n, k // 2)), ("bfloat16", (count, n, k // group))]
-        expected += [("uint8", (count, n, k // group))] * format.endswith("asym")
-    found = [(str(a.dtype), tuple(a.shape)) for a in (x, sizes, *parts)]
-    return None if found == expected else f"expected {_texts(expected)}; found {_texts(found)}"
-
-
-def _texts(types: list[tuple[str, tuple[int, ...]]]) -> str:
-    return ", ".join(f"{dtype}{list(shape)}" for dtype, shape in types)
+    stored = parse_format(format)
+    if reason := stored.misfit(n, k):
+        return reason
+    each = [(dtype, (count, *shape)) for dtype, shape in types_of(stored.parts(n, k).values())]
+    expected = [("float32", (x.shape[0], k)), ("int32", (count,)), *each]
+    found = types_of((x, sizes, *parts))
+    return None if found == expected else f"expected {texts(expected)}; found {texts(found)}"

@@ -116,21 +116,16 @@ def _weights(plans: list[Planned], types: Mapping[str, Type], importance: Import
     found = {}
     for plan in plans:
         if plan.name in importance and types[plan.name] in ENCODED:
-            weights = importance[plan.name].reshape(-1, plan.shape[-1]) if _fits(plan, importance) else None
-            if weights is not None:
-                found[plan.name] = weights
+            size, expected = importance[plan.name].size, math.prod(plan.shape[:-2]) * plan.shape[-1]
+            if size == expected:
+                found[plan.name] = importance[plan.name].reshape(-1, plan.shape[-1])
             elif plan.name not in EMBEDDINGS:  # llama.cpp's tool writes one of another size there
-                size, expected = importance[plan.name].size, math.prod(plan.shape[:-2]) * plan.shape[-1]
                 raise CheckpointError(f"importance of {plan.name!r}: expected {expected} weights, found {size}")
     if importance and not any(types[plan.name] in ENCODED for plan in plans):
         raise CheckpointError("importance: expected a type in blocks, found none whose errors could be weighed")
     if importance and not found:
         raise CheckpointError(f"importance: expected names such as {plans[-1].name!r}, found {min(importance)!r}")
     return found
-
-
-def _fits(plan: Planned, importance: Importance) -> bool:
-    return importance[plan.name].size == math.prod(plan.shape[:-2]) * plan.shape[-1]
 
 
 def _check_q2_k_s(types: Mapping[str, Type], weights: Mapping[str, np.ndarray]) -> None:
