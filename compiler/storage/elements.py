@@ -135,7 +135,7 @@ class Table(Element):
         return pack_bits(np.searchsorted(np.array(self.levels, np.float32), levels).astype(np.uint8), self.bits)
 
     def unpack(self, codes: jax.Array) -> jax.Array:
-        return _look_up(np.array(self.levels, np.float32), unpack_bits(codes, self.bits))
+        return look_up(np.array(self.levels, np.float32), unpack_bits(codes, self.bits))
 
 
 def round_to_float(x: Any, mantissa: int, smallest: int, largest: float) -> Any:
@@ -180,7 +180,7 @@ def unpack_bits(codes: jax.Array, bits: int) -> jax.Array:
     return parts.reshape(*codes.shape[:-1], codes.shape[-1] * 8 // bits)
 
 
-def _look_up(table: np.ndarray, codes: jax.Array) -> jax.Array:
+def look_up(table: np.ndarray, codes: jax.Array) -> jax.Array:
     """Picks a number by its code, in selects: a program holds no arrays of its own."""
     found = jnp.full(codes.shape, float(table[0]), jnp.float32)
     for code, value in enumerate(table[1:].tolist(), 1):

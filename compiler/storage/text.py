@@ -2,7 +2,8 @@
 
     element [: option, ...]
 
-element: int8, int4, int3, int2, fp8_e4m3, fp8_e5m2, fp4_e2m1, nf4; or a whole format: bf16, f16, mxfp4, mxfp8, nvfp4.
+element: int8, int4, int3, int2, fp8_e4m3, fp8_e5m2, fp4_e2m1, nf4; or a whole format: bf16, f16, mxfp4, mxfp8, nvfp4,
+and llama.cpp's blocks, q4_0, q4_1, q5_0, q5_1, q8_0, iq4_nl, q2_k, q3_k, q4_k, q5_k, q6_k, iq4_xs.
 options: what shares a scale, `tensor`, `channel`, `g32` (successive weights of a channel) or `b128x128` (rows by
 columns, cut at the end of the weight); the type of scales, `s=f32`, `bf16`, `f16`, `e8m0` (powers of two) or `e4m3`
 (beside a float32 factor for the tensor); `asym`, a zero point of 8 bits, for integers, or `z=bf16`, `z=f16`, one that
@@ -14,6 +15,8 @@ import re
 from collections.abc import Callable, Mapping
 
 from xlathe.errors import OptionError, did_you_mean
+from xlathe.storage.block_values import VALUES
+from xlathe.storage.blocks import Blocks
 from xlathe.storage.cast import DTYPES as CASTS
 from xlathe.storage.cast import Cast
 from xlathe.storage.elements import FLOATS, INTEGERS, find_element
@@ -24,8 +27,8 @@ WHOLE: Mapping[str, Format] = {
     "mxfp4": Scaled("fp4_e2m1", 1, 32, "e8m0"),
     "mxfp8": Scaled("fp8_e4m3", 1, 32, "e8m0"),
     "nvfp4": Scaled("fp4_e2m1", 1, 16, "e4m3"),
-} | {name: Cast(name) for name in CASTS}
-"""Formats without options: OCP Microscaling Formats 1.0, NVIDIA's NVFP4, and floats of 16 bits."""
+} | {name: Cast(name) for name in CASTS} | {name: Blocks(name) for name in VALUES}
+"""Formats without options: OCP Microscaling Formats 1.0, NVIDIA's NVFP4, floats of 16 bits, and GGUF's blocks."""
 SHARED = {"int8": "channel", "fp8_e4m3": "channel", "fp8_e5m2": "channel", "nf4": "g64"}
 """What shares a scale by default; a group of 32 in others."""
 _BLOCK = re.compile(r"b([1-9]\d*)x([1-9]\d*)")

@@ -14,7 +14,7 @@ from xlathe.passes.quantize.algorithms import autoround, awq, gptq, hqq, search
 from xlathe.passes.quantize.algorithms.blocks import output_error
 from xlathe.passes.quantize.method import Method
 from xlathe.stats import InputStats
-from xlathe.storage import Format, Scaled, Steps
+from xlathe.storage import Blocks, Format, Scaled, Steps
 from xlathe.storage.elements import INTEGERS
 
 
@@ -58,23 +58,42 @@ def _nearest(weight: jax.Array, stored: Scaled, steps: Steps) -> tuple[jax.Array
     return stored.nearest(weight, *stored.spread(steps, weight.shape)), steps
 
 
+def _importance(stats: InputStats) -> np.ndarray:
+    """Returns what the error of each column counts, float32 [k]: the mean of x^2."""
+    return (stats.sum_squares / stats.count).astype(np.float32)
+
+
 def _searched(weight: jax.Array, stored: Scaled, stats: InputStats) -> Steps:
-    """Columns count by the mean of x^2."""
-    importance = jnp.asarray(stats.sum_squares / stats.count, jnp.float32)
-    return search.search_steps(weight, importance, stored)
+    return search.search_steps(weight, jnp.asarray(_importance(stats)), stored)
 
 
 @final
 @dataclasses.dataclass(frozen=True)
-class Search(OnLevels):
-    """Scales with the least error, where each column counts by the mean square of its activations (an importance
-    matrix): `xlathe.passes.quantize.algorithms.search`."""
-
-    statistics: ClassVar[Literal["none", "moments", "gram"]] = "moments"
+class SearchLevels(OnLevels):
+    """`Search` of formats with levels and scales."""
 
     def choose(self, weight: jax.Array, stored: Scaled, stats: InputStats | None) -> tuple[jax.Array, Steps]:
         assert stats is not None
         return _nearest(weight, stored, _searched(weight, stored, stats))
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Search(Method):
+    """Scales with the least error, where each column counts by the mean square of its activations (an importance
+    matrix): `xlathe.passes.quantize.algorithms.search`, and in llama.cpp's blocks the search of llama.cpp."""
+
+    statistics: ClassVar[Literal["none", "moments", "gram"]] = "moments"
+
+    def refusal(self, stored: Format) -> str | None:
+        return None if isinstance(stored, Blocks) else SearchLevels().refusal(stored)
+
+    def __call__(
+        self, name: str, weight: np.ndarray, stored: Format, stats: InputStats | None
+    ) -> tuple[np.ndarray, ...]:
+        if not isinstance(stored, Blocks):
+            return SearchLevels()(name, weight, stored, stats)
+        return stored.encode(weight, _importance(stats) if stats is not None and stats.count else None)
 
 
 @final

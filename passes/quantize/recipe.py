@@ -38,7 +38,10 @@ class Encode:
         """Returns the parts of the storage format."""
         matrix = self.layout.matrix(weight)
         check_finite(self.name, matrix)
-        return self.method(self.name, matrix, self.scheme.stored, self.stats)
+        try:
+            return self.method(self.name, matrix, self.scheme.stored, self.stats)
+        except FloatingPointError as error:  # numbers that the scales of blocks do not reach
+            raise PassError(f"quantize: {self.name} {list(matrix.shape)}: {error}; a rule can leave it out") from None
 
     def _step(self) -> tuple[np.ndarray, ...]:
         """Returns the step of static activations, whose largest in calibration becomes the last level."""

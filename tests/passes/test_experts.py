@@ -86,7 +86,7 @@ def poisoned(step: Graph, expert: int) -> Graph:
     return step.replace(weights=Weights({**step.arrays, **nan}))
 
 
-@pytest.mark.parametrize("options", [{}, {"scheme": "int4", "group": 32}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"scheme": "int4", "group": 32}, {"scheme": "q8_0"}], ids=str)
 def test_equals_the_forward_with_rounded_experts(graph: Graph, options: dict) -> None:
     quantized = Quantize(weights=r".*/experts/.*", **options)(graph)
     arrays = dict(graph.weights.stored)

@@ -9,8 +9,7 @@ from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from xlathe.errors import CheckpointError
-from xlathe.kernels import native
-from xlathe.kernels.gguf_blocks import cpu, reference
+from xlathe.kernels.gguf_blocks.encode import encode_rows
 from xlathe.kernels.gguf_blocks.layouts import LAYOUTS
 from xlathe.models.checkpoint import Tensor
 from xlathe.models.formats.gguf.container import Container, Entry
@@ -85,5 +84,4 @@ def _blocks(rows: np.ndarray, kind: Type, importance: np.ndarray | None) -> np.n
     if rows.dtype not in NARROW:
         with np.errstate(over="ignore"):  # infinities are refused by the encoder
             rows = rows.astype(np.float32, copy=False)
-    encoder = reference.encode if native.unusable() else cpu.encode
-    return encoder(rows, kind.name, importance)
+    return encode_rows(rows, kind.name, importance)
