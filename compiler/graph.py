@@ -341,15 +341,19 @@ class Graph:
 
         save_graph(self, directory)
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, directory: str | os.PathLike[str], *, layout: str | None = None) -> None:
         """Writes the weights as a Hugging Face directory, which `transformers` loads.
 
-        Raises CheckpointError where the family's configuration cannot describe this graph.
+        layout: how other tools are to find quantized weights, `gptq`, `gptq_v2`, `awq` or `compressed-tensors`; codes
+            and scales are written as they are.
+
+        Raises CheckpointError where the family's configuration cannot describe this graph, or the layout its scheme, by
+        the name of the weight; OptionError for an unknown layout.
         """
         from xlathe.models.export import to_checkpoint
         from xlathe.models.formats.huggingface import write_huggingface
 
-        write_huggingface(to_checkpoint(self), as_path(directory, CheckpointError))
+        write_huggingface(to_checkpoint(self, layout), as_path(directory, CheckpointError))
 
     def report(self) -> str:
         """Returns size, bits a weight, and what each pass matched and nearly matched, as text."""

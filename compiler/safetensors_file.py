@@ -46,17 +46,39 @@ class Tensor:
     """One array of a file, read when it is asked for.
 
     shape: outermost axis first; dtype: as NumPy (with ml_dtypes) names it, also where the file holds blocks of codes;
-    read: returns the array, a view of the mapped file where the file holds plain numbers.
+    read: returns the array, a view of the mapped file where the file holds plain numbers. packed: the same matrix as
+    the file holds it, where a storage format has that form.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     read: Callable[[], np.ndarray]
+    packed: "Packed | None" = None
 
     @property
     def nbytes(self) -> int:
         """The bytes of the array."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A matrix [n, k], n outputs by k inputs, as a file holds it: in the parts of a storage format, not rounded anew.
+
+    format: text of a storage format (`xlathe.storage`); parts: what it stores, by the suffix of its name, of the shapes
+    and dtypes that the format has for [n, k]; activations: how they are rounded, if at all (`xlathe.ops.activations`);
+    if in one step for all, that is the part `input`, float32 [].
+    """
+
+    format: str
+    parts: Mapping[str, Tensor]
+    activations: str | None = None
+
+    @property
+    def scheme(self) -> str:
+        """The text of format and activations, `int8:channel,a=int8_token`."""
+        rounded = f"{',' if ':' in self.format else ':'}a={self.activations}"
+        return self.format + (rounded if self.activations else "")
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -16,7 +16,8 @@ class Checkpoint:
     tensors: in the order of the files; matrices as `torch.nn.Linear` holds them, [outputs, inputs], rotary
     projections in Hugging Face's order of rows, an expert's weights one tensor each, whatever the file does.
     tokenizer: a `tokenizers.Tokenizer`, or None. where: the file or directory, for error messages. metadata: what a
-    GGUF file says of its tokenizer and its origin, by full keys, which stays true in another type.
+    GGUF file says of its tokenizer and its origin, by full keys, which stays true in another type. notes: what was not
+    read as it is stored, for the report.
     """
 
     card: Card
@@ -24,3 +25,4 @@ class Checkpoint:
     where: str
     tokenizer: Any = None
     metadata: Mapping[str, Any] = types.MappingProxyType({})
+    notes: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ from xlathe.graph import Graph
 from xlathe.models.checkpoint import Checkpoint, Tensor
 from xlathe.models.family import Family, find_family
 from xlathe.models.naming import is_turned, their_name
+from xlathe.models.packed_export import Quantized, lay_out, quantized_weights
 from xlathe.models.pretrained import weight_shapes
 from xlathe.models.resize import Shapes, drop_layers
 from xlathe.models.settings import Settings
@@ -19,28 +20,51 @@ from xlathe.models.settings import Settings
 GRAPH = "the graph"
 
 
-def to_checkpoint(graph: Graph) -> Checkpoint:
+def to_checkpoint(graph: Graph, layout: str | None = None) -> Checkpoint:
     """Returns a graph's weights under Hugging Face's names, each made when it is read, and a card that fits them.
 
     The graph may have been pruned where the family's configuration can say so: every layer alike, whole heads and
-    neurons, whole layers. Raises CheckpointError where it cannot, for quantized weights, and for a graph that is not
-    of a known family.
+    neurons, whole layers. layout: how quantized weights lie in the files, a name in `formats.layouts.table.LAYOUTS`.
+    Raises CheckpointError where it cannot, for quantized weights without a layout, or of a scheme that the layout does
+    not hold, and for a graph that is not of a known family; OptionError for an unknown layout.
     """
     if graph.card is None:
         raise CheckpointError(f"{GRAPH} has no card: only graphs of pretrained models go back into a checkpoint")
     settings = Settings(graph.card.config, GRAPH)
     family = find_family(graph.card.config, settings.where)
-    shapes = {name: tuple(map(int, graph.aval(name).shape)) for name in graph.names("weight")}
+    weights = {} if layout is None else quantized_weights(graph)
+    held = {name for weight in weights.values() for name in weight.inputs}
+    plain = {name: tuple(map(int, graph.aval(name).shape)) for name in graph.names("weight") if name not in held}
+    shapes = plain | {name: (weight.k, weight.n) for name, weight in weights.items()}
     _check_names(family, shapes)
     kept = sorted({int(name.split("/")[1]) for name in shapes if name.startswith("layers/")})
     ours = {_renumber(name, kept): name for name in shapes}
     config = _resized(family, settings, {new: shapes[old] for new, old in ours.items()}, kept)
     _check_shapes(family, config, {new: shapes[old] for new, old in ours.items()}, graph.max_len)
-    tensors = {their_name(family, new): _tensor(graph, old, is_turned(family, old)) for new, old in ours.items()}
+    theirs = {old: their_name(family, new) for new, old in ours.items()}
+    tensors = {theirs[old]: _tensor(graph, old, is_turned(family, old)) for old in plain}
     dtypes = {str(tensor.dtype) for tensor in tensors.values()}
-    said = {"dtype": dtypes.pop()} if len(dtypes) == 1 else {}
+    said: dict[str, Any] = {"dtype": dtypes.pop()} if len(dtypes) == 1 else {}
+    if layout is not None:
+        _check_linear(family, layout, weights)
+        linear = [theirs[name] for name in plain if is_turned(family, name)]
+        packed, quantization = lay_out(layout, {theirs[name]: weight for name, weight in weights.items()}, linear)
+        tensors |= packed
+        said["quantization_config"] = quantization
     card = Card({**config, **said}, graph.card.generation, graph.card.chat_template)
     return Checkpoint(card, tensors, GRAPH, graph.tokenizer)
+
+
+def _check_linear(family: Family, layout: str, weights: Mapping[str, Quantized]) -> None:
+    """Layouts are of linear modules, [outputs, inputs]."""
+    if not weights:
+        raise CheckpointError(f"layout={layout}: expected quantized weights, and the graph has none")
+    for name, weight in weights.items():
+        if not is_turned(family, name):
+            raise CheckpointError(
+                f"{name} is {weight.packed.scheme}, and {layout} holds linear layers alone; a rule "
+                f"({name!r}, 'none') leaves it as it is"
+            )
 
 
 def _check_names(family: Family, shapes: Shapes) -> None:
@@ -49,7 +73,7 @@ def _check_names(family: Family, shapes: Shapes) -> None:
         if pattern not in family.names:
             raise CheckpointError(
                 f"{name} is no weight of a {family.architecture}: a checkpoint holds weights as they were trained, so "
-                "it is made before they are quantized or folded"
+                "it is made before they are folded; layout= says how quantized ones are written"
             )
 
 

@@ -1,5 +1,6 @@
 """Weights by our names and by Hugging Face's: what a checkpoint gives to a forward, and takes back from a graph."""
 
+import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -66,24 +67,31 @@ def _present(theirs: str, left: Mapping[str, Tensor], config: Mapping[str, Any])
 
 
 def _convert(tensor: Tensor, turned: bool, dtype: str | None) -> Tensor:
+    """What is packed stays so: its parts are of the matrix as files hold it, [outputs, inputs]."""
     wanted = np.dtype(jnp.dtype(dtype)) if dtype else tensor.dtype
 
     def read() -> np.ndarray:
         array = tensor.read().astype(wanted, copy=False)
         return array.T if turned else array
 
-    return Tensor(tensor.shape[::-1] if turned else tensor.shape, wanted, read)
+    return Tensor(tensor.shape[::-1] if turned else tensor.shape, wanted, read, tensor.packed)
 
 
 def _finite(tensor: Tensor, what: str) -> Tensor:
+    """Returns a tensor that refuses NaN and infinity when it is read; of one that is packed, its parts do."""
+
     def read() -> np.ndarray:
         array = tensor.read()
-        if not np.isfinite(array).all():
+        if jnp.issubdtype(array.dtype, jnp.floating) and not np.isfinite(array).all():
             bad = int(array.size - np.isfinite(array).sum())
             raise CheckpointError(f"{what} holds {bad:,} numbers that are NaN or infinite; allow_nan=True takes them")
         return array
 
-    return Tensor(tensor.shape, tensor.dtype, read)
+    packed = tensor.packed
+    if packed is not None:
+        parts = {part: _finite(each, f"{what} ({part})") for part, each in packed.parts.items()}
+        packed = dataclasses.replace(packed, parts=parts)
+    return Tensor(tensor.shape, tensor.dtype, read, packed)
 
 
 def _check_surplus(family: Family, left: Iterable[str], checkpoint: Checkpoint) -> None:

@@ -8,13 +8,14 @@ from typing import Any
 import jax
 from flax import nnx
 
-from xlathe.errors import CheckpointError, OptionError
+from xlathe.errors import OptionError
 from xlathe.graph import Graph, Weights, is_shape
 from xlathe.models.checkpoint import Checkpoint, Tensor
 from xlathe.models.family import find_family
 from xlathe.models.formats.checkpoints import open_checkpoint
 from xlathe.models.naming import assign
 from xlathe.models.settings import Settings
+from xlathe.safetensors_file import Packed
 from xlathe.trace import trace
 
 LONGEST = 4096  # where nobody asks for more: tables and masks grow with it
@@ -55,6 +56,8 @@ def to_graph(
     settings = Settings(checkpoint.card.config, f"{checkpoint.where}: config.json")
     family = find_family(checkpoint.card.config, settings.where)
     _check_settings(settings, len(checkpoint.tensors))
+    if dtype is None and any(tensor.packed is not None for tensor in checkpoint.tensors.values()):
+        dtype = settings.values.get("dtype", settings.values.get("torch_dtype"))
     length = _length(settings, max_len)
     module = nnx.eval_shape(lambda: family.build(settings, length, nnx.Rngs(0)))
     shapes = weight_shapes(module)
@@ -62,15 +65,24 @@ def to_graph(
     typed = _typed(module, tensors)
     graph = trace(typed, max_len=length, tokenizer=checkpoint.tokenizer, arguments=family.arguments)
     constants = {name: array for name, array in graph.weights.stored.items() if not is_shape(array)}
-    return graph.replace(weights=Weights(Stored(tensors, constants)), card=checkpoint.card, history=())
+    graph = graph.replace(weights=Weights(Stored(tensors, constants)), card=checkpoint.card, history=())
+    packed = {name: tensor.packed for name, tensor in tensors.items() if tensor.packed is not None}
+    return _with_packed(graph, packed, checkpoint.notes) if packed or checkpoint.notes else graph
+
+
+def _with_packed(graph: Graph, packed: Mapping[str, Packed], notes: tuple[str, ...]) -> Graph:
+    """Returns the graph with weights as the files pack them; report and history say which are not."""
+    from xlathe.passes.quantize.packed import keep_packed
+
+    kept, stored = keep_packed(graph, packed, notes), graph.weights.stored
+    replaced = {origin.name for origin in kept.origins}
+    tensors = {name: tensor for name, tensor in stored.tensors.items() if name not in replaced}
+    weights = Weights(Stored({**tensors, **kept.tensors}, stored.constants), origins=kept.origins)
+    return kept.graph.replace(weights=weights, history=(kept.record,))
 
 
 def _check_settings(settings: Settings, tensors: int) -> None:
-    """Refuses what no family builds, and counts by which a forward would be built before its tensors are looked at."""
-    if settings.has("quantization_config"):
-        raise CheckpointError(
-            f"{settings.where}: quantization_config: expected weights as they were trained, found quantized ones"
-        )
+    """Refuses counts by which a forward would be built before its tensors are looked at."""
     for name in COUNTS:
         if settings.has(name) and settings.count(name) > tensors:
             raise settings.wrong(name, f"at most as many as there are tensors, {tensors}", settings.values[name])

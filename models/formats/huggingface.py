@@ -19,12 +19,14 @@ from xlathe.models.formats.tokenizer import (
     read_special_tokens,
     read_tokenizer,
 )
+from xlathe.models.settings import Settings
 from xlathe.safetensors_file import read_safetensors, write_safetensors
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What a directory holds of a model, the configuration first.
 OWNED = (CONFIG, GENERATION, WEIGHTS, INDEX, *FILES)
+QUANTIZATION = "quantization_config"
 METADATA = {"format": "pt"}  # without which transformers refuses a file
 SHARD = 5_000_000_000  # bytes, at most, but for a tensor that is larger: as transformers has it
 
@@ -37,8 +39,17 @@ def read_huggingface(folder: Path) -> Checkpoint:
     """
     config = read_json(folder / CONFIG)
     generation = read_json(folder / GENERATION) if (folder / GENERATION).exists() else {}
+    tensors: Mapping[str, Tensor] = _tensors(folder)
+    notes: tuple[str, ...] = ()
+    quantized = Settings(config, str(folder / CONFIG))
+    if quantized.has(QUANTIZATION):
+        from xlathe.models.formats.layouts import read_layout
+
+        found = read_layout(quantized.within(QUANTIZATION), tensors, str(folder))
+        tensors, notes = found.tensors, found.notes
+        config = {name: value for name, value in config.items() if name != QUANTIZATION}
     card = Card(config, generation, read_chat_template(folder), read_special_tokens(folder))
-    return Checkpoint(card, _tensors(folder), str(folder), read_tokenizer(folder))
+    return Checkpoint(card, tensors, str(folder), read_tokenizer(folder), notes=notes)
 
 
 def _tensors(folder: Path) -> Mapping[str, Tensor]:

@@ -1,28 +1,17 @@
 """Replace weights by quantized ones wherever they are multiplied with activations."""
 
 import dataclasses
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, final
 
-import jax
-import jax.numpy as jnp
-
-from xlathe import jaxpr as ir
-from xlathe.axes import Einsum
 from xlathe.errors import OptionError, did_you_mean
 from xlathe.graph import Graph, Recipe, Record
-from xlathe.ops.quantized_dot import quantized_dot
 from xlathe.passes.quantize.calibrate import make_recipes, told
-from xlathe.passes.quantize.experts import Experts, emit_product
 from xlathe.passes.quantize.methods import find_method
 from xlathe.passes.quantize.plan import Plan, Rule, make_plan
+from xlathe.passes.quantize.products import Replaced, replace_products
 from xlathe.passes.quantize.recipe import EachExpert, Encode
-from xlathe.passes.quantize.schemes import Scheme
-from xlathe.passes.quantize.uses import Uses
 from xlathe.pipeline import APPROXIMATE, Context, Keeps, Pass
-from xlathe.rewrite import Replacement, rewrite_graph
-from xlathe.storage import take_lines
 
 GRANULARITIES = ("tensor", "channel", "group")
 GROUP = 32
@@ -126,63 +115,11 @@ def _scheme_text(options: Quantize) -> str:
 
 def _replace(graph: Graph, plan: Plan, makers: Mapping[str, Encode]) -> Graph:
     """Adds the parts of weights as inputs, replaces the products, and drops the weights."""
-    finder, replacements, recipes = Uses(graph), {}, []
-    added: dict[str, jax.ShapeDtypeStruct] = {}
-    in_groups = {name for group in plan.experts for name in group.names}
-    for name, make in makers.items():
-        if name in in_groups:
-            continue
-        parts = make.scheme.parts(*make.layout.shape(graph.aval(name)))
-        made = {f"{name}.{part}": jax.ShapeDtypeStruct(p.shape, p.dtype) for part, p in parts.items()}
-        for use in finder.of(name)[1]:
-            emit = _product(use.eqn, use.side, make.scheme) if use.is_product else _lookup(use.eqn, make.scheme)
-            other = use.eqn.invars[1 - use.side]
-            replacements[use.eqn.outvars[0]] = Replacement((other,), emit, added=tuple(made))
-        added |= made
-        recipes.append(Recipe(name, tuple(made), make))
-    for group in plan.experts:
-        scheme = makers[group.names[0]].scheme
-        made = _stacked(graph, group, scheme)
-        emit = emit_product(group.eqn, scheme.attributes())
-        replacements[group.eqn.outvars[0]] = Replacement((group.rows, group.sizes), emit, added=tuple(made))
-        added |= made
-        each = EachExpert(tuple(makers[name] for name in group.names))
-        recipes.append(Recipe(group.names[0], tuple(made), each, group.names[1:]))
-    return rewrite_graph(graph, replacements, added).replace(weights=graph.weights.derive(*recipes))
+    result, replaced = replace_products(graph, {name: (m.scheme, m.layout) for name, m in makers.items()}, plan.experts)
+    recipes = [Recipe(each.weights[0], each.parts, _make(each, makers), each.weights[1:]) for each in replaced]
+    return result.replace(weights=graph.weights.derive(*recipes))
 
 
-def _stacked(graph: Graph, group: Experts, scheme: Scheme) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the inputs that replace the matrices of experts."""
-    parts = scheme.parts(*group.layout.shape(graph.aval(group.names[0])))
-    count = len(group.names)
-    return {f"{group.stem}.{part}": jax.ShapeDtypeStruct((count, *p.shape), p.dtype) for part, p in parts.items()}
-
-
-def _product(eqn: ir.JaxprEqn, side: int, scheme: Scheme) -> Any:
-    """Emits the product of the other operand with a quantized weight, in the result's own layout."""
-    einsum = Einsum.of(eqn)
-    other, weight = eqn.invars[1 - side].aval, eqn.invars[side].aval
-    summed = sorted(pair[1 - side] for pair in einsum.contracted)
-    kept = [i for i in range(other.ndim) if i not in summed]
-    weight_summed = {pair[side] for pair in einsum.contracted}
-    channels = [n for i, n in enumerate(weight.shape) if i not in weight_summed]
-    out_dtype = str(eqn.outvars[0].aval.dtype)
-
-    def emit(x: jax.Array, *parts: jax.Array) -> jax.Array:
-        width = math.prod(x.shape[i] for i in summed)
-        rows = jnp.transpose(x, (*kept, *summed)).reshape(*(x.shape[i] for i in kept), width)
-        y = quantized_dot(rows, *parts, out_dtype=out_dtype, **scheme.attributes())
-        y = y.reshape(*y.shape[:-1], *channels)
-        return y if side == 1 else jnp.moveaxis(y, range(len(kept)), range(-len(kept), 0))
-
-    return emit
-
-
-def _lookup(eqn: ir.JaxprEqn, scheme: Scheme) -> Any:
-    """Emits the look-up of quantized rows; only these are dequantized."""
-
-    def emit(index: jax.Array, *parts: jax.Array) -> jax.Array:
-        rows = scheme.stored.decode(*take_lines(scheme.stored, index[..., 0], *parts))
-        return rows.astype(eqn.outvars[0].aval.dtype)
-
-    return emit
+def _make(replaced: Replaced, makers: Mapping[str, Encode]) -> Callable[[Any], tuple[Any, ...]]:
+    own = tuple(makers[name] for name in replaced.weights)
+    return EachExpert(own) if replaced.stacked else own[0]
