@@ -90,7 +90,8 @@ def lay_out(
     """
     from xlathe.models.formats.layouts.table import find_layout
 
-    chosen, tensors = find_layout(layout), {}
+    chosen = find_layout(layout)
+    tensors: dict[str, Tensor] = {}
     packed = {name.removesuffix(WEIGHT): weight.packed for name, weight in weights.items()}
     for module, weight in zip(packed, weights.values(), strict=True):
         if reason := chosen.refusal(module, weight.packed, weight.n, weight.k):

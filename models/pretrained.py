@@ -56,8 +56,8 @@ def to_graph(
     settings = Settings(checkpoint.card.config, f"{checkpoint.where}: config.json")
     family = find_family(checkpoint.card.config, settings.where)
     _check_settings(settings, len(checkpoint.tensors))
-    if dtype is None and any(tensor.packed is not None for tensor in checkpoint.tensors.values()):
-        dtype = settings.values.get("dtype", settings.values.get("torch_dtype"))
+    if dtype is None and (checkpoint.notes or any(tensor.packed for tensor in checkpoint.tensors.values())):
+        dtype = _said_dtype(settings)
     length = _length(settings, max_len)
     module = nnx.eval_shape(lambda: family.build(settings, length, nnx.Rngs(0)))
     shapes = weight_shapes(module)
@@ -65,16 +65,17 @@ def to_graph(
     typed = _typed(module, tensors)
     graph = trace(typed, max_len=length, tokenizer=checkpoint.tokenizer, arguments=family.arguments)
     constants = {name: array for name, array in graph.weights.stored.items() if not is_shape(array)}
-    graph = graph.replace(weights=Weights(Stored(tensors, constants)), card=checkpoint.card, history=())
+    stored = Stored(tensors, constants)
+    graph = graph.replace(weights=Weights(stored), card=checkpoint.card, history=())
     packed = {name: tensor.packed for name, tensor in tensors.items() if tensor.packed is not None}
-    return _with_packed(graph, packed, checkpoint.notes) if packed or checkpoint.notes else graph
+    return _with_packed(graph, stored, packed, checkpoint.notes) if packed or checkpoint.notes else graph
 
 
-def _with_packed(graph: Graph, packed: Mapping[str, Packed], notes: tuple[str, ...]) -> Graph:
-    """Returns the graph with weights as the files pack them; report and history say which are not."""
+def _with_packed(graph: Graph, stored: "Stored", packed: Mapping[str, Packed], notes: tuple[str, ...]) -> Graph:
+    """Returns the graph with weights as the files pack them; its history says which, and what is not."""
     from xlathe.passes.quantize.packed import keep_packed
 
-    kept, stored = keep_packed(graph, packed, notes), graph.weights.stored
+    kept = keep_packed(graph, packed, notes)
     replaced = {origin.name for origin in kept.origins}
     tensors = {name: tensor for name, tensor in stored.tensors.items() if name not in replaced}
     weights = Weights(Stored({**tensors, **kept.tensors}, stored.constants), origins=kept.origins)
@@ -86,6 +87,12 @@ def _check_settings(settings: Settings, tensors: int) -> None:
     for name in COUNTS:
         if settings.has(name) and settings.count(name) > tensors:
             raise settings.wrong(name, f"at most as many as there are tensors, {tensors}", settings.values[name])
+
+
+def _said_dtype(settings: Settings) -> str | None:
+    """Returns the type that a model with packed weights computes in, which their files do not show."""
+    said = settings.values.get("dtype", settings.values.get("torch_dtype"))
+    return said if said in FLOATS else None
 
 
 def _length(settings: Settings, asked: int | None) -> int:

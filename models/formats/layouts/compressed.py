@@ -135,10 +135,10 @@ def _group(stored: Scaled, activations: str | None, targets: Sequence[str]) -> d
 
 
 def _weights(stored: Scaled) -> dict[str, Any]:
-    shared = {"strategy": "channel"} if stored.rows else {"strategy": "tensor"}
+    shared: dict[str, Any] = {"strategy": "channel" if stored.rows else "tensor"}
     if stored.columns:
         block = {"strategy": "block", "block_structure": [stored.rows, stored.columns]}
-        shared = block if stored.rows > 1 else {"strategy": "group", "group_size": stored.columns}  # type: ignore[assignment]
+        shared = block if stored.rows > 1 else {"strategy": "group", "group_size": stored.columns}
     bits, kind = (8, "float") if stored.element == FP8 else (INTEGERS[stored.element], "int")
     return {"num_bits": bits, "type": kind, "symmetric": not stored.zero, "dynamic": False, **shared}
 

@@ -64,7 +64,7 @@ class Gptq(Layout):
 
     def settings(self, modules: Mapping[str, Packed], plain: Sequence[str]) -> dict[str, Any]:
         stored = the_one(modules, self.name)
-        left_out = {f"-:^{re.escape(module)}$": {} for module in plain if module != HEAD}
+        left_out: dict[str, Any] = {f"-:^{re.escape(module)}$": {} for module in plain if module != HEAD}
         return {
             "quant_method": "gptq",
             "checkpoint_format": self.name,

@@ -35,7 +35,7 @@ def read_layout(settings: Settings, tensors: Mapping[str, Tensor], where: str) -
     unknown, missing, or of another form than the settings say.
     """
     method = settings.values.get("quant_method")
-    if method not in READERS:
+    if not isinstance(method, str) or method not in READERS:
         raise CheckpointError(
             f"{settings.where}: quant_method {brief(method)}: expected one of {', '.join(READERS)}, or weights as they "
             "were trained"
