@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from xlathe import jaxpr as ir
 from xlathe.card import Card
-from xlathe.errors import CheckpointError, OptionError, PassError, RequestError, XlatheError, as_path
+from xlathe.errors import CheckpointError, OptionError, PassError, RequestError, XlatheError, as_path, did_you_mean
 
 Kind = Literal["weight", "const", "arg", "state"]
 
@@ -310,7 +311,30 @@ class Graph:
 
     @functools.cached_property
     def _run_forward(self) -> Callable[..., jax.Array]:
-        return jax.jit(lambda arrays, batch: self.evaluate(self.jaxpr, arrays, batch)[0])
+        return jax.jit(self.logits)
+
+    def logits(self, arrays: Mapping[str, Any], batch: Mapping[str, Any]) -> jax.Array:
+        """Returns logits [b, t, vocab] of a forward graph; a function of arrays, for `jax.grad` and `jax.jit`.
+
+        arrays: values of all weights and constants, as `Graph.arrays` has them; batch: of all arguments, int32 [b, t].
+        Neither is checked.
+        """
+        logits: jax.Array = self.evaluate(self.jaxpr, arrays, batch)[0]
+        return logits
+
+    def with_weights(self, arrays: Mapping[str, Any]) -> "Graph":
+        """Returns the graph with other values for some of its weights; the others stay as they are, unread.
+
+        Raises OptionError for a name that is no weight's, and for another shape or dtype.
+        """
+        names = self.names("weight")
+        for name, array in arrays.items():
+            if name not in names:
+                raise OptionError(f"{name!r} is no weight of this graph{did_you_mean(name, names)}")
+            aval, found = self.aval(name), ir.aval_of(array)
+            if (found.shape, found.dtype) != (aval.shape, aval.dtype):
+                raise OptionError(f"{name}: expected {aval.str_short()}, found {found.str_short()}")
+        return self.replace(weights=Weights(ChainMap(dict(arrays), self.weights), origins=self.origins))  # type: ignore[arg-type]
 
     def evaluate(self, jaxpr: ir.Jaxpr, arrays: Mapping[str, Any], batch: Mapping[str, Any]) -> list[Any]:
         """Evaluates a jaxpr with the inputs of this forward graph, at the sizes of a batch."""

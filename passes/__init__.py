@@ -9,15 +9,15 @@ from xlathe.passes.fuse_attention import FuseAttention
 from xlathe.passes.kv_cache import KVCache
 from xlathe.passes.lower_kernels import LowerKernels
 from xlathe.passes.prune import PruneStructured
-from xlathe.passes.quantize import AwqScales, Quantize, Rotate, SmoothQuant
+from xlathe.passes.quantize import AwqScales, FakeQuantize, Quantize, Rotate, SmoothQuant
 from xlathe.passes.specialize import Specialize
 from xlathe.pipeline import Pass
 
 PASSES: Mapping[str, type[Pass]] = {
     pass_name(cls): cls
     for cls in (
-        *(Canonicalize, FuseAttention, PruneStructured, Rotate, AwqScales, SmoothQuant, Quantize, KVCache),
-        *(CacheLayout, Specialize, LowerKernels),
+        *(Canonicalize, FuseAttention, PruneStructured, Rotate, AwqScales, SmoothQuant, FakeQuantize, Quantize),
+        *(KVCache, CacheLayout, Specialize, LowerKernels),
     )
 }
 """Pass classes by the name that they have in the text of a pipeline."""
@@ -27,6 +27,7 @@ __all__ = [
     "AwqScales",
     "CacheLayout",
     "Canonicalize",
+    "FakeQuantize",
     "FuseAttention",
     "KVCache",
     "LowerKernels",

@@ -118,3 +118,26 @@ def test_recipes_run_on_demand_and_once_a_preparation():
 def test_unknown_weight():
     with pytest.raises(KeyError):
         recipes()[0]["nothing"]
+
+
+def test_other_values_for_some_weights_leave_the_others_unread():
+    unread = jax.ShapeDtypeStruct((4, 11), jnp.float32)
+    graph = graph_of(lambda p, ids: p["e"][ids] @ p["head"], e=E, head=E.T)
+    graph = graph.replace(weights=Weights({**graph.weights.stored, "head": unread}))
+    given = graph.with_weights({"head": jnp.asarray(2 * E.T)})
+    assert relative(given([[1, 2]]), 2 * (E[[1, 2]] @ E.T)[None]) < 1e-6
+    with pytest.raises(xl.errors.XlatheError, match="a shape and no value"):
+        graph.with_weights({"e": E})([[1, 2]])
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"embd": E}, "'embd' is no weight of this graph"),
+        ({"e": E.T}, r"e: expected float32\[11,4\], found float32\[4,11\]"),
+        ({"e": E.astype(np.float16)}, r"e: expected float32\[11,4\], found float16\[11,4\]"),
+    ],
+)
+def test_values_that_fit_no_weight(arrays, message):
+    with pytest.raises(xl.errors.OptionError, match=message):
+        graph_of(model, e=E).with_weights(arrays)

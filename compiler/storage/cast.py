@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xlathe.storage.elements import namespace
 from xlathe.storage.format import Format, Part
 
 DTYPES = {"bf16": "bfloat16", "f16": "float16"}
@@ -32,7 +33,7 @@ class Cast(Format):
     def encode(self, weight: np.ndarray) -> tuple[np.ndarray, ...]:
         dtype = jnp.dtype(DTYPES[self.name])
         largest = float(jnp.finfo(dtype).max)
-        return (np.clip(weight, -largest, largest).astype(dtype),)
+        return (namespace(weight).clip(weight, -largest, largest).astype(dtype),)
 
     def decode(self, *lines: jax.Array) -> jax.Array:
         return lines[0].astype(jnp.float32)

@@ -32,11 +32,14 @@ class Layout:
 
     def matrix(self, weight: Any) -> np.ndarray:
         """Returns a weight as float32 [n, k]."""
-        array = np.asarray(weight, np.float32)
-        return array.transpose(*self.free, *self.contracted).reshape(self.shape(array))
+        return self.flat(np.asarray(weight, np.float32))
 
-    def weight(self, matrix: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """Undoes `matrix`."""
+    def flat(self, weight: Any) -> Any:
+        """Returns a NumPy or JAX array as [n, k]."""
+        return weight.transpose(*self.free, *self.contracted).reshape(self.shape(weight))
+
+    def weight(self, matrix: Any, shape: tuple[int, ...]) -> Any:
+        """Undoes `flat`."""
         order = (*self.free, *self.contracted)
         return matrix.reshape([shape[i] for i in order]).transpose(np.argsort(order))
 

@@ -1,0 +1,126 @@
+"""Quantization-aware training: a graph that computes what the quantized one will, of float weights, differentiably."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xlathe import jaxpr as ir
+from xlathe.axes import Einsum
+from xlathe.errors import OptionError
+from xlathe.graph import Graph, Record
+from xlathe.ops.fake_quantize import fake_quantize, fake_round
+from xlathe.passes.quantize.plan import Entry, Plan, Rule
+from xlathe.passes.quantize.quantize import Quantize
+from xlathe.passes.quantize.uses import Uses
+from xlathe.pipeline import APPROXIMATE, Context, Keeps, Pass, is_forward
+from xlathe.rewrite import Replacement, rewrite_graph
+from xlathe.storage import Scaled
+from xlathe.storage.cast import Cast
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class FakeQuantize(Pass):
+    """Rounds weights, and activations where a scheme does, as `Quantize` with the same options would; in floats.
+
+    scheme, weights, rules: as `Quantize` has them. The weights stay inputs of the same names, and gradients pass
+    straight through the rounding, so that `jax.grad` of a loss on `graph.logits(arrays, batch)` trains them to be
+    rounded. Afterwards `graph.with_weights(trained)` of the graph before this pass is what `Quantize` takes.
+
+    Raises OptionError as `Quantize` does, and for static activations and formats that are encoded outside a program.
+    """
+
+    needs = (is_forward,)
+    keeps: ClassVar[Keeps] = APPROXIMATE
+
+    scheme: str | None = None
+    weights: str = ".*"
+    rules: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        for rule in self._quantizer.parsed_rules():
+            _check(rule)
+
+    @property
+    def _quantizer(self) -> Quantize:
+        return Quantize(self.scheme, weights=self.weights, rules=self.rules)
+
+    def apply(self, graph: Graph, context: Context) -> tuple[Graph, Record]:
+        plan = self._quantizer.plan(graph)
+        rounded = _round_weights(rewrite_graph(graph, _rounded_products(graph, plan)), plan)
+        return rounded, Record("fake_quantize", hits={"weight": len(plan.schemes)}, misses=plan.misses)
+
+
+def _check(rule: Rule) -> None:
+    if rule.scheme is None:
+        return
+    if rule.scheme.is_static:
+        raise OptionError(
+            f"fake_quantize: {rule.scheme}: the steps of static activations come from calibration, which training "
+            "changes; a step a token, as in a=int8_token, is found as it goes"
+        )
+    if not isinstance(rule.scheme.stored, Scaled | Cast):
+        raise OptionError(
+            f"fake_quantize: {rule.scheme}: its encoder is no JAX program; formats of levels and scales have one, and "
+            "int4:g32,asym is the nearest"
+        )
+
+
+def _rounded_products(graph: Graph, plan: Plan) -> Mapping[ir.Var, Replacement]:
+    """Returns what replaces the products whose activations are rounded."""
+    finder, found = Uses(graph), {}
+    experts = {name: group for group in plan.experts for name in group.names}
+    for name, scheme in plan.schemes.items():
+        if scheme.activations is None:
+            continue
+        uses = [] if name in experts else finder.of(name)[1]
+        sides = [(use.eqn, 1 - use.side) for use in uses if use.is_product]
+        for eqn, side in [(experts[name].eqn, 0)] if name in experts else sides:
+            operands = tuple(atom for atom in eqn.invars if isinstance(atom, ir.Var))
+            found[eqn.outvars[0]] = Replacement(operands, _product(eqn, side, scheme.activations))
+    return found
+
+
+def _product(eqn: ir.JaxprEqn, side: int, activations: str) -> Any:
+    """Emits the same product with operand `side` rounded along the axes that are summed over."""
+    ndim = eqn.invars[side].aval.ndim
+    summed = [ndim - 1]
+    if eqn.primitive.name == "dot_general":
+        pairs = sorted(Einsum.of(eqn).contracted, key=lambda pair: pair[side])
+        summed = [pair[side] for pair in pairs]
+    order = [i for i in range(ndim) if i not in summed] + summed
+
+    def emit(*operands: jax.Array) -> jax.Array:
+        x = operands[side]
+        moved = jnp.transpose(x, order)
+        rows = moved.reshape(*moved.shape[: ndim - len(summed)], -1)
+        rounded = fake_round(rows, activations=activations).astype(x.dtype).reshape(moved.shape)
+        values = list(operands)
+        values[side] = jnp.transpose(rounded, np.argsort(order))
+        return ir.bind(eqn, values)[0]
+
+    return emit
+
+
+def _round_weights(graph: Graph, plan: Plan) -> Graph:
+    chosen = {e.name: e for e in plan.entries if e.scheme is not None}
+
+    def run(*operands: jax.Array) -> list[Any]:
+        values = [
+            _rounded(weight, chosen[item.name]) if item.name in chosen else weight
+            for item, weight in zip(graph.inputs, operands, strict=True)
+        ]
+        return ir.evaluate(graph.jaxpr, values)
+
+    return graph.replace(jaxpr=ir.trace(run, *(var.aval for var in graph.jaxpr.invars)))
+
+
+def _rounded(weight: jax.Array, entry: Entry) -> jax.Array:
+    assert entry.layout is not None and entry.scheme is not None
+    matrix = entry.layout.flat(weight.astype(jnp.float32))
+    rounded = fake_quantize(matrix, format=str(entry.scheme.stored))
+    return entry.layout.weight(rounded, weight.shape).astype(weight.dtype)
