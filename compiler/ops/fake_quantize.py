@@ -9,6 +9,7 @@ import jax
 from xlathe.op import op
 from xlathe.ops.activations import round_blocks, round_tokens
 from xlathe.storage import Scaled, parse_format
+from xlathe.storage.cast import Cast
 
 
 @op("fake_quantize")
@@ -21,6 +22,7 @@ def fake_quantize(weight: jax.Array, *, format: str) -> jax.Array:
     if isinstance(stored, Scaled):
         scale, zero = stored.spread(stored.fit(weight), weight.shape)
         return _straight_through(weight, stored.values(stored.nearest(weight, scale, zero), scale, zero))
+    assert isinstance(stored, Cast)
     return _straight_through(weight, stored.decode(*stored.encode(weight)))
 
 

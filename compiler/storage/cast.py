@@ -2,11 +2,10 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import final
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from xlathe.storage.elements import namespace
 from xlathe.storage.format import Format, Part
@@ -30,7 +29,7 @@ class Cast(Format):
     def misfit(self, n: int, k: int) -> str | None:
         return None
 
-    def encode(self, weight: np.ndarray) -> tuple[np.ndarray, ...]:
+    def encode(self, weight: Any) -> tuple[Any, ...]:
         dtype = jnp.dtype(DTYPES[self.name])
         largest = float(jnp.finfo(dtype).max)
         return (namespace(weight).clip(weight, -largest, largest).astype(dtype),)

@@ -100,7 +100,7 @@ def _product(eqn: ir.JaxprEqn, side: int, activations: str) -> Any:
         rows = moved.reshape(*moved.shape[: ndim - len(summed)], -1)
         rounded = fake_round(rows, activations=activations).astype(x.dtype).reshape(moved.shape)
         values = list(operands)
-        values[side] = jnp.transpose(rounded, np.argsort(order))
+        values[side] = jnp.transpose(rounded, np.argsort(order).tolist())
         return ir.bind(eqn, values)[0]
 
     return emit

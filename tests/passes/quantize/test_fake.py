@@ -37,9 +37,14 @@ def gradient(graph: Graph, arrays: Mapping[str, Any]) -> Any:
     return jax.jit(jax.grad(lambda floats: loss_of(graph, {**fixed, **floats})))(floats)
 
 
-@pytest.mark.parametrize("scheme", ["int4:g8", "int3:g8,asym", "nvfp4", "fp8_e4m3:b16x16", "bf16"])
-@pytest.mark.parametrize("model", ["tied_head", "sorted_and_back"])
-def test_it_computes_what_quantize_makes(scheme: str, model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model", "scheme"),
+    [
+        *(("tied_head", "int4:g8"), ("sorted_and_back", "nvfp4"), ("llama", "bf16")),
+        *(pytest.param("tied_head", text, marks=pytest.mark.breadth) for text in ("int3:g8,asym", "fp8_e4m3:b16x16")),
+    ],
+)
+def test_it_computes_what_quantize_makes(model: str, scheme: str, tmp_path: Path) -> None:
     before = named(model)
     after = FakeQuantize(scheme)(before)
     assert difference(after(TOKENS), Quantize(scheme)(before)(TOKENS)) <= 1e-5
