@@ -135,17 +135,24 @@ def evaluate_between(
     jaxpr: Jaxpr, operands: Sequence[Any], known: Mapping[Var, Any], wanted: Sequence[Var], sizes: Mapping[str, Dim]
 ) -> list[Any]:
     """Evaluates some values of `jaxpr`, with size variables replaced, from its inputs and others that are known."""
-    missing, needed = set(wanted) - set(known), set()
-    for index, eqn in reversed(list(enumerate(jaxpr.eqns))):
-        if not missing.isdisjoint(eqn.outvars):
-            needed.add(index)
-            missing |= {atom for atom in eqn.invars if isinstance(atom, Var) and atom not in known}
+    needed = {id(eqn) for eqn in equations_between(jaxpr, known, wanted)}
     env = {**dict(zip(jaxpr.invars, operands, strict=True)), **known}
-    for index, eqn in enumerate(jaxpr.eqns):
-        if index in needed:
+    for eqn in jaxpr.eqns:
+        if id(eqn) in needed:
             values = [atom.val if isinstance(atom, Literal) else env[atom] for atom in eqn.invars]
             env |= {**dict(zip(eqn.outvars, bind_at(eqn, values, sizes), strict=True)), **known}
     return [env[var] for var in wanted]
+
+
+def equations_between(jaxpr: Jaxpr, known: Iterable[Var], wanted: Iterable[Var]) -> list[JaxprEqn]:
+    """Returns the equations, in order, that some values of `jaxpr` depend on where others are known."""
+    given = set(known)
+    missing, needed = set(wanted) - given, []
+    for eqn in reversed(jaxpr.eqns):
+        if not missing.isdisjoint(eqn.outvars):
+            needed.append(eqn)
+            missing |= {atom for atom in eqn.invars if isinstance(atom, Var) and atom not in given}
+    return needed[::-1]
 
 
 def retrace(jaxpr: Jaxpr, rule: Rule | None = None) -> Jaxpr:

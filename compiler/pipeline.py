@@ -50,13 +50,15 @@ class Context:
     """What a pass may know beside the graph.
 
     calibration: batches of int32 tokens [b, t]; seed: for passes that draw numbers; progress: called with a
-    description and the fraction done; limit: the most rewrites that a pass may make, for bisection.
+    description and the fraction done; limit: the most rewrites that a pass may make, for bisection; work: a folder
+    where a pass that takes long keeps what it has finished, and finds it when it is run again.
     """
 
     calibration: Sequence[Any] = ()
     seed: int = 0
     progress: Callable[[str, float], None] = lambda description, fraction: None
     limit: int | None = None
+    work: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,12 +179,14 @@ class Pipeline:
         dump: str | os.PathLike[str] | None = None,
         print_after_change: bool = False,
         limit: int | None = None,
+        work: str | os.PathLike[str] | None = None,
     ) -> Graph:
         """Runs the passes; the result's history tells what each did.
 
         calibration, seed, progress: see `Context`. dump: a directory for the graph after every pass, and for
         a reproducer where one fails. limit: stops after so many rewrites, as `bisect` does; a pass that does not
-        tell its rewrites apart is one. Nothing is expected then.
+        tell its rewrites apart is one. Nothing is expected then. work: a folder, made if need be, where passes that
+        take long keep what they have finished: a run with the same model, passes and calibration goes on from there.
         Raises what the failing pass raises, with the pass and its place; PassError where a result is
         malformed, differs more than promised, or an expected rule found too little; OptionError where calibration is
         no sequence, also where no pass reads it.
@@ -191,7 +195,7 @@ class Pipeline:
         if isinstance(calibration, str | bytes) or not isinstance(calibration, Sequence | np.ndarray | jax.Array):
             found = type(calibration).__name__
             raise OptionError(f"calibration must be a list of batches, int32 tokens [b, t], got {found}")
-        context = Context(calibration, seed, progress, limit)
+        context = Context(calibration, seed, progress, limit, None if work is None else Path(work))
         watching: list[Instrument] = [Dump(Path(dump))] if dump is not None else []
         watching += [PrintAfterChange()] if print_after_change else []
         check_structure(graph)

@@ -44,7 +44,7 @@ def observe(
 
     total: dict[str, InputStats] = {}
     for number, batch in enumerate(checked):
-        total = add_found(total, run(graph.arrays, batch))
+        add_found(total, run(graph.arrays, batch))
         progress("calibrating", (number + 1) / len(batches))
     return Stats(total)
 
@@ -92,22 +92,29 @@ def find_products(graph: Graph, names: Sequence[str]) -> Products:
     """Returns the products with weights among `names` that could be quantized."""
     layouts, _ = plan_weights(graph, list(names))
     experts, _ = find_experts(graph, dict.fromkeys(names))
-    return Products({name: _inputs(graph, name, layout) for name, layout in layouts.items()}, experts)
+    uses = Uses(graph)
+    return Products({name: _inputs(uses, name, layout) for name, layout in layouts.items()}, experts)
 
 
-def add_found(total: Mapping[str, InputStats], found: Found) -> dict[str, InputStats]:
-    """Returns statistics with those of one more batch."""
-    result = dict(total)
+def add_found(total: dict[str, InputStats], found: Found) -> None:
+    """Adds the statistics of one more batch; sums of x^T x, the only large ones, grow in place."""
     for name, parts in jax.device_get(found).items():
-        for part in map(_to_stats, parts):
-            result[name] = result[name] + part if name in result else part
-    return result
+        for part in parts:
+            total[name] = _added(total[name], part) if name in total else _to_stats(part)
 
 
-def _inputs(graph: Graph, name: str, layout: Layout) -> list[tuple[ir.Var, tuple[int, ...]]]:
+def _added(total: InputStats, part: dict[str, np.ndarray]) -> InputStats:
+    gram, small = total.gram, {key: value for key, value in part.items() if key != "gram"}
+    with np.errstate(invalid="ignore"):  # who reads sums that are not finite says of which weight
+        if gram is not None:
+            gram += part["gram"]
+        return dataclasses.replace(dataclasses.replace(total, gram=None) + _to_stats(small), gram=gram)
+
+
+def _inputs(uses: Uses, name: str, layout: Layout) -> list[tuple[ir.Var, tuple[int, ...]]]:
     """Returns the activations that a weight is multiplied with, and which of their axes are summed over."""
     found = []
-    for use in Uses(graph).of(name)[1]:
+    for use in uses.of(name)[1]:
         if use.is_product:
             other = use.eqn.invars[1 - use.side]
             axes = tuple(sorted(use.eqn.params["dimension_numbers"][0][1 - use.side]))
@@ -158,5 +165,5 @@ def _gram(x: jax.Array) -> jax.Array:
 
 
 def _to_stats(found: dict[str, np.ndarray]) -> InputStats:
-    wide = {key: np.asarray(value, np.float64) for key, value in found.items() if key not in ("count", "absmax")}
+    wide = {key: np.array(value, np.float64) for key, value in found.items() if key not in ("count", "absmax")}
     return InputStats(count=np.asarray(found["count"], np.int64), absmax=found["absmax"], **wide)

@@ -1,5 +1,6 @@
 """`xlathe inspect`: what is in a graph directory or a bundle, and what a quantizer would make of it."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from xlathe.tools.source import define_pipeline, find_pipeline, is_bundle, open_
 
 if TYPE_CHECKING:
     from xlathe.graph import Graph
+    from xlathe.passes.quantize.footprint import Footprint
     from xlathe.passes.quantize.plan import Plan
     from xlathe.pipeline import Pipeline
 
@@ -39,8 +41,13 @@ def run(options: Options, source: str) -> None:
     if pipeline is not None:
         from xlathe.tools.text import find_calibration
 
-        for plan in plans(pipeline, graph, find_calibration(options, source, graph)):
-            print(plan.to_json() if options["json"] else plan)
+        calibration = find_calibration(options, source, graph)
+        for plan, before in plans(pipeline, graph, calibration):
+            held = _held(plan, before, calibration)
+            if options["json"]:
+                print(json.dumps(json.loads(plan.to_json()) | (held.to_json() if held else {}), indent=2))
+            else:
+                print(plan if held is None else f"{plan}\n{held}")
     elif options["text"]:
         from xlathe.printer import to_text
 
@@ -49,8 +56,18 @@ def run(options: Options, source: str) -> None:
         print(graph.report())
 
 
-def plans(pipeline: "Pipeline", graph: "Graph", calibration: Any) -> "Iterator[Plan]":
-    """Yields the plan of each quantizer in a pipeline; what follows the last is not run, nor is that one.
+def _held(plan: "Plan", graph: "Graph", calibration: Any) -> "Footprint | None":
+    """Returns the memory of a plan whose method goes through the model in order, where there is what it reads."""
+    from xlathe.passes.quantize.calibrate import IN_ORDER
+    from xlathe.passes.quantize.footprint import footprint
+
+    known = plan.method.statistics in IN_ORDER and len(calibration)
+    return footprint(graph, plan, calibration, on_disk=True) if known else None
+
+
+def plans(pipeline: "Pipeline", graph: "Graph", calibration: Any) -> "Iterator[tuple[Plan, Graph]]":
+    """Yields the plan of each quantizer in a pipeline, and the graph that it is for; what follows the last is not run,
+    nor is that one.
 
     Raises OptionError where a pipeline has none.
     """
@@ -64,7 +81,7 @@ def plans(pipeline: "Pipeline", graph: "Graph", calibration: Any) -> "Iterator[P
     for pass_ in pipeline.passes:
         assert isinstance(pass_, Pass)
         if isinstance(pass_, Quantize):
-            yield pass_.plan(graph)
+            yield pass_.plan(graph), graph
             left -= 1
             if not left:
                 return

@@ -1,10 +1,16 @@
 """`xlathe opt`: runs passes on a saved graph and saves the result."""
 
+from pathlib import Path
+from typing import Final
+
 from absl import flags
 
 from xlathe.tools.command import Options, UsageError, Verb
 from xlathe.tools.console import bar, make_console
 from xlathe.tools.source import define_pipeline, find_pipeline, open_graph
+
+UNFINISHED: Final = ".unfinished"
+"""After the name of the result: the folder where an interrupted run left what it had finished."""
 
 
 def define(values: flags.FlagValues) -> None:
@@ -21,6 +27,7 @@ def define(values: flags.FlagValues) -> None:
 def run(options: Options, source: str, destination: str) -> None:
     import dataclasses
 
+    from xlathe.passes.quantize.work import Work
     from xlathe.tools.text import find_calibration
 
     console = make_console()
@@ -37,8 +44,10 @@ def run(options: Options, source: str, destination: str) -> None:
             progress=progress,
             dump=options["dump"],
             print_after_change=options["print_after_change"],
+            work=(work := Path(destination + UNFINISHED)),
         )
         result.save(destination)
+    Work(work).remove()
     console.print(result.report(), soft_wrap=True)
 
 

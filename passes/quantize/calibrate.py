@@ -3,23 +3,23 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-import jax.numpy as jnp
-import numpy as np
-
 from xlathe.errors import PassError
 from xlathe.graph import Graph
 from xlathe.passes.quantize.plan import Plan
-from xlathe.passes.quantize.recipe import Encode
+from xlathe.passes.quantize.recipe import Encode, check_calibrated
 from xlathe.pipeline import Context
 from xlathe.stats import InputStats
 
+IN_ORDER = ("gram", "section")
+"""Statistics that are of a model whose weights are quantized up to there."""
 
-def make_recipes(plan: Plan, graph: Graph, context: Context) -> dict[str, Encode]:
-    """Returns the recipe of every weight that is quantized.
 
-    A method that reads x^T x runs now, weight by weight in the order of the model, so that each is calibrated on what
-    the quantized weights before it make, and x^T x is held for no longer than it is read. Others run when a weight is
-    prepared. Raises OptionError where batches are missing, PassError where static activations saw no token.
+def make_recipes(plan: Plan, graph: Graph, context: Context) -> tuple[dict[str, Encode], tuple[str, ...]]:
+    """Returns the recipe of every weight that is quantized, and what the run report should say.
+
+    A method that reads x^T x, or what a section puts out, runs now, in the order of the model, so that each weight is
+    calibrated on what the quantized weights before it make. Others run when a weight is prepared. Raises OptionError
+    where batches are missing, PassError where static activations saw no token.
     """
     makers = {
         e.name: Encode(e.name, e.layout, e.scheme, plan.method)
@@ -27,8 +27,14 @@ def make_recipes(plan: Plan, graph: Graph, context: Context) -> dict[str, Encode
         if e.scheme is not None and e.layout is not None
     }
     static = [name for name, scheme in plan.schemes.items() if scheme.is_static]
-    if plan.method.statistics == "gram":
-        makers = _in_order(graph, makers, context)
+    notes: tuple[str, ...] = ()
+    if plan.method.statistics in IN_ORDER:
+        from xlathe.passes.quantize.footprint import footprint
+        from xlathe.passes.quantize.sequential import quantize_in_order
+
+        makers, notes = quantize_in_order(graph, makers, plan.method, context)
+        held = footprint(graph, plan, context.calibration, on_disk=context.work is not None)
+        notes = (*notes, str(held))
     elif plan.method.statistics == "moments" or static or _may_see_experts(plan, graph, context):
         from xlathe.passes.observe import observe  # it reads products as this package does
 
@@ -36,44 +42,21 @@ def make_recipes(plan: Plan, graph: Graph, context: Context) -> dict[str, Encode
         makers = {name: dataclasses.replace(make, stats=found.get(name)) for name, make in makers.items()}
     for name, make in makers.items():
         if make.stats is not None:
-            _check_finite(name, make.stats)
+            check_calibrated(name, make.stats)
     for name in static:
         stats = makers[name].stats
         if stats is None or not stats.count:
             raise PassError(
                 f"quantize: {name}: static activations need tokens, and none of the calibration reached it"
             )
-    return makers
+    return makers, (*_told(plan, makers), *notes)
 
 
 def _may_see_experts(plan: Plan, graph: Graph, context: Context) -> bool:
     return bool(plan.experts) and bool(len(context.calibration)) and not graph.is_step
 
 
-def _in_order(graph: Graph, makers: Mapping[str, Encode], context: Context) -> dict[str, Encode]:
-    from xlathe.passes.quantize.sequential import quantize_in_order
-
-    done = dict(makers)
-
-    def quantize(name: str, stats: InputStats) -> np.ndarray:
-        _check_finite(name, stats)
-        make = dataclasses.replace(makers[name], stats=stats)
-        weight = graph.weights[name]
-        parts = make.make(weight)
-        done[name] = dataclasses.replace(make, stats=dataclasses.replace(stats, gram=None), made=parts)
-        matrix = make.scheme.stored.dequantize(*map(jnp.asarray, parts))
-        return make.layout.weight(np.asarray(matrix), np.shape(weight)).astype(weight.dtype)
-
-    quantize_in_order(graph, list(makers), context.calibration, quantize, context.progress)
-    return done
-
-
-def _check_finite(name: str, stats: InputStats) -> None:
-    if not stats.is_finite:
-        raise PassError(f"quantize: {name}: the activations of the calibration are not all finite")
-
-
-def told(plan: Plan, graph: Graph, makers: Mapping[str, Encode]) -> tuple[str, ...]:
+def _told(plan: Plan, makers: Mapping[str, Encode]) -> tuple[str, ...]:
     """Returns what calibration lacked: experts that it never reached, and fewer tokens than a weight has columns."""
     seen = {name: make.stats for name, make in makers.items() if make.stats is not None}
     notes = [f"{name}: no token of the calibration chose this expert" for name, s in seen.items() if not s.count]

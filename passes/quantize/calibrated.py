@@ -2,37 +2,27 @@
 
 import abc
 import dataclasses
-import functools
 from typing import ClassVar, Literal, final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xlathe.errors import OptionError, PassError
-from xlathe.passes.quantize.algorithms import autoround, awq, gptq, hqq, search
-from xlathe.passes.quantize.algorithms.blocks import output_error
-from xlathe.passes.quantize.method import Method
+from xlathe.errors import PassError
+from xlathe.passes.quantize.algorithms import awq, gptq, hqq, search
+from xlathe.passes.quantize.method import WeightMethod
 from xlathe.stats import InputStats
 from xlathe.storage import Blocks, Format, Scaled, Steps
-from xlathe.storage.elements import INTEGERS
+
+NO_LEVELS = "it chooses levels and scales, which this format does not have"
 
 
-class OnLevels(Method):
-    """A method that chooses scales, and levels of them.
-
-    integers: whether the levels must be whole numbers. A weight that calibration never reached is rounded to nearest.
-    """
-
-    integers: ClassVar[bool] = False
+class OnLevels(WeightMethod):
+    """A method that chooses scales, and levels of them. What calibration never reached is rounded to nearest."""
 
     @final
     def refusal(self, stored: Format) -> str | None:
-        if not isinstance(stored, Scaled):
-            return "it chooses levels and scales, which this format does not have"
-        if self.integers and stored.element not in INTEGERS:
-            return "what it learns is added to whole numbers, which this format does not have"
-        return None
+        return None if isinstance(stored, Scaled) else NO_LEVELS
 
     @final
     def __call__(
@@ -44,7 +34,8 @@ class OnLevels(Method):
         try:
             levels, steps = self.choose(jnp.asarray(weight), stored, stats)
         except PassError as error:
-            raise PassError(f"quantize: {name}: {error}") from None
+            seen = "" if stats is None else f", calibrated on {int(stats.count)} tokens"
+            raise PassError(f"quantize: {name}{seen}: {error}") from None
         if not np.isfinite(levels).all():
             raise PassError(f"quantize: {name}: {self} found levels that are not finite")
         return stored.pack(levels, steps)
@@ -64,7 +55,15 @@ def _importance(stats: InputStats) -> np.ndarray:
 
 
 def _searched(weight: jax.Array, stored: Scaled, stats: InputStats) -> Steps:
-    return search.search_steps(weight, jnp.asarray(_importance(stats)), stored)
+    """Columns count by the mean of x^2. Some rows at a time where they share nothing, to hold less."""
+    importance = jnp.asarray(_importance(stats))
+    apart = stored.rows == 1 and stored.scale != "e4m3"
+    rows = max(gptq.AT_ONCE // weight.shape[1], 1) if apart else len(weight)
+    parts = [
+        jax.block_until_ready(search.search_steps(weight[i : i + rows], importance, stored))
+        for i in range(0, len(weight), rows)
+    ]
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
 
 
 @final
@@ -79,7 +78,7 @@ class SearchLevels(OnLevels):
 
 @final
 @dataclasses.dataclass(frozen=True)
-class Search(Method):
+class Search(WeightMethod):
     """Scales with the least error, where each column counts by the mean square of its activations (an importance
     matrix): `xlathe.passes.quantize.algorithms.search`, and in llama.cpp's blocks the search of llama.cpp."""
 
@@ -136,34 +135,3 @@ class Gptq(OnLevels):
         steps = _searched(weight, stored, stats) if self.search else stored.fit(weight)
         levels, _ = gptq.gptq(weight, stats.gram, stored, steps, act_order=self.act_order)
         return levels, steps
-
-
-@final
-@dataclasses.dataclass(frozen=True)
-class AutoRound(OnLevels):
-    """Signed gradient descent on rounding and clipping: `xlathe.passes.quantize.algorithms.autoround`.
-
-    The loss is the squared error of the weight's own products; the published one is that of a whole layer's output.
-    """
-
-    statistics: ClassVar[Literal["none", "moments", "gram"]] = "gram"
-    integers: ClassVar[bool] = True
-
-    steps: int = autoround.STEPS
-
-    def __post_init__(self) -> None:
-        if type(self.steps) is not int or self.steps < 1:
-            raise OptionError(f"auto_round: steps={self.steps!r}: expected a positive number")
-
-    def choose(self, weight: jax.Array, stored: Scaled, stats: InputStats | None) -> tuple[jax.Array, Steps]:
-        assert stats is not None and stats.gram is not None
-        gram = jnp.asarray(stats.gram / stats.count, jnp.float32)
-        loss = functools.partial(_products_error, stored)
-        tuned, _ = autoround.tune(autoround.start(weight, stored), loss, weight, gram, steps=self.steps)
-        return autoround.choose(weight, tuned, stored)
-
-
-def _products_error(
-    stored: Scaled, tuned: autoround.Tuned, step: jax.Array, weight: jax.Array, gram: jax.Array
-) -> jax.Array:
-    return output_error(weight, autoround.stands_for(weight, tuned, stored), gram)

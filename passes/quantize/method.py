@@ -1,7 +1,8 @@
 """What a method of rounding is given, and what it returns.
 
 A method is a frozen dataclass whose fields are its options; its text form is a pass's, `gptq{act_order=False}`, and
-it has a line in `methods.py`. It is called once a weight, when the weight is prepared, and plans nothing:
+it has a line in `methods.py`. Most see a weight at a time (`WeightMethod`), some all of a section (`SectionMethod`).
+The former is called once a weight, when the weight is prepared, and plans nothing:
 
     parts = method(name, weight, stored, stats)
 
@@ -19,7 +20,7 @@ it has a line in `methods.py`. It is called once a weight, when the weight is pr
 
 import abc
 import dataclasses
-from typing import ClassVar, Literal, final
+from typing import TYPE_CHECKING, ClassVar, Literal, final
 
 import numpy as np
 
@@ -27,19 +28,33 @@ from xlathe.pass_text import print_pass
 from xlathe.stats import InputStats
 from xlathe.storage import Format
 
+if TYPE_CHECKING:
+    from xlathe.passes.quantize.section_task import SectionTask
+
 
 @dataclasses.dataclass(frozen=True)
 class Method(abc.ABC):
     """A way to choose codes and scales. statistics: of the activations, what it needs to know.
 
-    `moments`: sums and largest values of each column; `gram`: these and x^T x. Either takes calibration batches.
+    `moments`: sums and largest values of each column; `gram`: these and x^T x; `section`: these, and what a section of
+    the model puts out. All but `none` take calibration batches; `gram` and `section` see what the quantized weights
+    before make.
     """
 
-    statistics: ClassVar[Literal["none", "moments", "gram"]] = "none"
+    statistics: ClassVar[Literal["none", "moments", "gram", "section"]] = "none"
 
     def refusal(self, stored: Format) -> str | None:
         """Says why the method cannot round to a format, before anything runs; None where it can."""
         return None
+
+    @final
+    def __str__(self) -> str:
+        return print_pass(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightMethod(Method):
+    """A method that sees one weight at a time."""
 
     @abc.abstractmethod
     def __call__(
@@ -47,6 +62,13 @@ class Method(abc.ABC):
     ) -> tuple[np.ndarray, ...]:
         """Returns the parts of a weight float32 [n, k]."""
 
-    @final
-    def __str__(self) -> str:
-        return print_pass(self)
+
+@dataclasses.dataclass(frozen=True)
+class SectionMethod(Method):
+    """A method that sees all weights of a section of the model at once."""
+
+    statistics: ClassVar[Literal["none", "moments", "gram", "section"]] = "section"
+
+    @abc.abstractmethod
+    def __call__(self, task: "SectionTask") -> dict[str, tuple[np.ndarray, ...]]:
+        """Returns the parts of each weight of a section."""

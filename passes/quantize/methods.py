@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from xlathe.errors import OptionError
 from xlathe.pass_text import parse_passes, pass_name
-from xlathe.passes.quantize.calibrated import AutoRound, Clip, Gptq, Hqq, Search
+from xlathe.passes.quantize.auto_round import AutoRound
+from xlathe.passes.quantize.calibrated import Clip, Gptq, Hqq, Search
 from xlathe.passes.quantize.method import Method
 from xlathe.passes.quantize.rtn import Rtn
 

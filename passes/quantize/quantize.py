@@ -6,7 +6,7 @@ from typing import Any, ClassVar, final
 
 from xlathe.errors import OptionError, did_you_mean
 from xlathe.graph import Graph, Recipe, Record
-from xlathe.passes.quantize.calibrate import make_recipes, told
+from xlathe.passes.quantize.calibrate import make_recipes
 from xlathe.passes.quantize.methods import find_method
 from xlathe.passes.quantize.plan import Plan, Rule, make_plan
 from xlathe.passes.quantize.products import Replaced, replace_products
@@ -74,10 +74,9 @@ class Quantize(Pass):
 
     def apply(self, graph: Graph, context: Context) -> tuple[Graph, Record]:
         plan = self.plan(graph)
-        makers = make_recipes(plan, graph, context)
+        makers, notes = make_recipes(plan, graph, context)
         experts = sum(len(group.names) for group in plan.experts)
         hits = {"weight": len(plan.schemes) - experts} | ({"expert": experts} if experts else {})
-        notes = told(plan, graph, makers)
         return _replace(graph, plan, makers), Record("quantize", hits=hits, misses=plan.misses, notes=notes)
 
 

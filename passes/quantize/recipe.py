@@ -1,17 +1,21 @@
 """How the parts of a quantized weight are made from it, tensor by tensor, when they are asked for."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, final
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from xlathe.errors import PassError
 from xlathe.ops.activations import INT8_MAX
-from xlathe.passes.quantize.method import Method
+from xlathe.passes.quantize.method import Method, WeightMethod
 from xlathe.passes.quantize.schemes import Scheme
 from xlathe.passes.quantize.uses import Layout
 from xlathe.stats import InputStats
+from xlathe.storage import Format
 from xlathe.storage.elements import FP8_E4M3
 
 
@@ -36,12 +40,24 @@ class Encode:
 
     def make(self, weight: Any) -> tuple[np.ndarray, ...]:
         """Returns the parts of the storage format."""
-        matrix = self.layout.matrix(weight)
-        check_finite(self.name, matrix)
+        assert isinstance(self.method, WeightMethod)  # what a section is made of at once is made already
+        matrix = self.matrix(weight)
         try:
             return self.method(self.name, matrix, self.scheme.stored, self.stats)
         except FloatingPointError as error:  # numbers that the scales of blocks do not reach
             raise PassError(f"quantize: {self.name} {list(matrix.shape)}: {error}; a rule can leave it out") from None
+
+    def matrix(self, weight: Any) -> np.ndarray:
+        """Returns a weight as float32 [n, k]. Raises PassError where it is not finite."""
+        matrix = self.layout.matrix(weight)
+        check_finite(self.name, matrix)
+        return matrix
+
+    def value(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """Returns what the weight is from now on, of the shape and dtype that it had."""
+        assert self.made is not None
+        matrix = _dequantized(self.scheme.stored, *map(jnp.asarray, self.made))
+        return self.layout.weight(np.asarray(matrix), shape).astype(dtype)
 
     def _step(self) -> tuple[np.ndarray, ...]:
         """Returns the step of static activations, whose largest in calibration becomes the last level."""
@@ -50,6 +66,11 @@ class Encode:
         assert self.stats is not None and self.scheme.activations is not None
         last = INT8_MAX if self.scheme.activations.startswith("int8") else FP8_E4M3.largest
         return (np.array(self.stats.absmax.max() / last, np.float32),)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _dequantized(stored: Format, *parts: jax.Array) -> jax.Array:
+    return stored.dequantize(*parts)
 
 
 @final
@@ -73,3 +94,9 @@ def check_finite(name: str, matrix: np.ndarray) -> None:
             f"quantize: {name} has {np.count_nonzero(bad)} of {matrix.size} values that are not finite, the first "
             f"{matrix[row, column]} in row {row}, column {column} of {list(matrix.shape)}; a rule can leave it out"
         )
+
+
+def check_calibrated(name: str, stats: InputStats) -> None:
+    """Raises PassError where activations were not finite."""
+    if not stats.is_finite:
+        raise PassError(f"quantize: {name}: the activations of the calibration are not all finite")

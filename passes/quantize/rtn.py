@@ -5,14 +5,14 @@ from typing import final
 
 import numpy as np
 
-from xlathe.passes.quantize.method import Method
+from xlathe.passes.quantize.method import WeightMethod
 from xlathe.stats import InputStats
 from xlathe.storage import Format
 
 
 @final
 @dataclasses.dataclass(frozen=True)
-class Rtn(Method):
+class Rtn(WeightMethod):
     """Scales that just reach the largest weight of a block, and for each weight the nearest level."""
 
     def __call__(

@@ -1,106 +1,186 @@
 """Quantize a model from its first product to its last, so that each weight is calibrated on what it will get.
 
-Between sections of the model nothing is kept of activations but those at a cut point of the residual stream, and one
-stage's sums of x^T x. The weights are all held, as they are by now.
+Held at once are the float weights of one section, one stage's sums of x^T x, and the activations at one cut point of
+the residual stream. What is made is packed, and lies on disk where there is a folder to work in.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import dataclasses
+import functools
+import importlib.metadata
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 
 from xlathe import jaxpr as ir
 from xlathe.graph import Graph
-from xlathe.passes.observe import Products, add_found, check_calibration, find_products
-from xlathe.sections import cut_points
+from xlathe.passes.observe import check_calibration
+from xlathe.passes.quantize.method import Method, SectionMethod, WeightMethod
+from xlathe.passes.quantize.recipe import Encode, check_calibrated
+from xlathe.passes.quantize.section_task import SectionTask
+from xlathe.passes.quantize.stages import Section, Stage, find_sections
+from xlathe.passes.quantize.walk import Current, Walk, needed_inputs
+from xlathe.passes.quantize.work import Made, Work, digest_of
+from xlathe.pipeline import Context
 from xlathe.stats import InputStats
 
-Round = Callable[[str, InputStats], np.ndarray]
-"""Quantizes the weight of a name, and returns what it stands for from then on, in the weight's shape."""
+LIBRARIES = ("xlathe", "jax", "jaxlib", "numpy", "scipy")
+"""A run goes on with what another one finished where these are of the same versions."""
 
 
 def quantize_in_order(
-    graph: Graph,
-    names: Sequence[str],
-    batches: Sequence[Any],
-    quantize: Round,
-    progress: Callable[[str, float], None] = lambda description, fraction: None,
-) -> None:
-    """Calls `quantize` once for every weight that is multiplied with activations, from the first to the last.
+    graph: Graph, makers: Mapping[str, Encode], method: Method, context: Context
+) -> tuple[dict[str, Encode], tuple[str, ...]]:
+    """Returns the recipes with what they make, of every weight that is multiplied with activations, and remarks.
 
-    Each gets statistics, with `gram`, of its activations when all weights before it are what `quantize` returned. A
-    weight that several values are multiplied with gets the statistics of all of them, at the last one; what it makes of
-    the others, or of look-ups (a tied embedding), is as it was before. Raises OptionError without batches.
+    Each gets statistics of its activations when all weights before it are quantized. A weight that several values are
+    multiplied with gets the statistics of all of them, at the last one; what it makes of the others, or of look-ups (a
+    tied embedding), is as it was before. Sections that are finished in `context.work` are taken from there.
+    Raises OptionError without batches, PassError where activations are not finite.
     """
-    stages = _stages(graph, find_products(graph, names))
-    run = _Run(graph, check_calibration(graph, batches))
-    left = {name: sum(name in _names(stage) for stage in stages) for name in names}
-    total: dict[str, InputStats] = {}
-    for number, stage in enumerate(stages):
-        total = run.observe(stage, total)
-        for name in _names(stage):
-            left[name] -= 1
-            if not left[name]:
-                run.arrays[name] = jax.numpy.asarray(quantize(name, total.pop(name)))
-        progress("quantizing", (number + 1) / len(stages))
-
-
-def _stages(graph: Graph, products: Products) -> list[Products]:
-    """Returns the products with each value, in the order in which the model makes the values."""
-    order = _order(graph)
-    plain: dict[ir.Var, dict[str, list[tuple[ir.Var, tuple[int, ...]]]]] = {}
-    for name, inputs in products.plain.items():
-        for var, axes in inputs:
-            plain.setdefault(var, {}).setdefault(name, []).append((var, axes))
-    stages = [Products(inputs) for inputs in plain.values()] + [Products({}, [group]) for group in products.experts]
-    return sorted(stages, key=lambda stage: max(order.get(var, -1) for var in stage.values))
-
-
-def _order(graph: Graph) -> dict[ir.Var, int]:
-    return {out: i for i, eqn in enumerate(graph.jaxpr.eqns) for out in eqn.outvars}
-
-
-def _names(stage: Products) -> list[str]:
-    return [*stage.plain, *(name for group in stage.experts for name in group.names)]
+    run = _Run(graph, makers, method, check_calibration(graph, context.calibration), context)
+    run.quantize()
+    return run.makers, tuple(run.remarks())
 
 
 class _Run:
-    """The calibration batches on their way through the model. arrays: the weights, as they are by now."""
+    """One way through the model. makers: the recipes, with what they make as far as it went."""
 
-    def __init__(self, graph: Graph, batches: Sequence[Mapping[str, np.ndarray]]) -> None:
-        self.graph, self.batches, self.arrays = graph, batches, dict(graph.arrays)
-        self.order, self.cuts = _order(graph), cut_points(graph)
-        self.known: list[dict[ir.Var, jax.Array]] = [{} for _ in batches]
+    def __init__(
+        self,
+        graph: Graph,
+        makers: Mapping[str, Encode],
+        method: Method,
+        batches: Sequence[dict[str, np.ndarray]],
+        context: Context,
+    ) -> None:
+        self.graph, self.makers, self.method, self.context = graph, dict(makers), method, context
+        self.sections = find_sections(graph, list(makers))
+        self.work, self.digests, self.resumed = Work(context.work), list[str](), 0
+        self.walk = Walk(graph, batches, Current(graph.weights))
+        self.walks = [self.walk]
+        if isinstance(method, SectionMethod):  # it is told what floats would make
+            self.walks.append(Walk(graph, batches, Current(graph.weights), self.walk.compiled))
+        self.left = Counter(name for section in self.sections for stage in section.stages for name in stage.names)
+        self.uses = self.left.total()
 
-    def observe(self, stage: Products, total: Mapping[str, InputStats]) -> dict[str, InputStats]:
-        """Adds the statistics of a stage."""
-        self._advance(min(self.order.get(var, -1) for var in stage.values))
-        run, result = self._compiled(stage.values, lambda values: stage.statistics(values, gram=True)), dict(total)
-        for batch, known in zip(self.batches, self.known, strict=True):
-            result = add_found(result, run(self.arrays, batch, list(known.values())))
-        return result
+    def quantize(self) -> None:
+        """Quantizes section after section; those that are finished already are taken from the folder."""
+        digest, begin, resuming = self._identity(), None, True
+        for section in self.sections:
+            inputs = needed_inputs(self.graph, begin, [self._output(section)])
+            self.walk.current.hold(inputs)
+            before, digest, begin = digest, self._follow(digest, inputs), section.end
+            made = self.work.load(digest) if resuming else None
+            if made is not None:
+                self._keep(made)
+                self.resumed += 1
+                continue
+            if resuming and self.resumed:
+                self._go_on(section, before)
+                self.walk.current.hold(inputs)
+            resuming = False
+            self._section(section)
+            self._advance(section.end)
+            made = {name: Made.of(self.makers[name]) for name in section.names}
+            self._keep(self.work.save(digest, before, made, [walk.values for walk in self.walks]))
 
-    def _advance(self, end: int) -> None:
-        """Moves on to the last cut point before an equation."""
-        passed = [cut for cut in self.cuts if self.order.get(cut, -1) <= end]
-        if not passed or passed[-1] in self.known[0]:
+    def remarks(self) -> Iterator[str]:
+        """Says what was taken from the folder, and what in it was not."""
+        if self.resumed:
+            yield f"went on after {self.resumed} of {len(self.sections)} sections that {self.work.folder} had"
+        if others := self.work.others(self.digests):
+            yield f"{self.work.folder} has {others} sections of another run as well, which are not used"
+
+    def _identity(self) -> str:
+        """Returns the digest of all that decides what is made, but for the weights."""
+        if self.work.folder is None:
+            return ""
+        texts = [f"{library} {importlib.metadata.version(library)}" for library in LIBRARIES]
+        texts += [str(self.context.seed), self.graph.structural_hash]
+        texts += [f"{make.name} {make.scheme} {make.method}" for make in self.makers.values()]
+        rows = {f"{i}:{name}": array for i, row in enumerate(self.walk.rows) for name, array in row.items()}
+        return digest_of("", texts, rows)
+
+    def _follow(self, digest: str, inputs: Sequence[str]) -> str:
+        """Returns the digest of a section: of all before it, and of its inputs that are as they were trained."""
+        if self.work.folder is None:
+            return ""
+        current, given = self.walk.current, self.graph.names("arg")
+        trained = [name for name in inputs if name not in given and name not in current.replaced]
+        self.digests.append(digest_of(digest, [], {name: np.asarray(current[name]) for name in trained}))
+        return self.digests[-1]
+
+    def _output(self, section: Section) -> ir.Var:
+        """Returns what a section puts out."""
+        if section.end is not None:
+            return section.end
+        logits = self.graph.jaxpr.outvars[0]
+        assert isinstance(logits, ir.Var)
+        return logits
+
+    def _go_on(self, section: Section, before: str) -> None:
+        """Puts the rows where the last finished section ends: as they are in the folder, else through all of them."""
+        found = self.work.load_rows(before)
+        if found is None:
+            for done in self.sections[: self.resumed]:
+                self._advance(done.end)
+                self.walk.current.hold(())
             return
-        run = self._compiled(passed[-1:], lambda values: values)
-        for batch, known in zip(self.batches, list(self.known), strict=True):
-            (value,) = run(self.arrays, batch, list(known.values()))
-            known.clear()
-            known[passed[-1]] = value
+        for walk, values in zip(self.walks, found, strict=True):
+            walk.at, walk.values = section.start, [jnp.asarray(value) for value in values]
 
-    def _compiled(self, wanted: Sequence[ir.Var], finish: Callable[[list[jax.Array]], Any]) -> Callable[..., Any]:
-        given = list(self.known[0])
+    def _advance(self, end: ir.Var | None) -> None:
+        for walk in self.walks:
+            if end is not None and end is not walk.at:
+                walk.advance(end)
+            if walk is not self.walk:
+                walk.current.hold(())
 
-        @jax.jit
-        def run(arrays: Mapping[str, Any], batch: Mapping[str, Any], values: Sequence[Any]) -> Any:
-            rows, length = batch["tokens"].shape
-            operands = self.graph.bind_names({**arrays, **batch})
-            known = dict(zip(given, values, strict=True))
-            sizes = {"b": rows, "t": length}
-            return finish(ir.evaluate_between(self.graph.jaxpr, operands, known, wanted, sizes))
+    def _section(self, section: Section) -> None:
+        """Quantizes the weights of a section."""
+        self._advance(section.start)
+        total: dict[str, InputStats] = {}
+        for stage in section.stages:
+            self._stage(stage, total)
+        if isinstance(self.method, SectionMethod):
+            self._keep(self._jointly(self.method, section, total))
 
-        return run
+    def _stage(self, stage: Stage, total: dict[str, InputStats]) -> None:
+        """Adds what the weights of a stage see, and quantizes those that see no more, if one can be by itself."""
+        seen = self.walk.observe(stage, gram=self.method.statistics == "gram")
+        for first, names in stage.readers.items():
+            stats = seen.pop(first)
+            for name in names:
+                total[name] = total[name] + stats if name in total else stats
+                self.left[name] -= 1
+                if not self.left[name] and isinstance(self.method, WeightMethod):
+                    self._keep({name: self._alone(name, total.pop(name))})
+        self.context.progress("quantizing", 1 - self.left.total() / self.uses)
+
+    def _alone(self, name: str, stats: InputStats) -> Made:
+        check_calibrated(name, stats)
+        make = dataclasses.replace(self.makers[name], stats=stats)
+        return Made(make.make(self.walk.current[name]), dataclasses.replace(stats, gram=None))
+
+    def _jointly(self, method: SectionMethod, section: Section, stats: Mapping[str, InputStats]) -> dict[str, Made]:
+        """Quantizes the weights of a section at once; those that no token reached are rounded to nearest."""
+        for name, seen in stats.items():
+            check_calibrated(name, seen)
+        reached = {name: self.makers[name] for name in section.names if stats[name].count}
+        parts = {}
+        if reached:
+            task = SectionTask.of(self._output(section), reached, stats, *self.walks, self.context.seed)
+            parts = method(task)
+        for name in stats.keys() - reached.keys():
+            make = self.makers[name]
+            parts[name] = make.scheme.stored.encode(make.matrix(self.walk.current[name]))
+        return {name: Made(parts[name], seen) for name, seen in stats.items()}
+
+    def _keep(self, made: Mapping[str, Made]) -> None:
+        """Lets weights be what they became."""
+        for name, each in made.items():
+            self.makers[name] = dataclasses.replace(self.makers[name], stats=each.stats, made=each.parts)
+            aval = self.graph.aval(name)
+            self.walk.current.replace(name, functools.partial(self.makers[name].value, aval.shape, aval.dtype))

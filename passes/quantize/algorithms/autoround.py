@@ -3,7 +3,6 @@
 Cheng et al. 2023, "Optimize Weight Rounding via Signed Gradient Descent", https://arxiv.org/abs/2309.05516.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -65,7 +64,6 @@ def _through(value: jax.Array, exact: jax.Array) -> jax.Array:
     return exact + jax.lax.stop_gradient(value - exact)
 
 
-@functools.partial(jax.jit, static_argnames=("loss", "steps"))
 def tune(tuned: Any, loss: Callable[..., jax.Array], *arguments: Any, steps: int = STEPS) -> tuple[Any, jax.Array]:
     """Returns the iterate with the least loss, and that loss.
 

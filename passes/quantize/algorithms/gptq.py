@@ -3,6 +3,7 @@
 Frantar et al. 2022, https://arxiv.org/abs/2210.17323, after Optimal Brain Surgeon (Hassibi & Stork 1993).
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -17,6 +18,11 @@ from xlathe.storage import Scaled, Steps
 BLOCK = 128
 DAMPING = (0.01, 0.1, 1.0)
 """What is added to the diagonal, in units of its mean: the first with which the matrix has a Cholesky factor."""
+LEAF = 64
+"""Of the Cholesky factor. BLAS shares out products by the number of threads; where sizes are multiples of this, sums
+are the same ones."""
+AT_ONCE = 1 << 24
+"""Weights whose columns are rounded at once: rows of a weight do not depend on each other."""
 
 
 class Factor(NamedTuple):
@@ -26,30 +32,62 @@ class Factor(NamedTuple):
     damping: float
 
 
-def inverse_factor(gram: np.ndarray) -> Factor:
-    """Factors the damped inverse of a Hessian X^T X, float64 [k, k], without forming the inverse.
+def inverse_factor(gram: np.ndarray, order: np.ndarray | None = None) -> Factor:
+    """Factors the damped inverse of a Hessian X^T X, float64 [k, k], in one copy of it.
 
-    Its unit is the mean of its diagonal, which no level depends on and float32 may not reach.
+    order: int [k], of its rows and columns. Its unit is the mean of its diagonal, which no level depends on and float32
+    may not reach.
 
     A channel that was always zero (H_jj = 0) gets H_jj = 1: it shares nothing with the others and is rounded to
     nearest. (The paper's code sets its weights to zero, which other tokens than the calibration's would notice.)
     Raises PassError where no damping helps: the matrix is no sum of squares, or not finite.
     """
-    hessian = np.array(gram, np.float64)
-    diagonal = np.diagonal(hessian)
-    if not np.isfinite(hessian).all() or (diagonal < 0).any():
-        raise PassError("the sum of x^T x of the calibration is not finite, or has a negative diagonal")
-    hessian[np.diag_indices_from(hessian)] = np.where(diagonal == 0, 1.0, diagonal)
-    hessian /= np.diagonal(hessian).mean()
+    gram = np.asarray(gram, np.float64)
+    diagonal, size = np.diagonal(gram), len(gram)
+    if not np.isfinite(gram.sum()) or (diagonal < 0).any():
+        raise PassError("the sum of x^T x is not finite, or has a negative diagonal")
+    # H = R R^T with R upper triangular is the lower factor of H read backwards; then U = R^-1.
+    backwards = (np.arange(size) if order is None else order)[::-1]
     for damping in DAMPING:
-        damped = hessian + damping * np.eye(len(hessian))
+        hessian = _padded(gram, backwards, damping)
         try:
-            # H = R R^T with R upper triangular is the lower factor of H read backwards; then U = R^-1.
-            upper = np.linalg.cholesky(damped[::-1, ::-1])[::-1, ::-1]
+            _invert_factor(hessian)
         except np.linalg.LinAlgError:
             continue
-        return Factor(scipy.linalg.solve_triangular(upper, np.eye(len(hessian))), damping)
-    raise PassError(f"the sum of x^T x of the calibration has no Cholesky factor, with damping up to {DAMPING[-1]}")
+        return Factor(hessian[:size, :size][::-1, ::-1], damping)
+    raise PassError(f"the sum of x^T x is singular: no Cholesky factor with {', '.join(map(str, DAMPING))} of its mean "
+                    "diagonal added")  # fmt: skip
+
+
+def _padded(gram: np.ndarray, order: np.ndarray, damping: float) -> np.ndarray:
+    """Returns the Hessian in its unit, damped, in some order; a unit matrix follows up to a multiple of `LEAF`."""
+    size = len(gram)
+    hessian = np.eye(size + -size % LEAF)
+    for i, row in enumerate(order):
+        hessian[i, :size] = gram[row, order]
+    diagonal = hessian[np.diag_indices(size)]
+    diagonal[diagonal == 0] = 1
+    hessian[np.diag_indices(size)] = diagonal
+    hessian[:size, :size] /= diagonal.mean()
+    hessian[np.diag_indices(size)] += damping
+    return hessian
+
+
+def _invert_factor(matrix: np.ndarray) -> None:
+    """Replaces a symmetric matrix by the inverse of its lower Cholesky factor; LinAlgError where it has none."""
+    size = len(matrix)
+    if size <= LEAF:
+        matrix[:] = scipy.linalg.lapack.dtrtri(np.linalg.cholesky(matrix), lower=1)[0]
+        return
+    half = (size // LEAF + 1) // 2 * LEAF
+    first, second, below = matrix[:half, :half], matrix[half:, half:], matrix[half:, :half]
+    _invert_factor(first)
+    factor = below @ first.T
+    second -= factor @ factor.T
+    _invert_factor(second)
+    np.matmul(factor, first, out=below)
+    below[:] = -(second @ below)
+    matrix[:half, half:] = 0
 
 
 def gptq(
@@ -65,29 +103,39 @@ def gptq(
     weight = jnp.asarray(weight)
     n, k = weight.shape
     order = np.argsort(-np.diagonal(gram), kind="stable") if act_order else np.arange(k)
-    upper, damping = inverse_factor(np.asarray(gram)[np.ix_(order, order)])
-    padding = -k % block
+    upper, damping = inverse_factor(gram, order)
+    factor = jnp.asarray(upper, weight.dtype)
+    del upper
+    rows = max(AT_ONCE // k // max(stored.rows, 1), 1) * max(stored.rows, 1)
+    levels = []
+    for i in range(0, n, rows):
+        own = _steps_of(steps, stored, i, i + rows)
+        levels.append(jax.block_until_ready(_sweep(weight[i : i + rows], order, factor, own, stored, block)))
+    return (levels[0] if len(levels) == 1 else jnp.concatenate(levels)), damping
 
-    def in_order(array: Any) -> jax.Array:
-        return jnp.pad(jnp.broadcast_to(array, (n, k)).T[order], ((0, padding), (0, 0)))
 
-    factor = jnp.asarray(scipy.linalg.block_diag(upper, np.eye(padding)), weight.dtype)
-    scale, zero = stored.spread(steps, (n, k))
-    levels = _sweep(in_order(weight), factor, in_order(scale), in_order(zero), stored, block)
-    return levels[np.argsort(order)].T, damping
-
-
+def _steps_of(steps: Steps, stored: Scaled, start: int, end: int) -> Steps:
+    """Returns the steps of some rows of a weight."""
+    if not stored.rows:
+        return steps
+    own = slice(start // stored.rows, -(-end // stored.rows))
+    return Steps(steps.scale[own], None if steps.zero is None else steps.zero[own], steps.outer)
 @functools.partial(jax.jit, static_argnames=("stored", "block"))
 def _sweep(
-    rows: jax.Array,  # [k, n], the columns of the weight in the order in which they are rounded
+    weight: jax.Array,  # [n, k]
+    order: jax.Array,  # [k], in which columns are rounded
     factor: jax.Array,  # [k, k], upper triangular
-    scale: jax.Array,  # [k, n]
-    zero: jax.Array,  # [k, n]
+    steps: Steps,
     stored: Scaled,
     block: int,
 ) -> jax.Array:
-    """Returns the levels, [k, n]."""
-    count = rows.shape[0]
+    """Returns the levels, [n, k]."""
+    n, k = weight.shape
+    padding = -k % block
+    rows = jnp.pad(weight.T[order], ((0, padding), (0, 0)))  # columns of the weight in order, [k, n]
+    place = jnp.pad(order // (stored.columns or k), (0, padding))  # of each column's steps
+    scale, zero = _steps_by_block(steps, stored, n, k)
+    factor = jnp.pad(factor, (0, padding)) + jnp.diag(jnp.arange(k + padding) >= k) if padding else factor
 
     def one_block(number: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         rows, levels = state
@@ -98,14 +146,24 @@ def _sweep(
 
         def one_column(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             inside, levels, errors = state
-            steps = scale[start + i], zero[start + i]
-            level = stored.nearest(inside[i], *steps)
-            error = (inside[i] - stored.values(level, *steps)) / own[i, i]
+            own_steps = scale[place[start + i]], zero[place[start + i]]
+            level = stored.nearest(inside[i], *own_steps)
+            error = (inside[i] - stored.values(level, *own_steps)) / own[i, i]
             later = jnp.where(jnp.arange(block) > i, own[i], 0)
             return inside - later[:, None] * error, levels.at[start + i].set(level), errors.at[i].set(error)
 
         _, levels, errors = jax.lax.fori_loop(0, block, one_column, (inside, levels, jnp.zeros_like(inside)))
-        behind = jnp.where(jnp.arange(count) >= start + block, across, 0)
+        behind = jnp.where(jnp.arange(k + padding) >= start + block, across, 0)
         return rows - behind.T @ errors, levels
 
-    return jax.lax.fori_loop(0, count // block, one_block, (rows, jnp.zeros_like(rows)))[1]
+    _, levels = jax.lax.fori_loop(0, (k + padding) // block, one_block, (rows, jnp.zeros_like(rows)))
+    return levels[jnp.argsort(order)].T
+
+
+def _steps_by_block(steps: Steps, stored: Scaled, n: int, k: int) -> tuple[jax.Array, jax.Array]:
+    """Returns scale and zero of each row in each block of columns, [blocks, n]."""
+    blocks = -(-k // stored.columns) if stored.columns else 1
+    narrow = dataclasses.replace(stored, columns=1) if stored.columns else stored
+    each = narrow.spread(steps, (n, blocks))
+    scale, zero = (jnp.broadcast_to(array, (n, blocks)).T for array in each)
+    return scale, zero

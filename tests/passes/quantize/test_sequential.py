@@ -1,6 +1,8 @@
 """Methods in a pipeline: the order of weights, what they are calibrated on, and what they do with too little."""
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any, ClassVar, final
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +15,11 @@ from xlathe.passes import PASSES
 from xlathe.passes.canonicalize import Canonicalize
 from xlathe.passes.observe import observe
 from xlathe.passes.quantize import Quantize
-from xlathe.passes.quantize.sequential import quantize_in_order
+from xlathe.passes.quantize.calibrate import make_recipes
+from xlathe.passes.quantize.method import WeightMethod
 from xlathe.pipeline import Context, Pipeline
 from xlathe.stats import InputStats
+from xlathe.storage import Format
 
 WIDTH = 32
 
@@ -57,20 +61,34 @@ def with_weights(graph: Graph, changed: dict[str, np.ndarray]) -> Graph:
     return graph.replace(weights=Weights({**kept, **changed}))
 
 
+@final
+@dataclasses.dataclass(frozen=True)
+class Halved(WeightMethod):
+    """Rounds half of a weight to nearest, and checks its statistics against those of the whole graph."""
+
+    statistics: ClassVar[Any] = "gram"
+
+    graph: Graph
+    changed: dict[str, np.ndarray]
+
+    def __call__(self, name: str, weight: np.ndarray, stored: Format, stats: InputStats | None) -> Any:
+        expected = observe(with_weights(self.graph, self.changed), batches(), gram=True).inputs[name]
+        assert stats is not None and stats.count == expected.count == (192 if name == "shared" else 96)
+        if "shared" not in self.changed:  # its first product was with the weight as it was
+            np.testing.assert_allclose(stats.gram, expected.gram, atol=1e-4 * np.abs(expected.gram).max())
+        parts = stored.encode(weight / 2)
+        self.changed[name] = np.asarray(stored.dequantize(*parts)).T
+        return parts
+
+
 def test_each_weight_is_calibrated_behind_the_changed_ones(graph: Graph) -> None:
     """Whatever becomes of a weight, the statistics of the next are those of a graph with it."""
-    given, changed = batches(), {}
-
-    def halved(name: str, stats: InputStats) -> np.ndarray:
-        expected = observe(with_weights(graph, changed), given, gram=True).inputs[name]
-        assert stats.count == expected.count == (192 if name == "shared" else 96)
-        if "shared" not in changed:  # its first product was with the weight as it was
-            np.testing.assert_allclose(stats.gram, expected.gram, atol=1e-4 * np.abs(expected.gram).max())
-        changed[name] = np.asarray(graph.weights[name]) * 0.5
-        return changed[name]
-
-    quantize_in_order(graph, ["head", "first", "shared", "second"], given, halved)
-    assert list(changed) == ["first", "second", "shared", "head"]
+    method = Halved(graph, {})
+    plan = dataclasses.replace(Quantize("int8").plan(graph), method=method)
+    makers, _ = make_recipes(plan, graph, Context(batches()))
+    assert list(method.changed) == ["first", "second", "shared", "head"]
+    for name, make in makers.items():
+        np.testing.assert_array_equal(make.value((WIDTH, WIDTH), np.float32), method.changed[name])
 
 
 def quantized(graph: Graph, method: str, calibration: Sequence[np.ndarray]) -> Graph:
@@ -95,7 +113,7 @@ def test_the_order_of_batches_does_not_matter(graph: Graph) -> None:
 
 def test_short_calibration_is_told(graph: Graph) -> None:
     found = quantized(graph, "gptq", [np.arange(5)[None]])
-    (note,) = found.history[-1].notes
+    note, _ = found.history[-1].notes
     assert note.startswith("the calibration is short: 5 tokens reached first, which sums over 32 columns (4 weights")
 
 

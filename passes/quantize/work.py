@@ -1,0 +1,121 @@
+"""What an interrupted run has finished, on disk: packed weights section by section, and activations where it goes on.
+
+Everything is in files of one folder, named after a digest of all that they were made of: program, plan, method,
+calibration, versions, and every weight up to there. So a run finds what it would have made itself, and nothing else.
+Each file is whole or not there; of activations only the latest are kept.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from xlathe.passes.quantize.recipe import Encode
+from xlathe.safetensors_file import Tensor, read_safetensors, write_safetensors
+from xlathe.stats import InputStats
+
+PARTS, ROWS = ".parts.safetensors", ".rows.safetensors"
+SMALL = ("count", "absmax", "sum_squares", "sum_absolute")  # statistics that are kept
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """What a weight became: the parts of its format, and what was seen of its activations, without x^T x."""
+
+    parts: tuple[np.ndarray, ...]
+    stats: InputStats
+
+    @staticmethod
+    def of(maker: Encode) -> "Made":
+        """Returns what a recipe has made."""
+        assert maker.made is not None and maker.stats is not None
+        return Made(maker.made, maker.stats)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A folder of finished sections; None keeps nothing."""
+
+    folder: Path | None
+
+    def load(self, digest: str) -> dict[str, Made] | None:
+        """Returns what a section's weights became, mapped from its file; None where it is not finished."""
+        if self.folder is None or not (path := self.folder / (digest + PARTS)).exists():
+            return None
+        found: dict[str, dict[str, np.ndarray]] = {}
+        for key, tensor in read_safetensors(path).items():
+            name, _, field = key.rpartition(":")
+            found.setdefault(name, {})[field] = tensor.read()
+        return {name: _made(fields) for name, fields in found.items()}
+
+    def load_rows(self, digest: str) -> list[list[np.ndarray]] | None:
+        """Returns the activations at the end of a section, by what they were written as; None where they are gone."""
+        if self.folder is None or not (path := self.folder / (digest + ROWS)).exists():
+            return None
+        groups: dict[int, dict[int, np.ndarray]] = {}
+        for key, tensor in read_safetensors(path).items():
+            walk, row = map(int, key.split(":"))
+            groups.setdefault(walk, {})[row] = tensor.read()
+        return [[rows[i] for i in range(len(rows))] for _, rows in sorted(groups.items())]
+
+    def save(
+        self, digest: str, before: str, made: Mapping[str, Made], walks: Sequence[Sequence[np.ndarray]]
+    ) -> dict[str, Made]:
+        """Writes a finished section, activations first; returns what it made, mapped from the file.
+
+        before: the digest of the section before it, whose activations are no longer needed.
+        """
+        if self.folder is None:
+            return dict(made)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        rows = {f"{walk}:{row}": value for walk, values in enumerate(walks) for row, value in enumerate(values)}
+        _write(self.folder / (digest + ROWS), rows)
+        arrays = {}
+        for name, each in made.items():
+            arrays |= {f"{name}:{i}": part for i, part in enumerate(each.parts)}
+            arrays |= {f"{name}:{field}": getattr(each.stats, field) for field in SMALL}
+        _write(self.folder / (digest + PARTS), arrays)
+        (self.folder / (before + ROWS)).unlink(missing_ok=True)
+        found = self.load(digest)
+        assert found is not None
+        return found
+
+    def others(self, digests: Iterable[str]) -> int:
+        """Returns how many finished sections in the folder are of other runs than those of these digests."""
+        own = set(digests)
+        return sum(path.name.removesuffix(PARTS) not in own for path in self._files(PARTS))
+
+    def remove(self) -> None:
+        """Removes what was kept, and the folder where nothing else is in it."""
+        for path in (*self._files(PARTS), *self._files(ROWS)):
+            path.unlink(missing_ok=True)
+        if self.folder is not None and self.folder.exists() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def _files(self, suffix: str) -> list[Path]:
+        return [] if self.folder is None else sorted(self.folder.glob("*" + suffix))
+
+
+def digest_of(before: str, texts: Iterable[str], arrays: Mapping[str, np.ndarray]) -> str:
+    """Returns the digest that follows another one: of texts, and of arrays with their names, shapes and dtypes."""
+    state = hashlib.blake2b(before.encode(), digest_size=16)
+    for text in texts:
+        state.update(f"{len(text)}:{text}".encode())
+    for name, array in arrays.items():
+        state.update(f"{name}:{array.dtype}:{array.shape}".encode())
+        state.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return state.hexdigest()
+
+
+def _made(fields: Mapping[str, np.ndarray]) -> Made:
+    parts = tuple(fields[str(i)] for i in range(len(fields) - len(SMALL)))
+    return Made(parts, InputStats(**{field: fields[field] for field in SMALL}))
+
+
+def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    def tensor(array: np.ndarray) -> Tensor:
+        return Tensor(array.shape, array.dtype, lambda: array)
+
+    write_safetensors(path, {name: tensor(np.asarray(array)) for name, array in arrays.items()})
