@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Method(abc.ABC):
+class Method(abc.ABC):  # noqa: B024  # what its two kinds share
     """A way to choose codes and scales. statistics: of the activations, what it needs to know.
 
     `moments`: sums and largest values of each column; `gram`: these and x^T x; `section`: these, and what a section of
