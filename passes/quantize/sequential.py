@@ -84,7 +84,8 @@ class _Run:
             self._section(section)
             self._advance(section.end)
             made = {name: Made.of(self.makers[name]) for name in section.names}
-            self._keep(self.work.save(digest, before, made, [walk.values for walk in self.walks]))
+            rows = [[np.asarray(value) for value in walk.values] for walk in self.walks]
+            self._keep(self.work.save(digest, before, made, rows))
 
     def remarks(self) -> Iterator[str]:
         """Says what was taken from the folder, and what in it was not."""
@@ -171,7 +172,8 @@ class _Run:
         reached = {name: self.makers[name] for name in section.names if stats[name].count}
         parts = {}
         if reached:
-            task = SectionTask.of(self._output(section), reached, stats, *self.walks, self.context.seed)
+            walk, floats = self.walks
+            task = SectionTask.of(self._output(section), reached, stats, walk, floats, self.context.seed)
             parts = method(task)
         for name in stats.keys() - reached.keys():
             make = self.makers[name]

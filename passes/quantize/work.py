@@ -72,7 +72,7 @@ class Work:
         self.folder.mkdir(parents=True, exist_ok=True)
         rows = {f"{walk}:{row}": value for walk, values in enumerate(walks) for row, value in enumerate(values)}
         _write(self.folder / (digest + ROWS), rows)
-        arrays = {}
+        arrays: dict[str, np.ndarray] = {}
         for name, each in made.items():
             arrays |= {f"{name}:{i}": part for i, part in enumerate(each.parts)}
             arrays |= {f"{name}:{field}": getattr(each.stats, field) for field in SMALL}

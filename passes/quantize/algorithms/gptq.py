@@ -77,7 +77,8 @@ def _invert_factor(matrix: np.ndarray) -> None:
     """Replaces a symmetric matrix by the inverse of its lower Cholesky factor; LinAlgError where it has none."""
     size = len(matrix)
     if size <= LEAF:
-        matrix[:] = scipy.linalg.lapack.dtrtri(np.linalg.cholesky(matrix), lower=1)[0]
+        (invert,) = scipy.linalg.get_lapack_funcs(("trtri",), (matrix,))
+        matrix[:] = invert(np.linalg.cholesky(matrix), lower=1)[0]
         return
     half = (size // LEAF + 1) // 2 * LEAF
     first, second, below = matrix[:half, :half], matrix[half:, half:], matrix[half:, :half]
