@@ -3,7 +3,8 @@
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,3 +27,20 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and error.filename in (None, str(beside), beside):
             raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from None
         raise
+
+
+@contextlib.contextmanager
+def written_together(folder: Path, owned: Sequence[str]) -> Iterator[Path]:
+    """Yields a new directory whose files take their places in `folder` together when the body ends, and vanish when it
+    fails.
+
+    owned: patterns of the files that go then, whoever left them there. What the first one names is what makes the
+    folder one of its kind: it goes first, and the new one comes last. Raises OSError where nothing can be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".written-", dir=folder) as name:
+        yield Path(name)
+        for old in [file for pattern in owned for file in folder.glob(pattern)]:
+            old.unlink(missing_ok=True)
+        for new in sorted(Path(name).iterdir(), key=lambda file: file.name == owned[0]):
+            os.replace(new, folder / new.name)

@@ -16,17 +16,21 @@ from tokenizers import Tokenizer
 
 from xlathe import card as cards
 from xlathe.errors import CheckpointError, GraphFileError, OptionError, as_path
+from xlathe.files import written_together
 from xlathe.graph import Graph, Origin, Record, Weights
 from xlathe.parser import parse
 from xlathe.printer import to_text
 from xlathe.safetensors_file import Tensor, read_safetensors, write_safetensors
 
 PROGRAM, WEIGHTS, META, TOKENIZER = "graph.py", "weights.safetensors", "graph.json", "tokenizer.json"
+OWNED = (PROGRAM, WEIGHTS, META, TOKENIZER)
 FORMAT, VERSION = "xlathe-graph", 1
 
 
 def save_graph(graph: Graph, directory: str | os.PathLike[str]) -> None:
     """Writes a graph into a directory (made if need be), its weights prepared one at a time.
+
+    A graph that was there is replaced when all of the new one is written.
 
     Raises GraphFileError for an equation, a name or a dtype that has no form in the files, and where they cannot be
     written.
@@ -49,12 +53,12 @@ def _write(graph: Graph, text: str, folder: Path) -> None:
         "history": [dataclasses.asdict(record) for record in graph.history],
         "card": cards.to_json(graph.card),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(folder / WEIGHTS, _prepared(graph))
-    (folder / PROGRAM).write_text(text, encoding="utf-8")
-    (folder / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
-    if graph.tokenizer is not None:
-        graph.tokenizer.save(str(folder / TOKENIZER))
+    with written_together(folder, OWNED) as fresh:
+        write_safetensors(fresh / WEIGHTS, _prepared(graph))
+        (fresh / PROGRAM).write_text(text, encoding="utf-8")
+        (fresh / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        if graph.tokenizer is not None:
+            graph.tokenizer.save(str(fresh / TOKENIZER))
 
 
 def load_graph(directory: str | os.PathLike[str]) -> Graph:

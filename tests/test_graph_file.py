@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models
 import xlathe as xl
 from tests.graphs import ZOO, graph_of
 from tests.passes.decoding import fused
+from xlathe.graph import Weights
 from xlathe.passes import Canonicalize, KVCache, Quantize
 from xlathe.printer import to_text
 from xlathe.report import count_parameters
@@ -230,6 +231,22 @@ def test_description_that_is_none(saved, text):
     (saved / "graph.json").write_text(text)
     with pytest.raises(xl.GraphFileError, match=r"graph.json"):
         xl.load_graph(saved)
+
+
+def test_a_graph_takes_the_place_of_another_when_it_is_whole(saved):
+    """What fails on the way leaves the old one, also where its own weights are read from there."""
+    before, again = xl.load_graph(saved), xl.load_graph(saved)
+    (saved / "tokenizer.json").write_text("{}")  # of another graph
+    avals = {name: again.aval(name) for name in again.names("weight", "const")}
+    lost = {name: jax.ShapeDtypeStruct(aval.shape, aval.dtype) for name, aval in avals.items()}
+    with pytest.raises(xl.errors.XlatheError, match="a shape and no value"):
+        again.replace(weights=Weights(lost)).save(saved)
+    assert sorted(file.name for file in saved.iterdir() if file.name.startswith(".")) == []
+    again.save(saved)
+    after = xl.load_graph(saved)
+    assert after.structural_hash == before.structural_hash and after.tokenizer is None
+    for name in before.names("weight"):
+        np.testing.assert_array_equal(after.weights[name], before.weights[name])
 
 
 def test_broken_tokenizer(saved):

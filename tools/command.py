@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -14,6 +15,16 @@ Options = Mapping[str, Any]
 
 class UsageError(OptionError):
     """The command line itself is wrong: an unknown verb or flag, or too few or too many words."""
+
+
+def output_file(options: Options, flag: str) -> Path | None:
+    """Returns the file that a flag names, None without one; raises UsageError at once where its folder is missing."""
+    if not options[flag]:
+        return None
+    path = Path(options[flag])
+    if not path.parent.is_dir() or path.is_dir():
+        raise UsageError(f"--{flag}={path}: expected a file in a folder that exists")
+    return path
 
 
 @dataclasses.dataclass(frozen=True)

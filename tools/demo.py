@@ -1,11 +1,10 @@
 """`xlathe demo`: traces the model that ships with xlathe; shapes, compiles and measures it."""
 
 import time
-from pathlib import Path
 
 from absl import flags
 
-from xlathe.tools.command import Options, Verb
+from xlathe.tools.command import Options, Verb, output_file
 from xlathe.tools.console import bar, make_console
 from xlathe.tools.source import DEMO_LENGTH, preset, trace_demo
 from xlathe.tools.text import held_out_windows, training_rows
@@ -32,7 +31,7 @@ def run(options: Options) -> None:
     from xlathe.tools.results import sheets
     from xlathe.tools.stages import Drafting, Task, machine, run_stages
 
-    start = time.perf_counter()
+    start, file, page = time.perf_counter(), output_file(options, "json"), output_file(options, "html")
     console = make_console()
     with bar(console, "read text"):
         windows, calibration = held_out_windows(options["eval_tokens"]), training_rows()
@@ -57,10 +56,10 @@ def run(options: Options) -> None:
     for sheet in sheets(report):
         console.print(sheet.as_table(), "")
     console.print(f"{time.perf_counter() - start:.0f} s in all")
-    if options["json"]:
-        report.write_json(Path(options["json"]))
-    if options["html"]:
-        write_page(Path(options["html"]), report)
+    if file is not None:
+        report.write_json(file)
+    if page is not None:
+        write_page(page, report)
 
 
 VERB = Verb(

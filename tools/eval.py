@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from xlathe.errors import OptionError
-from xlathe.tools.command import Options, UsageError, Verb
+from xlathe.tools.command import Options, UsageError, Verb, output_file
 from xlathe.tools.console import bar, make_console
 from xlathe.tools.protocol import LLAMA_CPP, PROTOCOLS, Protocol, beginning, cut, find_protocol
 from xlathe.tools.source import is_bundle, open_graph
@@ -42,7 +42,7 @@ def define_protocol(values: flags.FlagValues) -> None:
 def run(options: Options, source: str) -> None:
     if options["text"] is None:
         raise UsageError("which text? --text=FILE")
-    protocol, console = find_protocol(options["protocol"]), make_console()
+    protocol, console, file = find_protocol(options["protocol"]), make_console(), output_file(options, "json")
     text = read_text(Path(options["text"]))
     with bar(console, "load"):
         model = open_model(source)
@@ -59,7 +59,7 @@ def run(options: Options, source: str) -> None:
         *(_beside(quality, options["reference"]) if quality else []),
     ]
     console.print("\n".join(lines), soft_wrap=True)
-    if options["json"]:
+    if file is not None:
         length = windows.shape[1]
         told: dict[str, Any] = {
             "source": source,
@@ -70,7 +70,7 @@ def run(options: Options, source: str) -> None:
             "scored": len(windows) * (length - 1 - protocol.first(length)),
             **{name: dataclasses.asdict(figure) for name, figure in figures.items()},
         }
-        Path(options["json"]).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
 def _measure(

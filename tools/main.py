@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -14,8 +15,12 @@ HELP = ("help", "--help", "-h")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns the exit code: 0, 1 for an error, 2 for a wrong command line, 130 for Ctrl-C."""
+    """Runs one verb; returns the exit code: 0, 1 for an error, 2 for a wrong command line, 130 for Ctrl-C.
+
+    SIGTERM ends it as Ctrl-C does, so that what was half written is removed and no process stays behind, with 143.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         _dispatch(words)
         sys.stdout.flush()
@@ -28,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, 1)
     except KeyboardInterrupt:
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 

@@ -7,11 +7,11 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from absl import flags
 
-from xlathe.errors import OptionError
+from xlathe.errors import OptionError, XlatheError
 from xlathe.tools.command import Options, UsageError, Verb
 from xlathe.tools.console import bar, make_console
 from xlathe.tools.eval import define_protocol
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 ROWS = "rows"
 EVAL_TOKENS = 8192  # of the demo's held-out text
+_PARTS = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^;])+')  # between semicolons that are in no string
 
 
 def define(values: flags.FlagValues) -> None:
@@ -51,8 +52,10 @@ def run(options: Options, source: str, destination: str) -> None:
         raise UsageError("which pipelines? --pipelines='int8; int4'")
     ways = read_ways(options["pipelines"])
     rows = sweep(options, source, Path(destination), ways, make_console()).rows
-    if all(row.figures is None for row in rows):
-        raise OptionError(f"none of {len(rows)} pipelines could be measured; {rows[0].name}: {rows[0].error}")
+    failed = [row for row in rows if row.figures is None]
+    if failed:
+        told = f"{failed[0].name}: {failed[0].error}"
+        raise OptionError(f"{len(failed)} of {len(rows)} pipelines could not be measured; {told}")
 
 
 def sweep(
@@ -60,12 +63,15 @@ def sweep(
 ) -> "Report":
     """Measures every way, by name, and writes table.txt, sweep.json, page.html and plot.png; returns what they tell.
 
+    A row that fails is told and does not keep others from being measured. Raises OptionError for a way that is none,
+    before anything is measured.
+
     Rows that were measured before stand in the folder and are not measured again. options: `text`, `calibration`,
     `protocol` and `context`.
     """
     from xlathe.tools.sweep_report import Report, write_report
 
-    protocol = find_protocol(options["protocol"])
+    protocol, ways = find_protocol(options["protocol"]), {name: _read_way(name, way) for name, way in ways.items()}
     with bar(console, "load"):
         graph = open_graph(source)
         windows = _windows(options, source, graph, protocol)
@@ -85,7 +91,7 @@ def sweep(
 def read_ways(text: str) -> dict[str, str]:
     """Returns ways by their names; raises OptionError for two of one name."""
     path = Path(text)
-    lines = read_text(path).splitlines() if path.is_file() else text.split(";")
+    lines = read_text(path).splitlines() if path.is_file() else _PARTS.findall(text)
     found: dict[str, str] = {}
     for line in (line.strip() for line in lines):
         if not line or line.startswith("#"):
@@ -141,13 +147,8 @@ def _jobs(
 
 def _row(folder: Path, name: str, job: "Job") -> "Row":
     """Returns the row that was measured before, if it was of the same things, else measures it."""
-    from xlathe.tools.sweep_rows import GGUF, Row, run_row
+    from xlathe.tools.sweep_rows import Row, run_row
 
-    try:
-        if not job.way.startswith(GGUF):
-            job = dataclasses.replace(job, way=str(_pipeline(job.way)))
-    except OptionError as error:
-        return Row(name, job.way, error=" ".join(str(error).split()))
     path = folder / f"{_key(job)}.json"
     if path.exists():
         return dataclasses.replace(Row.of_json(json.loads(path.read_text(encoding="utf-8"))), name=name)
@@ -159,11 +160,19 @@ def _row(folder: Path, name: str, job: "Job") -> "Row":
     return row
 
 
-def _pipeline(way: str) -> Any:
-    """Reads passes, or the name of a config, which is one word and no pass."""
+def _read_way(name: str, way: str) -> str:
+    """Returns the full text of passes, or of a config, whose name is one word and no pass; a GGUF type as it is."""
+    from xlathe.models.formats.gguf.write import check_type
     from xlathe.passes import PASSES
+    from xlathe.tools.sweep_rows import GGUF
 
-    return preset(way) if re.fullmatch(r"\w+", way) and way not in PASSES else parse_passes(way)
+    try:
+        if way.startswith(GGUF):
+            check_type(way.removeprefix(GGUF))
+            return way
+        return str(preset(way) if re.fullmatch(r"\w+", way) and way not in PASSES else parse_passes(way))
+    except XlatheError as error:
+        raise OptionError(f"--pipelines: {name}: {error}") from None
 
 
 def _key(job: "Job") -> str:

@@ -1,14 +1,13 @@
 """A Hugging Face directory: `config.json`, `generation_config.json`, safetensors in one file or in shards."""
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from xlathe.card import Card
 from xlathe.errors import CheckpointError
+from xlathe.files import written_together
 from xlathe.models.checkpoint import Checkpoint, Tensor
 from xlathe.models.formats.json_file import read_json
 from xlathe.models.formats.tokenizer import (
@@ -25,7 +24,7 @@ from xlathe.safetensors_file import read_safetensors, write_safetensors
 CONFIG, GENERATION = "config.json", "generation_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What a directory holds of a model, the configuration first.
-OWNED = (CONFIG, GENERATION, WEIGHTS, INDEX, *FILES)
+OWNED = (CONFIG, GENERATION, WEIGHTS, INDEX, *FILES, "model-*-of-*.safetensors")
 QUANTIZATION = "quantization_config"
 METADATA = {"format": "pt"}  # without which transformers refuses a file
 SHARD = 5_000_000_000  # bytes, at most, but for a tensor that is larger: as transformers has it
@@ -98,14 +97,8 @@ def write_huggingface(
     written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".written-", dir=folder) as name:
-            _write_files(checkpoint, Path(name), wrote, shard)
-            shards = folder.glob("model-*-of-*.safetensors")
-            for old in (*map(folder.joinpath, OWNED), *shards):  # the configuration first: without it there is none
-                old.unlink(missing_ok=True)
-            for new in sorted(Path(name).iterdir(), key=lambda file: file.name == CONFIG):
-                os.replace(new, folder / new.name)
+        with written_together(folder, OWNED) as fresh:
+            _write_files(checkpoint, fresh, wrote, shard)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from None
 

@@ -49,6 +49,7 @@ def test_help_tells_flags_with_their_defaults(capsys):
         (["compile", "a", "b", "--max_batch=many"], "--max_batch=many"),
         (["opt", "a", "b"], "which passes?"),
         (["eval", "a"], "which text? --text=FILE"),
+        (["eval", "a", "--text=b", "--json=none/such.json"], "--json=none/such.json: expected a file in a folder that"),
         (["opt", "a", "b", "--passes=canonicalize", "--config=int8"], "--passes and --config both name"),
     ],
 )

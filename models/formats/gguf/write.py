@@ -57,6 +57,12 @@ def write_gguf(
     write_plan(plan_gguf(checkpoint, type, extra), path, progress)
 
 
+def check_type(type: str) -> None:
+    """Raises OptionError for what is no name in `MIXES`."""
+    if type not in MIXES:
+        raise OptionError(f"type: no type {type!r} to write{did_you_mean(type, MIXES)}")
+
+
 def write_plan(plan: Plan, path: Any, progress: Progress = lambda done, total: None) -> None:
     """Writes the file `path`, a tensor at a time; the file is there when it is whole.
 
@@ -78,8 +84,7 @@ def plan_gguf(
     were known. Raises CheckpointError for a family that GGUF or this writer does not know, settings that it cannot
     say, tensors without a place, and importance that fits no tensor; OptionError for an unknown type.
     """
-    if type not in MIXES:
-        raise OptionError(f"type: no type {type!r} to write{did_you_mean(type, MIXES)}")
+    check_type(type)
     config = checkpoint.card.config
     architecture = BY_MODEL_TYPE.get(str(config.get("model_type")))
     if architecture is None:
