@@ -32,6 +32,8 @@ def from_pretrained(
     max_len: int | None = None,
     dtype: str | None = None,
     allow_nan: bool = False,
+    packed: bool = True,
+    activations: str | None = None,
 ) -> Graph:
     """Returns the graph of a pretrained model, with its tokenizer and card; weights are read when they are used.
 
@@ -40,17 +42,31 @@ def from_pretrained(
     max_len: the longest text to serve; `max_position_embeddings`, at most 4096, where it is None.
     dtype: "float32", "bfloat16" or "float16", of weights and activations; the files' own where it is None.
     allow_nan: whether a weight may hold NaN or infinity; otherwise whoever reads one gets a CheckpointError.
+    packed: whether weights that a file holds in a storage format (a GGUF file's blocks, codes and scales) are kept as
+        they are wherever they are multiplied or looked up; otherwise all are floats, which passes can change.
+    activations: how those are rounded that such weights are multiplied with, "int8" and so on
+        (`xlathe.ops.activations`); as the file says where it is None, and a GGUF file says nothing. llama.cpp rounds
+        them as "int8" does.
 
     Raises CheckpointError, naming file and tensor, for files that are damaged or incomplete and for unknown families
     and settings; OptionError for options that do not fit.
     """
     if dtype is not None and dtype not in FLOATS:
         raise OptionError(f"dtype: expected one of {', '.join(FLOATS)}, got {dtype!r}")
-    return to_graph(open_checkpoint(source), max_len=max_len, dtype=dtype, allow_nan=allow_nan)
+    checkpoint = open_checkpoint(source)
+    return to_graph(
+        checkpoint, max_len=max_len, dtype=dtype, allow_nan=allow_nan, packed=packed, activations=activations
+    )
 
 
 def to_graph(
-    checkpoint: Checkpoint, *, max_len: int | None = None, dtype: str | None = None, allow_nan: bool = False
+    checkpoint: Checkpoint,
+    *,
+    max_len: int | None = None,
+    dtype: str | None = None,
+    allow_nan: bool = False,
+    packed: bool = True,
+    activations: str | None = None,
 ) -> Graph:
     """Builds the family's forward and gives it the checkpoint's tensors; as `from_pretrained`."""
     settings = Settings(checkpoint.card.config, f"{checkpoint.where}: config.json")
@@ -67,8 +83,26 @@ def to_graph(
     constants = {name: array for name, array in graph.weights.stored.items() if not is_shape(array)}
     stored = Stored(tensors, constants)
     graph = graph.replace(weights=Weights(stored), card=checkpoint.card, history=())
-    packed = {name: tensor.packed for name, tensor in tensors.items() if tensor.packed is not None}
-    return _with_packed(graph, stored, packed, checkpoint.notes) if packed or checkpoint.notes else graph
+    kept = {name: tensor.packed for name, tensor in tensors.items() if packed and tensor.packed is not None}
+    if activations is not None:
+        kept = _rounding(kept, activations)
+    return _with_packed(graph, stored, kept, checkpoint.notes) if kept or checkpoint.notes else graph
+
+
+def _rounding(packed: Mapping[str, Packed], activations: str) -> dict[str, Packed]:
+    """Returns packed weights that are multiplied with activations which are rounded so.
+
+    Raises OptionError where none is packed, or activations are unknown or none that they go with.
+    """
+    from xlathe.passes.quantize.schemes import Scheme
+
+    if not packed or activations.endswith("_static"):
+        why = "its steps come from calibration" if packed else "no weight is packed"
+        raise OptionError(f"activations={activations!r}: expected packed weights and no static steps; {why}")
+    rounding = {name: dataclasses.replace(matrix, activations=activations) for name, matrix in packed.items()}
+    for scheme in {matrix.scheme for matrix in rounding.values()}:
+        Scheme.parse(scheme)
+    return rounding
 
 
 def _with_packed(graph: Graph, stored: "Stored", packed: Mapping[str, Packed], notes: tuple[str, ...]) -> Graph:

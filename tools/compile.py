@@ -97,7 +97,7 @@ def _shaped(options: Options, source: str, console: "Console") -> "Graph":
             raise UsageError(f"{source} has sizes and no weights: it can be planned, --shapes_only --max_len=8192")
         graph = open_shapes(source, options["max_len"])
     else:
-        graph = open_graph(source)
+        graph = open_graph(source, changing=pipeline is not None)
     if pipeline is None:
         return graph
     with bar(console, "passes") as progress:

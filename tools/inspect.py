@@ -37,7 +37,7 @@ def run(options: Options, source: str) -> None:
             raise UsageError(f"{source} is a bundle, which has a manifest alone; --plan and --text go with graphs")
         print((Path(source) / "manifest.json").read_text(encoding="utf-8"))
         return
-    graph = open_graph(source)
+    graph = open_graph(source, changing=pipeline is not None)
     if pipeline is not None:
         from xlathe.tools.text import find_calibration
 

@@ -36,7 +36,7 @@ def run(options: Options, source: str, destination: str) -> None:
         raise UsageError("which passes? --passes='canonicalize,fuse_attention' or --config=int8")
     if options["verify"]:
         pipeline = dataclasses.replace(pipeline, verify=True)
-    graph = open_graph(source)
+    graph = open_graph(source, changing=True)
     with bar(console, "passes") as progress:
         result = pipeline(
             graph,

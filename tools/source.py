@@ -59,14 +59,18 @@ def parse_passes(text: str) -> "Pipeline":
     return Pipeline.parse(text, PASSES)
 
 
-def open_graph(source: str) -> "Graph":
-    """Traces the demo's target model, loads a graph directory, or opens a checkpoint (a directory, or on the hub)."""
+def open_graph(source: str, *, changing: bool = False) -> "Graph":
+    """Traces the demo's target model, loads a graph directory, or opens a checkpoint (a directory, or on the hub).
+
+    changing: whether passes will change the weights: those of a GGUF file are floats then, and its blocks otherwise.
+    """
     if source == DEMO:
         return trace_demo("target")
     from xlathe.graph_file import PROGRAM, load_graph
     from xlathe.models.pretrained import from_pretrained
 
-    return load_graph(source) if (Path(source) / PROGRAM).exists() else from_pretrained(source)
+    packed = not (changing and source.endswith(".gguf"))
+    return load_graph(source) if (Path(source) / PROGRAM).exists() else from_pretrained(source, packed=packed)
 
 
 def trace_demo(name: str) -> "Graph":

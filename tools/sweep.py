@@ -73,7 +73,7 @@ def sweep(
 
     protocol, ways = find_protocol(options["protocol"]), {name: _read_way(name, way) for name, way in ways.items()}
     with bar(console, "load"):
-        graph = open_graph(source)
+        graph = open_graph(source, changing=True)
         windows = _windows(options, source, graph, protocol)
         calibration = find_calibration(options, source, graph)
     jobs = _jobs(source, folder, ways, windows, calibration, protocol)

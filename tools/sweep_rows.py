@@ -104,7 +104,7 @@ def measure(job: Job) -> Figures:
     from xlathe.tools.scores import compare
     from xlathe.tools.source import open_graph
 
-    graph, windows = open_graph(job.source), np.load(job.windows)
+    graph, windows = open_graph(job.source, changing=True), np.load(job.windows)
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         small, size = _make(graph, job, Path(folder))
@@ -135,7 +135,7 @@ def _make_gguf(graph: "Graph", type: str, path: Path) -> "tuple[Graph, int]":
 
     plan = plan_gguf(to_checkpoint(graph), type)
     write_plan(plan, path)
-    return from_pretrained(path, max_len=graph.max_len), plan.size
+    return from_pretrained(path, max_len=graph.max_len, packed=False), plan.size
 
 
 def peak_memory() -> int:

@@ -25,7 +25,7 @@
 
 #if defined(__x86_64__)
 
-XLATHE_TARGET_BEGIN("avx512f,avx512bw,avx512vnni")
+XLATHE_TARGET_BEGIN("avx512f,avx512bw,avx512vnni,f16c")
 namespace xlathe::avx512 {
 #define XLATHE_LANES_AVX512
 #include "lanes.h"
@@ -34,7 +34,7 @@ namespace xlathe::avx512 {
 }  // namespace xlathe::avx512
 XLATHE_TARGET_END
 
-XLATHE_TARGET_BEGIN("avx2,fma")
+XLATHE_TARGET_BEGIN("avx2,fma,f16c")
 namespace xlathe::avx2 {
 #define XLATHE_LANES_AVX2
 #include "lanes.h"

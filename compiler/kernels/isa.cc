@@ -18,7 +18,9 @@ const std::vector<Named>& available() {
         __builtin_cpu_supports("avx512vnni")) {
       found.emplace_back("avx512", Isa::kAvx512);
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.emplace_back("avx2", Isa::kAvx2);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+      found.emplace_back("avx2", Isa::kAvx2);
+    }
 #elif defined(__aarch64__)
     found.emplace_back("neon", Isa::kNeon);
 #endif

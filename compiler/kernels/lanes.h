@@ -5,7 +5,7 @@
 // value in its register: GCC would rather load it again in each instruction that uses it, and loads are what is short.
 // spread(v, r) is register r of those that hold each of 4 floats four times in a row.
 // fold(v) adds 16 floats in halves: i and i + 8, then i and i + 4, i and i + 2, 0 and 1.
-// widen(v) is 4 bfloat16 as floats. add_products(a, x, b, y, sums) adds a * x and b * y to sums, four
+// half(p) is the float16 at p, also where denormal numbers are taken for zero. widen(v) is 4 bfloat16 as floats. add_products(a, x, b, y, sums) adds a * x and b * y to sums, four
 // bytes to each; a and b are at most 15, x and y are signed.
 
 #if !defined(XLATHE_LANES_AVX512) && !defined(XLATHE_LANES_AVX2)
@@ -63,6 +63,11 @@ struct Lanes {
     asm("" : "+v"(v));
     return v;
   }
+  static float half(const uint8_t* p) {
+    uint16_t bits;
+    __builtin_memcpy(&bits, p, sizeof bits);
+    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)));
+  }
   static void store(float* p, Float v) { _mm512_storeu_ps(p, v); }
   static Float madd(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   static Float sqrt(Float v) { return _mm512_sqrt_ps(v); }
@@ -111,6 +116,11 @@ struct Lanes {
     asm("" : "+x"(v));
     return v;
   }
+  static float half(const uint8_t* p) {
+    uint16_t bits;
+    __builtin_memcpy(&bits, p, sizeof bits);
+    return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)));
+  }
   static void store(float* p, Float v) { _mm256_storeu_ps(p, v); }
   static Float madd(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
   static Float sqrt(Float v) { return _mm256_sqrt_ps(v); }
@@ -146,6 +156,11 @@ struct Lanes {
   static Int add_products(Bytes a, Bytes x, Bytes b, Bytes y, Int sums) { return sums + sums_of_fours(a, x, b, y); }
   static Float spread(Float v, int r) { return vdupq_n_f32(v[r]); }
   static Float keep(Float v) { return v; }
+  static float half(const uint8_t* p) {
+    __fp16 half;
+    __builtin_memcpy(&half, p, sizeof half);
+    return static_cast<float>(half);
+  }
   static void store(float* p, Float v) { vst1q_f32(p, v); }
   static Float madd(Float a, Float b, Float c) { return vfmaq_f32(c, a, b); }
   static Float sqrt(Float v) { return vsqrtq_f32(v); }
@@ -185,6 +200,14 @@ struct Lanes {
   static Int add_products(Bytes a, Bytes x, Bytes b, Bytes y, Int sums) { return sums + sums_of_fours(a, x, b, y); }
   static Float spread(Float v, int r) { return Float{v[r], v[r], v[r], v[r]}; }
   static Float keep(Float v) { return v; }
+  static float half(const uint8_t* p) {
+    const uint32_t bits = p[0] | p[1] << 8u, fraction = bits & 1023u, exponent = bits >> 10 & 31u;
+    if (exponent == 0) return (bits >> 15 ? -1.0f : 1.0f) * static_cast<float>(fraction) * 0x1p-24f;
+    const uint32_t wide = (bits >> 15) << 31 | (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13;
+    float value;
+    __builtin_memcpy(&value, &wide, sizeof value);
+    return value;
+  }
   static void store(float* p, Float v) { __builtin_memcpy(p, &v, sizeof v); }
   static Float madd(Float a, Float b, Float c) { return a * b + c; }
   static Float sqrt(Float v) {

@@ -6,20 +6,20 @@ import jax.numpy as jnp
 from xlathe.storage.elements import FP8_E4M3
 
 BLOCK = 32
-"""`int8` rounds activations in blocks of so many."""
+"""`int8` rounds activations in blocks of so many; beside blocks of 256 weights, of as many."""
 SMALLEST = 1e-30
 """Activations whose largest is not above this are rounded to zeros."""
 INT8_MAX = 127
 ACTIVATIONS = ("int8", "int8_token", "fp8_token", "int8_static", "fp8_static")
-"""`int8`: a block of 32; `_token`: one step a token; `_static`: one step for all, from calibration."""
+"""`int8`: a block; `_token`: one step a token; `_static`: one step for all, from calibration."""
 
 
-def round_blocks(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Rounds x [..., k] to 8 bits a block of 32: float32 integers [..., k / 32, 32] and their step [..., k / 32].
+def round_blocks(x: jax.Array, block: int = BLOCK) -> tuple[jax.Array, jax.Array]:
+    """Rounds x [..., k] to 8 bits a block: float32 integers [..., k / block, block] and their step [..., k / block].
 
     The largest magnitude becomes 127. Ties go to even.
     """
-    blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
+    blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // block, block)
     largest = jnp.abs(blocks).max(axis=-1)
     inverse = jnp.where(largest > SMALLEST, INT8_MAX / largest, 0)
     return jnp.round(blocks * inverse[..., None]), largest * jnp.float32(1 / INT8_MAX)

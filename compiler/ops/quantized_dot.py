@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from xlathe.op import op
 from xlathe.ops.activations import BLOCK, round_blocks, round_tokens
-from xlathe.storage import Format, Scaled, all_lines, parse_format
+from xlathe.storage import Blocks, Format, Scaled, all_lines, parse_format
 
 PARTS = 16
 """Partial sums of a product with activations rounded in blocks."""
@@ -31,14 +31,19 @@ def quantized_dot(
 
     format: text of a storage format (`xlathe.storage`). activations: None, not rounded; or one of `ACTIVATIONS`,
     rounded before they are multiplied: `int8` a block of 32, with integers in groups of a multiple of 32
-    (`_rounded_product`). Scales of `int8:channel` and `int8:tensor` multiply sums, which are exact where activations
-    are rounded to int8.
+    (`_rounded_product`), and with GGUF's blocks as many as a block of the weight, as llama.cpp does. Scales of
+    `int8:channel` and `int8:tensor` multiply sums, which are exact where activations are rounded to int8.
 
     Otherwise the order of additions is a kernel's own. The one for CPUs holds x, with 4 bits, as whole numbers
     of 24 bits a block of 32, so that 8 successive columns have an exact sum; a number of x is then off by at most
-    2**-24 of the largest in its block, where a product in floats is off by as much of itself (kernels/README.md).
+    2**-24 of the largest in its block, where a product in floats is off by as much of itself (kernels/README.md). So it
+    does with GGUF's blocks, 4 columns at a time.
     """
     stored = parse_format(format)
+    if activations == "int8" and isinstance(stored, Blocks):
+        levels, step = round_blocks(x, stored.layout.numbers)
+        rounded = (levels * step[..., None]).reshape(x.shape)
+        return _product(rounded, stored.decode, all_lines(stored, *parts)).astype(out_dtype)
     if activations == "int8":
         assert isinstance(stored, Scaled)
         return _rounded_product(x, *stored.grouped(*parts), stored.columns).astype(out_dtype)

@@ -9,9 +9,12 @@ from xlathe.graph import Graph, Origin, Record
 from xlathe.passes.quantize.experts import find_experts
 from xlathe.passes.quantize.products import Replaced, replace_products
 from xlathe.passes.quantize.schemes import Scheme
-from xlathe.passes.quantize.uses import Layout, plan_weights
+from xlathe.passes.quantize.uses import Layout, Uses, plan_weights
 from xlathe.safetensors_file import Packed, Tensor
 from xlathe.storage import parse_format
+
+ROWS = Layout((0,), (1,))
+"""Of a matrix whose rows are outputs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,15 +29,17 @@ class Kept:
 
 
 def keep_packed(graph: Graph, packed: Mapping[str, Packed], notes: tuple[str, ...] = ()) -> Kept:
-    """Replaces weights by what their files hold, wherever they are multiplied with activations.
+    """Replaces weights by what their files hold, wherever they are multiplied with activations or rows looked up.
 
-    packed: by the weight's name. One that is not multiplied, or over other axes than its file packs, stays a weight of
+    packed: by the weight's name. One that is used otherwise, or over other axes than its file packs, stays a weight of
     floats. notes: more that the report should say.
     """
     wanted = {name: Scheme(parse_format(matrix.format), matrix.activations) for name, matrix in packed.items()}
     layouts, misses = plan_weights(graph, list(wanted))
     groups, refused = find_experts(graph, wanted)
     layouts |= {name: group.layout for group in groups for name in group.names}
+    uses = Uses(graph)
+    layouts |= {name: ROWS for name in wanted if name not in layouts and uses.is_looked_up(name)}
     fitting = {n: layout for n, layout in layouts.items() if _fits(graph, n, packed[n], wanted[n], layout)}
     whole = [group for group in groups if all(name in fitting for name in group.names)]
     torn = {name for group in groups if group not in whole for name in group.names}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from xlathe.errors import OptionError, did_you_mean
 from xlathe.ops.activations import ACTIVATIONS, BLOCK
-from xlathe.storage import Format, Part, Scaled, parse_format
+from xlathe.storage import Blocks, Format, Part, Scaled, parse_format
 from xlathe.storage.elements import INTEGERS
 
 
@@ -65,7 +65,10 @@ class Scheme:
 
 
 def _check_blocks(text: str, stored: Format) -> None:
-    """Activations in blocks of 32 have exact sums with integers, whose scales a block of 32 must not cross."""
+    """Activations in blocks of 32 have exact sums with integers, whose scales a block of 32 must not cross. Blocks of
+    files have sums of their own."""
+    if isinstance(stored, Blocks):
+        return
     if not isinstance(stored, Scaled) or stored.element not in INTEGERS or stored.zero not in ("", "u8"):
         raise OptionError(
             f"{text!r}: a=int8 is for integers with whole zero points; a=int8_token and a=fp8_token are for all"

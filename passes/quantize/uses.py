@@ -104,7 +104,7 @@ class Uses:
         """Returns the one layout of all products with a weight; None where there is no product."""
         labels, found = self.of(name)
         products = [use for use in found if use.is_product]
-        lookups = [use for use in found if use.is_lookup and use.eqn.invars[0] is self.vars[name]]
+        lookups = self._lookups(name, found)
         if not products:
             return None
         if len(products) + len(lookups) < len(found):
@@ -116,6 +116,14 @@ class Uses:
         if lookups and layout != Layout((0,), (1,)):
             raise _Unusable("its rows are looked up but products sum over other axes")
         return layout
+
+    def is_looked_up(self, name: str) -> bool:
+        """Says whether whole rows of a weight are looked up, and nothing else is done with it."""
+        found = self.of(name)[1]
+        return bool(found) and len(self._lookups(name, found)) == len(found)
+
+    def _lookups(self, name: str, found: list[Use]) -> list[Use]:
+        return [use for use in found if use.is_lookup and use.eqn.invars[0] is self.vars[name]]
 
     def of(self, name: str) -> tuple[Labels, list[Use]]:
         """Returns the labels of a weight's axes, and every use of it under views."""

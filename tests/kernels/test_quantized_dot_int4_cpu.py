@@ -274,4 +274,5 @@ def test_native_code_refuses_operands_by_itself(changed: dict[str, np.ndarray], 
 def test_groups_without_a_kernel() -> None:
     x, codes, scale = jnp.zeros((2, 64)), jnp.zeros((3, 32), jnp.uint8), jnp.zeros((3, 4), jnp.bfloat16)
     reason = cpu.uncovered(x, codes, scale, out_dtype="float32", format="int4:g16")
-    assert reason is not None and reason.endswith("32, 64, 128, 256, 512, 1024 with scales in bfloat16; found int4:g16")
+    assert reason is not None and "32, 64, 128, 256, 512, 1024 with scales in bfloat16" in reason
+    assert reason.endswith("found int4:g16")

@@ -12,18 +12,12 @@ from xlathe.kernels.gguf_blocks import reference
 from xlathe.storage import Blocks, parse_format, take_lines
 from xlathe.storage.block_values import VALUES
 
-HALVES = {  # where a block has scales in float16
-    **dict.fromkeys(("q4_0", "q5_0", "q8_0", "iq4_nl", "iq4_xs"), (0,)),
-    **dict.fromkeys(("q4_1", "q5_1", "q4_k", "q5_k"), (0, 2)),
-    "q2_k": (80, 82), "q3_k": (108,), "q6_k": (208,),
-}
-
 
 def random_blocks(name: str, rows: int, blocks: int, seed: int = 0) -> np.ndarray:
     """Every byte any value, but that scales are finite: uint8 [rows, blocks * bytes]."""
     rng, size = np.random.default_rng(seed), Blocks(name).layout.bytes
     found = rng.integers(0, 256, (rows, blocks, size), dtype=np.uint8)
-    for at in HALVES[name]:
+    for at in Blocks(name).layout.halves:
         halves = (rng.standard_normal((rows, blocks)) * 2.0 ** rng.integers(-20, 12, (rows, blocks))).astype("<f2")
         found[..., at : at + 2] = halves[..., None].view(np.uint8)
     return found.reshape(rows, -1)

@@ -4,12 +4,14 @@ from collections.abc import Iterable
 
 import jax
 
-from xlathe.storage import Part, Scaled, parse_format
+from xlathe.storage import Blocks, Part, Scaled, parse_format
 
 GROUPS = (32, 64, 128, 256, 512, 1024)
 """Codes of 4 bits that may share a scale."""
 MIDDLE = 8
 """The zero point of symmetric 4-bit codes."""
+BLOCKS = ("q4_0", "q8_0", "q4_k", "q5_k", "q6_k")
+"""Blocks of GGUF files that kernels for CPUs read."""
 COVERED = f"int8:channel, and int4 in groups of {', '.join(map(str, GROUPS))} with scales in bfloat16"
 
 
@@ -22,6 +24,12 @@ def group_of(format: str) -> int | None:
         return 0
     fits = stored.element == "int4" and stored.columns in GROUPS
     return stored.columns if fits and stored.scale == "bf16" and stored.zero in ("", "u8") else None
+
+
+def blocks_of(format: str) -> Blocks | None:
+    """Returns the format where it is of blocks that kernels for CPUs read; None of others."""
+    stored = parse_format(format)
+    return stored if isinstance(stored, Blocks) and stored.name in BLOCKS else None
 
 
 def uncovered(

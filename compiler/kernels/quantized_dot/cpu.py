@@ -7,13 +7,16 @@ import jax.numpy as jnp
 
 from xlathe.errors import OptionError
 from xlathe.kernels import native
-from xlathe.kernels.quantized_dot.coverage import COVERED, GROUPS, group_of
+from xlathe.kernels.quantized_dot.coverage import BLOCKS, COVERED, GROUPS, blocks_of, group_of
 from xlathe.ops.activations import round_tokens
 from xlathe.ops.quantized_dot import quantized_dot as operation
+from xlathe.storage import Blocks
 
 TARGET_INT8 = "xlathe.quantized_dot.int8"
 TARGETS_INT4 = {None: "xlathe.quantized_dot.int4", "int8": "xlathe.quantized_dot.int4_a8"}
 """By the rounding of activations."""
+TARGET_BLOCKS = "xlathe.quantized_dot.blocks"
+ON_CPU = f"{COVERED}, or blocks {', '.join(BLOCKS)}"
 MANY = 32
 """Rows from which XLA's product of int8 with int8 is faster."""
 
@@ -102,11 +105,48 @@ def _check_int4(x: jax.Array, codes: jax.Array, scale: jax.Array, zero: jax.Arra
     )
 
 
+def quantized_dot_blocks(
+    x: jax.Array, blocks: jax.Array, *, stored: Blocks, activations: str | None = None, isa: str = "auto"
+) -> jax.Array:
+    """`x @ stored.dequantize(blocks).T` in float32, of blocks as they lie in a GGUF file.
+
+    A row of the result has the same bits whatever the number of rows, threads or the block sizes.
+
+    Args:
+      x: float32 [M, K].
+      blocks: uint8 [N, bytes of K weights].
+      stored: their format, one of `BLOCKS`.
+      activations: None: they are held as integers of 24 bits a block of 32 (with q8_0 of 22); or `int8`: they are
+        rounded as the operation says.
+      isa: instruction set; "auto" is the best of the CPU that runs the program. Others are for tests.
+
+    Returns:
+      float32 [M, N].
+
+    Raises:
+      OptionError: a shape or dtype differs from the above.
+      XlatheError: the kernels were not built.
+    """
+    (m, k), n = x.shape, blocks.shape[0]
+    expected = None if stored.misfit(n, k) else stored.parts(n, k)["blocks"].shape
+    if x.dtype != "float32" or blocks.dtype != "uint8" or blocks.shape != expected:
+        raise OptionError(
+            f"quantized_dot: expected x float32 [M, K], blocks uint8 [N, bytes of K in {stored}]; found x "
+            f"{x.dtype}{list(x.shape)}, blocks {blocks.dtype}{list(blocks.shape)}"
+        )
+    native.register()
+    call = jax.ffi.ffi_call(TARGET_BLOCKS, jax.ShapeDtypeStruct((m, n), jnp.float32))
+    return call(x, blocks, type=stored.layout.name, activations=activations or "", isa=isa)
+
+
 def product(x: jax.Array, *parts: jax.Array, out_dtype: str, format: str, activations: str | None = None) -> jax.Array:
     """As the operation `xlathe.ops.quantized_dot`, for what `uncovered` has nothing against."""
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    if activations is not None and activations not in TARGETS_INT4:
+    stored = blocks_of(format)
+    if activations not in (None, "int8"):
         y = _rounded_product(flat, *parts, format=format, activations=activations)
+    elif stored:
+        y = quantized_dot_blocks(flat, *parts, stored=stored, activations=activations)
     elif group_of(format):
         y = quantized_dot_int4(flat, *parts, activations=activations)
     else:
@@ -120,11 +160,15 @@ def _rounded_product(x: jax.Array, *parts: jax.Array, format: str, activations: 
     With int8 on both sides each of a kernel's 16 partial sums is exact up to 16,640 columns, and so is the sum below
     2**24. Many rows take XLA's product of int8, whose sums are exact too.
     """
-    if x.shape[0] >= MANY and not group_of(format) and activations.startswith("int8"):
+    stored = blocks_of(format)
+    if x.shape[0] >= MANY and not stored and not group_of(format) and activations.startswith("int8"):
         return operation.body(x, *parts, out_dtype="float32", format=format, activations=activations)
     step = parts[-1:] if activations.endswith("_static") else ()
     levels, steps = round_tokens(x, activations, *step)
-    codes, scale, *zero = parts[: len(parts) - len(step)]
+    weight = parts[: len(parts) - len(step)]
+    if stored:
+        return quantized_dot_blocks(levels, *weight, stored=stored) * steps
+    codes, scale, *zero = weight
     if group_of(format):
         return quantized_dot_int4(levels, codes, scale, *zero) * steps
     return quantized_dot(levels, codes, jnp.ones_like(scale)) * (steps * scale)
@@ -135,9 +179,9 @@ def uncovered(
 ) -> str | None:
     """Says why no kernel computes `xlathe.ops.quantized_dot` of this; None where one does."""
     group = group_of(format)
-    if group is None:
-        return f"expected {COVERED}; found {format}"
-    expected = "uint8" if group else "int8"
+    if group is None and not blocks_of(format):
+        return f"expected {ON_CPU}; found {format}"
+    expected = "int8" if group == 0 else "uint8"
     if x.dtype != "float32" or parts[0].dtype != expected:
         return f"expected x float32 and codes {expected}; found {x.dtype} and {parts[0].dtype}"
     return None

@@ -9,34 +9,12 @@
 // As floats, every code would be masked, converted and multiplied by itself. Bytes are multiplied four at a time, and
 // a whole number of x is three of them: its digits to the base 256, from -128 to 127.
 
+#include "round_block.h"
+
 typedef float Four __attribute__((vector_size(16)));
 
 constexpr int kInt4Registers = 16 / Lanes::kWidth;      // that hold one result's totals
 constexpr int kInt4Panel = Lanes::kFile == 32 ? 8 : 4;  // the most rows of x that are worked on together
-
-// 32 floats as whole numbers times the step that is returned. The largest magnitude becomes 127 * 2**16, so that all
-// fit three digits; ties go to even.
-inline float round_block(const float (&x)[32], int32_t (&whole)[32]) {
-  constexpr float kLargest = 127.0f * 65536;
-  uint32_t bits[32], largest_bits = 0;  // of magnitudes: NaN is above infinity, and that above all others
-  __builtin_memcpy(bits, x, sizeof bits);
-  for (int i = 0; i < 32; ++i) {
-    const uint32_t magnitude = bits[i] & 0x7FFFFFFFu;
-    largest_bits = magnitude > largest_bits ? magnitude : largest_bits;
-  }
-  float largest;
-  __builtin_memcpy(&largest, &largest_bits, sizeof largest);
-  const float inverse = largest > 1e-30f ? kLargest / largest : 0.0f;
-  float shifted[32];  // by 2**23, where floats are whole numbers and their lowest 23 bits are the magnitude
-  for (int i = 0; i < 32; ++i) shifted[i] = __builtin_fabsf(x[i]) * inverse + 0x1p23f;
-  uint32_t shifted_bits[32];
-  __builtin_memcpy(shifted_bits, shifted, sizeof shifted_bits);
-  for (int i = 0; i < 32; ++i) {
-    const int32_t magnitude = static_cast<int32_t>(shifted_bits[i] & 0x7FFFFFu);
-    whole[i] = static_cast<int32_t>(bits[i]) < 0 ? -magnitude : magnitude;
-  }
-  return largest * (1 / kLargest);
-}
 
 // Makes the block-th 32 columns of `packed` of as many floats.
 inline void pack_block(const float* x, int64_t block, Int4Columns& packed) {
@@ -46,7 +24,7 @@ inline void pack_block(const float* x, int64_t block, Int4Columns& packed) {
     columns[16 + i] = x[2 * i + 1];
   }
   int32_t whole[32], sums[4] = {};
-  const float step = round_block(columns, whole);
+  const float step = round_block<127 * 65536, 32>(columns, whole);
   for (int i = 0; i < 16; ++i) sums[i / 4] += whole[i] + whole[16 + i];
   for (int lane = 0; lane < 4; ++lane) {
     packed.step[block * 4 + lane] = step;

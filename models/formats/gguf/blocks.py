@@ -13,6 +13,7 @@ from xlathe.kernels.gguf_blocks.encode import encode_rows
 from xlathe.kernels.gguf_blocks.layouts import LAYOUTS
 from xlathe.models.checkpoint import Tensor
 from xlathe.models.formats.gguf.container import Container, Entry
+from xlathe.safetensors_file import Packed
 
 Type = GGMLQuantizationType
 PLAIN: Final[Mapping[Type, np.dtype[Any]]] = {
@@ -32,11 +33,30 @@ ENCODED: Final = tuple(kind for kind in Type if kind.name in LAYOUTS)
 
 
 def as_tensor(container: Container, entry: Entry) -> Tensor:
-    """Returns a tensor that is a view of the file for plain types, and decoded to float32 when read otherwise."""
+    """Returns a tensor that is a view of the file for plain types, and decoded to float32 when read otherwise; its
+    blocks, a view too, are what it has packed."""
     if entry.type in PLAIN:
         dtype = PLAIN[entry.type]
         return Tensor(entry.shape, dtype, lambda: container.bytes_of(entry).view(dtype).reshape(entry.shape))
-    return Tensor(entry.shape, np.dtype(np.float32), lambda: decode(container, entry))
+    packed = _packed(container, entry) if entry.type.name in LAYOUTS and len(entry.shape) == 2 else None
+    return Tensor(entry.shape, np.dtype(np.float32), lambda: decode(container, entry), packed)
+
+
+def _packed(container: Container, entry: Entry) -> Packed:
+    layout, (rows, columns) = LAYOUTS[entry.type.name], entry.shape
+    shape = (rows, columns // layout.numbers * layout.bytes)
+
+    def read() -> np.ndarray:
+        blocks = container.bytes_of(entry).reshape(-1, layout.bytes)
+        for at in layout.halves:
+            if not np.isfinite(blocks[:, at : at + 2].copy().view("<f2")).all():
+                raise CheckpointError(
+                    f"{container.path}: tensor {entry.name!r}: expected blocks with finite scales, found NaN or "
+                    "infinity; packed=False, allow_nan=True take them"
+                )
+        return blocks.reshape(shape)
+
+    return Packed(layout.name.lower(), {"blocks": Tensor(shape, np.dtype(np.uint8), read)})
 
 
 def decode(container: Container, entry: Entry) -> np.ndarray:

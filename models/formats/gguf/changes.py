@@ -19,6 +19,11 @@ class Change(abc.ABC):
     @abc.abstractmethod
     def from_file(self, array: np.ndarray, config: Config) -> np.ndarray: ...
 
+    @property
+    @abc.abstractmethod
+    def rows(self) -> "Change | None":
+        """What becomes of a matrix whose rows are packed, [outputs, bytes]; None where they cannot stay so."""
+
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape on the other side, in either direction."""
         return shape
@@ -30,6 +35,10 @@ class Change(abc.ABC):
 
 @final
 class Same(Change):
+    @property
+    def rows(self) -> Change | None:
+        return self
+
     def to_file(self, array: np.ndarray, config: Config) -> np.ndarray:
         return array
 
@@ -47,6 +56,10 @@ class RotaryPairs(Change):
 
     heads: str
 
+    @property
+    def rows(self) -> Change | None:
+        return self
+
     def to_file(self, array: np.ndarray, config: Config) -> np.ndarray:
         return self._swap(array, (config[self.heads], 2, -1))
 
@@ -60,6 +73,10 @@ class RotaryPairs(Change):
 @final
 class PlusOne(Change):
     """The scale of a norm that multiplies by 1 + w in Hugging Face, and by w in GGUF. In float32."""
+
+    @property
+    def rows(self) -> Change | None:
+        return None
 
     def to_file(self, array: np.ndarray, config: Config) -> np.ndarray:
         return array.astype(np.float32) + np.float32(1)
@@ -75,6 +92,10 @@ class PlusOne(Change):
 class Transposed(Change):
     """The weight of GPT-2's `Conv1D`, [inputs, outputs] in Hugging Face, as any other in GGUF."""
 
+    @property
+    def rows(self) -> Change | None:
+        return Same()
+
     def to_file(self, array: np.ndarray, config: Config) -> np.ndarray:
         return array.T
 
@@ -88,6 +109,10 @@ class Transposed(Change):
 @final
 class HeadsTogether(Change):
     """Rows of a fused projection: head by head query, key, value in Hugging Face, first all queries in GGUF."""
+
+    @property
+    def rows(self) -> Change | None:
+        return self
 
     def to_file(self, array: np.ndarray, config: Config) -> np.ndarray:
         return self._swap(array, (config["num_attention_heads"], 3))

@@ -124,9 +124,17 @@ class Older(Rule):
 
 
 def changed(tensor: Tensor, change: Change, config: Config, what: str) -> Tensor:
-    """Returns `tensor` of a file as Hugging Face has it."""
-    read = checked(tensor, lambda array: change.from_file(array, config), what)
-    return Tensor(change.shape(tensor.shape), change.dtype(tensor.dtype), read)
+    """Returns `tensor` of a file as Hugging Face has it; rows that are packed are moved as they are."""
+
+    def read(part: Tensor, change: Change) -> Callable[[], np.ndarray]:
+        return checked(part, lambda array: change.from_file(array, config), what)
+
+    packed, rows = tensor.packed, change.rows
+    if packed is not None and rows is not None:
+        parts = {name: Tensor(part.shape, part.dtype, read(part, rows)) for name, part in packed.parts.items()}
+        packed = dataclasses.replace(packed, parts=parts)
+    kept = None if rows is None else packed
+    return Tensor(change.shape(tensor.shape), change.dtype(tensor.dtype), read(tensor, change), kept)
 
 
 def checked(tensor: Tensor, function: Callable[[np.ndarray], np.ndarray], what: str) -> Callable[[], np.ndarray]:
