@@ -41,7 +41,7 @@ MODELS = (
     Case("gptq_v2", "int4:g32,asym"),
     Case("awq", "int4:g32,asym"),
     Case("compressed-tensors", "int4:g32"),
-    Case("compressed-tensors", "int4:g32,asym"),
+    Case("compressed-tensors", "int4:g32,asym,s=f32"),  # unpacked as they are loaded, in the type of scales
     Case("compressed-tensors", "int8:channel"),
     Case("compressed-tensors", "int8:channel,a=int8_token"),
     Case("compressed-tensors", "fp8_e4m3:tensor"),

@@ -20,7 +20,7 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.numpy import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from tests.models.layouts.cases import MODELS, MODULES, SIZE, TOKENS, Module
 
@@ -41,8 +41,11 @@ def main() -> None:
 
 @torch.no_grad()
 def logits(folder: Path) -> np.ndarray:
+    """With zero points the weights are unpacked as they are loaded: packed, versions 5.24 and 0.20 expect zero points
+    of another shape than compressed-tensors itself writes."""
+    unpacked = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if "asym" in folder.name else {}
     model, report = AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+        folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True, **unpacked
     )
     assert not any(report.values()), report
     return model.eval()(torch.from_numpy(TOKENS), use_cache=False).logits.numpy()
@@ -62,11 +65,12 @@ def linear(module: Module) -> torch.nn.Linear:
 
 def submodule(package: str, name: str) -> types.ModuleType:
     """Imports a module of a package without running the package's own `__init__`, which wants other versions."""
-    parts = name.split(".")
+    parts, spec = name.split("."), sys.modules.get(package) or find_spec(package)
+    root = Path(spec.__path__[0] if isinstance(spec, types.ModuleType) else spec.submodule_search_locations[0])
     for i in range(len(parts)):
         path = ".".join([package, *parts[:i]])
         stub = types.ModuleType(path)
-        stub.__path__ = [str(Path(find_spec(package).origin).parent.joinpath(*parts[:i]))]  # type: ignore[union-attr,arg-type]
+        stub.__path__ = [str(root.joinpath(*parts[:i]))]
         sys.modules.setdefault(path, stub)
     return __import__(f"{package}.{name}", fromlist=["_"])
 
@@ -88,7 +92,7 @@ def by_autoawq(module: Module) -> dict[str, torch.Tensor]:
     gemm = submodule("awq", "modules.linear.gemm")
     _, zeros, scales = module.codes()
     shared = [torch.from_numpy(array.T.astype(np.float32)) for array in (scales, zeros)]
-    layer = gemm.WQLinear_GEMM.from_linear(linear(module), 4, module.group or -1, scales=shared[0], zeros=shared[1])
+    layer = gemm.WQLinear_GEMM.from_linear(linear(module), 4, module.group or SIZE, scales=shared[0], zeros=shared[1])
     tensors = {name: getattr(layer, name) for name in ("qweight", "qzeros", "scales")}
     weight = gemm.dequantize_gemm(layer.qweight, layer.qzeros, layer.scales.float(), 4, module.group or SIZE).T
     return {**tensors, "weight": weight}
