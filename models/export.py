@@ -37,6 +37,8 @@ def to_checkpoint(graph: Graph, layout: str | None = None) -> Checkpoint:
     plain = {name: tuple(map(int, graph.aval(name).shape)) for name in graph.names("weight") if name not in held}
     shapes = plain | {name: (weight.k, weight.n) for name, weight in weights.items()}
     _check_names(family, shapes)
+    if layout is not None:
+        _check_linear(family, layout, weights)
     kept = sorted({int(name.split("/")[1]) for name in shapes if name.startswith("layers/")})
     ours = {_renumber(name, kept): name for name in shapes}
     config = _resized(family, settings, {new: shapes[old] for new, old in ours.items()}, kept)
@@ -46,7 +48,6 @@ def to_checkpoint(graph: Graph, layout: str | None = None) -> Checkpoint:
     dtypes = {str(tensor.dtype) for tensor in tensors.values()}
     said: dict[str, Any] = {"dtype": dtypes.pop()} if len(dtypes) == 1 else {}
     if layout is not None:
-        _check_linear(family, layout, weights)
         linear = [theirs[name] for name in plain if is_turned(family, name)]
         packed, quantization = lay_out(layout, {theirs[name]: weight for name, weight in weights.items()}, linear)
         tensors |= packed

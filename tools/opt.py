@@ -1,4 +1,4 @@
-"""`xlathe opt`: runs passes on a saved graph and saves the result."""
+"""`xlathe opt`: runs passes on a graph and saves the result, as a graph or in the layout of other tools."""
 
 from pathlib import Path
 from typing import Final
@@ -21,12 +21,20 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "dump", None, "directory for the graph after every pass, and a reproducer", flag_values=values
     )
+    flags.DEFINE_string(
+        "layout",
+        None,
+        "write a Hugging Face directory with quantized weights as other tools read them: gptq, gptq_v2, awq or "
+        "compressed-tensors",
+        flag_values=values,
+    )
     flags.DEFINE_boolean("print_after_change", False, "print what each pass changed", flag_values=values)
 
 
 def run(options: Options, source: str, destination: str) -> None:
     import dataclasses
 
+    from xlathe.models.formats.layouts import find_layout
     from xlathe.passes.quantize.work import Work
     from xlathe.tools.text import find_calibration
 
@@ -36,6 +44,8 @@ def run(options: Options, source: str, destination: str) -> None:
         raise UsageError("which passes? --passes='canonicalize,fuse_attention' or --config=int8")
     if options["verify"]:
         pipeline = dataclasses.replace(pipeline, verify=True)
+    if options["layout"]:
+        find_layout(options["layout"])  # told before anything runs
     graph = open_graph(source, changing=True)
     with bar(console, "passes") as progress:
         result = pipeline(
@@ -46,7 +56,10 @@ def run(options: Options, source: str, destination: str) -> None:
             print_after_change=options["print_after_change"],
             work=(work := Path(destination + UNFINISHED)),
         )
-        result.save(destination)
+        if options["layout"]:
+            result.save_pretrained(destination, layout=options["layout"])
+        else:
+            result.save(destination)
     Work(work).remove()
     console.print(result.report(), soft_wrap=True)
 

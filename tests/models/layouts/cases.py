@@ -68,7 +68,9 @@ class Module:
         """Returns codes from 0 up [n, k], zero points from 1 up and float16 scales [n, groups]."""
         draw, last = np.random.RandomState(zlib.crc32(self.name.encode())), 2**self.bits - 1
         groups = SIZE // self.group if self.group else 1
-        zeros = draw.randint(1, last + 1, (SIZE, groups)) if self.zeros else np.full((SIZE, groups), 2 ** (self.bits - 1))
+        zeros = (
+            draw.randint(1, last + 1, (SIZE, groups)) if self.zeros else np.full((SIZE, groups), 2 ** (self.bits - 1))
+        )
         scales = draw.uniform(0.5, 1.5, (SIZE, groups)).astype(np.float16)
         return draw.randint(0, last + 1, (SIZE, SIZE)).astype(np.uint8), zeros.astype(np.uint8), scales
 

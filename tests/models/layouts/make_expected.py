@@ -2,11 +2,13 @@
 
     python -m tests.models.layouts.write_models /tmp/layouts                       # in our environment
     /tmp/hf/bin/pip install torch==2.13.0 transformers==5.24.0 compressed-tensors==0.20.0
-    /tmp/hf/bin/pip install --no-deps auto-gptq==0.7.1 autoawq==0.2.9
+    /tmp/hf/bin/pip install --no-deps auto-gptq==0.7.1 autoawq==0.2.9 optimum gptqmodel==7.7.0
+    /tmp/hf/bin/pip install accelerate device-smi logbar tokenicer pypcre defuser threadpoolctl datasets
     /tmp/hf/bin/python -m tests.models.layouts.make_expected /tmp/layouts          # in the root of the repository
 
-`expected.safetensors`: of each of `MODELS` that transformers loads, float32 logits [2, 20, vocab]; of each of `MODULES`
-the tensors that the tool packs its codes into, and `weight`, float32 [n, k], that it unpacks them to.
+`expected.safetensors`: of each of `MODELS` the float32 logits [2, 20, vocab] of transformers, which runs GPTQ and AWQ
+by GPTQModel; of each of `MODULES` the tensors that the tool packs its codes into, and `weight`, float32 [n, k], that it
+unpacks them to.
 """
 
 import sys
@@ -25,15 +27,13 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from tests.models.layouts.cases import MODELS, MODULES, SIZE, TOKENS, Module
 
 EXPECTED = Path(__file__).parent / "expected.safetensors"
-PACKAGES = ("torch", "transformers", "compressed-tensors", "auto-gptq", "autoawq")
-LOADED = ("compressed-tensors",)  # layouts that transformers reads on a CPU
+PACKAGES = ("torch", "transformers", "compressed-tensors", "gptqmodel", "auto-gptq", "autoawq")
 
 
 def main() -> None:
     arrays = {}
     for case in MODELS:
-        if case.layout in LOADED:
-            arrays[f"{case.name}/logits"] = logits(Path(sys.argv[1]) / case.name)
+        arrays[f"{case.name}/logits"] = logits(Path(sys.argv[1]) / case.name)
     for module in MODULES:
         arrays |= {f"{module.name}/{name}": array for name, array in packed(module).items()}
     save_file(arrays, EXPECTED, {name: version(name) for name in PACKAGES})
@@ -43,7 +43,8 @@ def main() -> None:
 def logits(folder: Path) -> np.ndarray:
     """With zero points the weights are unpacked as they are loaded: packed, versions 5.24 and 0.20 expect zero points
     of another shape than compressed-tensors itself writes."""
-    unpacked = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if "asym" in folder.name else {}
+    with_zeros = folder.name.startswith("compressed-tensors") and "asym" in folder.name
+    unpacked = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if with_zeros else {}
     model, report = AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True, **unpacked
     )
