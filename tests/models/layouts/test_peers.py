@@ -28,7 +28,13 @@ def expected() -> Mapping[str, np.ndarray]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-@pytest.mark.parametrize("case", MODELS, ids=lambda case: case.name)
+FEW = ("gptq int4:g32", "compressed-tensors int8:channel,a=int8_token", "compressed-tensors fp8_e4m3:b32x32")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case.name, marks=[pytest.mark.breadth] * (case.name not in FEW)) for case in MODELS],
+)
 def test_transformers_reads_our_directory(case: Case, tmp_path: Path, expected: Mapping[str, np.ndarray]) -> None:
     """Theirs differs where it rounds what ours does not: GPTQModel unpacks to float16; compressed-tensors finds steps
     of int8 activations as the largest / 127.5, not / 127. Then both are at most twice as far apart as rounding is far.

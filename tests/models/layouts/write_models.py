@@ -1,5 +1,6 @@
 """Writes the directories that other tools read: `python -m tests.models.layouts.write_models FOLDER`."""
 
+import functools
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from xlathe.models.pretrained import to_graph
 FLOATS = ((".*(embedding|head/kernel)", "none"),)
 
 
+@functools.cache
 def float_graph() -> xl.Graph:
     """Returns a small Llama with the numbers of `values`, the same everywhere."""
     shapes = {name: tensor.shape for name, tensor in tiny_checkpoint(CONFIG).tensors.items()}
@@ -28,6 +30,7 @@ def _tensor(array: np.ndarray) -> Tensor:
     return Tensor(array.shape, array.dtype, lambda: array)
 
 
+@functools.cache
 def quantized_graph(case: Case) -> xl.Graph:
     return xl.Pipeline([passes.Quantize(case.scheme, rules=FLOATS)])(float_graph())
 
