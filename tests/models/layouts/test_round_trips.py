@@ -122,6 +122,7 @@ def test_act_order(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.asarray(again.weights[OURS]).T, codes * scales_of(graph)[:, mixed], rtol=1e-6)
 
 
+@pytest.mark.breadth  # the program is that of the graph, which has its own tests
 def test_serves_from_packed_weights(tmp_path: Path) -> None:
     """A program compiled from a directory has the tokens of one compiled from the graph that was written."""
     graph = quantized_graph(Case("gptq", "int4:g32"))
@@ -144,7 +145,7 @@ def test_verbs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "opt",
         tmp_path / "a",
         tmp_path / "b",
-        "--passes=quantize{scheme=int4:g32,weights='layers/.*'}",
+        "--passes=quantize{scheme='int4:g32',weights='layers/.*'}",
         "--layout",
     ]
     assert main([str(word) for word in [*words, "gtpq"]]) == 1
