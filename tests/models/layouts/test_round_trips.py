@@ -145,7 +145,7 @@ def test_verbs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "opt",
         tmp_path / "a",
         tmp_path / "b",
-        "--passes=quantize{scheme='int4:g32',weights='layers/.*'}",
+        '--passes=quantize{scheme="int4:g32",weights="layers/.*"}',
         "--layout",
     ]
     assert main([str(word) for word in [*words, "gtpq"]]) == 1
