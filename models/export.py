@@ -56,6 +56,12 @@ def to_checkpoint(graph: Graph, layout: str | None = None) -> Checkpoint:
     return Checkpoint(card, tensors, GRAPH, graph.tokenizer)
 
 
+def source_names(graph: Graph) -> dict[str, str]:
+    """Returns our name of each weight by Hugging Face's, of a graph that `to_checkpoint` takes."""
+    checkpoint = to_checkpoint(graph)
+    return dict(zip(checkpoint.tensors, graph.names("weight"), strict=True))
+
+
 def _check_linear(family: Family, layout: str, weights: Mapping[str, Quantized]) -> None:
     """Layouts are of linear modules, [outputs, inputs]."""
     if not weights:

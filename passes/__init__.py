@@ -9,14 +9,14 @@ from xlathe.passes.fuse_attention import FuseAttention
 from xlathe.passes.kv_cache import KVCache
 from xlathe.passes.lower_kernels import LowerKernels
 from xlathe.passes.prune import PruneStructured
-from xlathe.passes.quantize import AwqScales, FakeQuantize, Quantize, Rotate, SmoothQuant
+from xlathe.passes.quantize import AwqScales, Budget, FakeQuantize, Quantize, Rotate, SmoothQuant
 from xlathe.passes.specialize import Specialize
 from xlathe.pipeline import Pass
 
 PASSES: Mapping[str, type[Pass]] = {
     pass_name(cls): cls
     for cls in (
-        *(Canonicalize, FuseAttention, PruneStructured, Rotate, AwqScales, SmoothQuant, FakeQuantize, Quantize),
+        *(Canonicalize, FuseAttention, PruneStructured, Rotate, AwqScales, SmoothQuant, FakeQuantize, Quantize, Budget),
         *(KVCache, CacheLayout, Specialize, LowerKernels),
     )
 }
@@ -25,6 +25,7 @@ PASSES: Mapping[str, type[Pass]] = {
 __all__ = [
     "PASSES",
     "AwqScales",
+    "Budget",
     "CacheLayout",
     "Canonicalize",
     "FakeQuantize",

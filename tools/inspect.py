@@ -12,6 +12,7 @@ from xlathe.tools.source import define_pipeline, find_pipeline, is_bundle, open_
 
 if TYPE_CHECKING:
     from xlathe.graph import Graph
+    from xlathe.passes import Quantize
     from xlathe.passes.quantize.footprint import Footprint
     from xlathe.passes.quantize.plan import Plan
     from xlathe.pipeline import Pipeline
@@ -42,12 +43,13 @@ def run(options: Options, source: str) -> None:
         from xlathe.tools.text import find_calibration
 
         calibration = find_calibration(options, source, graph)
-        for plan, before in plans(pipeline, graph, calibration):
+        for plan, before, chosen in plans(pipeline, graph, calibration):
             held = _held(plan, before, calibration)
             if options["json"]:
                 print(json.dumps(json.loads(plan.to_json()) | (held.to_json() if held else {}), indent=2))
             else:
                 print(plan if held is None else f"{plan}\n{held}")
+                print(f"chosen: {chosen}\n" if chosen else "", end="")
     elif options["text"]:
         from xlathe.printer import to_text
 
@@ -65,27 +67,31 @@ def _held(plan: "Plan", graph: "Graph", calibration: Any) -> "Footprint | None":
     return footprint(graph, plan, calibration, on_disk=True) if known else None
 
 
-def plans(pipeline: "Pipeline", graph: "Graph", calibration: Any) -> "Iterator[tuple[Plan, Graph]]":
-    """Yields the plan of each quantizer in a pipeline, and the graph that it is for; what follows the last is not run,
-    nor is that one.
+def plans(
+    pipeline: "Pipeline", graph: "Graph", calibration: Any
+) -> "Iterator[tuple[Plan, Graph, Quantize | None]]":
+    """Yields the plan of each quantizer in a pipeline, the graph that it is for, and the pass that a budget became.
 
-    Raises OptionError where a pipeline has none.
+    What follows the last is not run, nor is that one. Raises OptionError where a pipeline has none.
     """
     from xlathe.errors import OptionError
-    from xlathe.passes import Quantize
+    from xlathe.passes import Budget, Quantize
     from xlathe.pipeline import Context, Pass
 
-    left = sum(isinstance(each, Quantize) for each in pipeline.passes)
+    left = sum(isinstance(each, Quantize | Budget) for each in pipeline.passes)
     if not left:
         raise OptionError(f"{pipeline} has no pass quantize, whose plan could be told")
+    context = Context(calibration)
     for pass_ in pipeline.passes:
         assert isinstance(pass_, Pass)
-        if isinstance(pass_, Quantize):
-            yield pass_.plan(graph), graph
+        chosen = pass_.choose(graph, context).quantize if isinstance(pass_, Budget) else None
+        quantize = chosen or pass_
+        if isinstance(quantize, Quantize):
+            yield quantize.plan(graph), graph, chosen
             left -= 1
             if not left:
                 return
-        graph = pass_(graph, Context(calibration))
+        graph = quantize(graph, context)
 
 
 VERB = Verb("inspect", "report on a checkpoint, a graph directory, the demo or a bundle", ("SOURCE",), define, run)

@@ -36,8 +36,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "pipelines",
         None,
-        "what to compare, separated by ';', or a file with one a line: a config's name, passes, gguf:TYPE, each maybe "
-        "after a name and ':'",
+        "what to compare, separated by ';', or a file with one a line: a config's name, passes, gguf:TYPE (with the "
+        "calibration text's importance matrix gguf:TYPE,imatrix), each maybe after a name and ':'",
         flag_values=values,
     )
     flags.DEFINE_string("text", None, "file of the text that is predicted; the demo has its own", flag_values=values)
@@ -164,11 +164,11 @@ def _read_way(name: str, way: str) -> str:
     """Returns the full text of passes, or of a config, whose name is one word and no pass; a GGUF type as it is."""
     from xlathe.models.formats.gguf.write import check_type
     from xlathe.passes import PASSES
-    from xlathe.tools.sweep_rows import GGUF
+    from xlathe.tools.sweep_rows import GGUF, IMATRIX
 
     try:
         if way.startswith(GGUF):
-            check_type(way.removeprefix(GGUF))
+            check_type(way.removeprefix(GGUF).removesuffix(IMATRIX))
             return way
         return str(preset(way) if re.fullmatch(r"\w+", way) and way not in PASSES else parse_passes(way))
     except XlatheError as error:

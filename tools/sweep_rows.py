@@ -19,18 +19,21 @@ from xlathe.tools.process_memory import memory_of
 from xlathe.verify import Estimate
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from xlathe.graph import Graph
     from xlathe.tools.quality import Quality
 
 GGUF: Final = "gguf:"  # before the type of a GGUF file, where a row is no pipeline
+IMATRIX: Final = ",imatrix"  # after the type, where errors are weighed by what calibration saw
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
     """What a process does.
 
-    way: a pipeline as text, or `gguf:` and a file type; windows, calibration: files of int32 [n, length], the latter
-    with n = 0 where there is none; first, clustered: of the protocol.
+    way: a pipeline as text, or `gguf:` and a file type, maybe with `,imatrix`; windows, calibration: files of int32
+    [n, length], the latter with n = 0 where there is none; first, clustered: of the protocol.
     """
 
     source: str
@@ -121,19 +124,27 @@ def _make(graph: "Graph", job: Job, folder: Path) -> "tuple[Graph, int]":
     from xlathe.report import weight_bytes
     from xlathe.tools.source import parse_passes
 
+    calibration = list(np.load(job.calibration)[:, None])
     if job.way.startswith(GGUF):
-        return _make_gguf(graph, job.way.removeprefix(GGUF), folder / "model.gguf")
-    parse_passes(job.way)(graph, calibration=list(np.load(job.calibration)[:, None])).save(folder)
+        type = job.way.removeprefix(GGUF)
+        seen = calibration if type.endswith(IMATRIX) else []
+        return _make_gguf(graph, type.removesuffix(IMATRIX), seen, folder / "model.gguf")
+    parse_passes(job.way)(graph, calibration=calibration).save(folder)
     small = load_graph(folder)
     return small, weight_bytes(small)
 
 
-def _make_gguf(graph: "Graph", type: str, path: Path) -> "tuple[Graph, int]":
+def _make_gguf(graph: "Graph", type: str, seen: "list[np.ndarray]", path: Path) -> "tuple[Graph, int]":
+    """seen: the text of the importance matrix; without any, there is none."""
     from xlathe.models.export import to_checkpoint
     from xlathe.models.formats.gguf import plan_gguf, write_plan
     from xlathe.models.pretrained import from_pretrained
+    from xlathe.tools.imatrix import importance_of
 
-    plan = plan_gguf(to_checkpoint(graph), type)
+    checkpoint = to_checkpoint(graph)
+    plan = plan_gguf(checkpoint, type)
+    if seen:
+        plan = plan_gguf(checkpoint, type, importance=importance_of(graph, plan, seen))
     write_plan(plan, path)
     return from_pretrained(path, max_len=graph.max_len, packed=False), plan.size
 

@@ -139,6 +139,14 @@ def _entry(graph: Graph, name: str, scheme: Scheme | None, layout: Layout | None
     return Entry(name, tuple(aval.shape), scheme, layout, before, after)
 
 
+def rules_of(schemes: Mapping[str, Scheme]) -> tuple[tuple[str, str], ...]:
+    """Returns rules, as `Quantize` takes them, that give weights these schemes and leave others as they are."""
+    names: dict[str, list[str]] = {}
+    for name, scheme in schemes.items():
+        names.setdefault(str(scheme), []).append(re.escape(name))
+    return tuple(("|".join(each), scheme) for scheme, each in names.items()) or ((".*", "none"),)
+
+
 def _check_rule(rule: Rule, decided: Mapping[str, Rule | None], layouts: Mapping[str, Layout], misses: Any) -> None:
     """Raises OptionError where a rule decides nothing."""
     own = [name for name, by in decided.items() if by is rule]

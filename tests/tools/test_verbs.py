@@ -176,6 +176,19 @@ def test_inspect_prints_the_plan_of_a_quantizer(tiny, tiny_folder, capsys):
         assert "--plan goes with --passes or --config" in capsys.readouterr().err
 
 
+def test_inspect_prints_what_a_budget_became(tiny, tiny_folder, tmp_path, capsys):
+    """Expected: the plan, and below it a pass whose plan is the same."""
+    text = tmp_path / "text.py"
+    text.write_text("def read_file(path):\n    return path.read_text()\n" * 8)
+    budget = 'budget{bits=7,schemes=("int4:channel","int8:channel",),method=rtn}'
+    words = ["inspect", tiny_folder, "--plan", f"--calibration={text}", f"--passes={budget}"]
+    plan, _, chosen = run(capsys, *words).rpartition("chosen: ")
+    (quantize,) = xl.Pipeline.parse(chosen.strip(), xl.passes.PASSES).passes
+    assert plan == f"{quantize.plan(tiny)}\n" and len(quantize.rules) == 2
+    assert json.loads(run(capsys, *words, "--json")) == json.loads(quantize.plan(tiny).to_json())
+
+
+
 def test_every_preset_is_a_pipeline():
     import pkgutil
 
