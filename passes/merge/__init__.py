@@ -1,0 +1,1 @@
+"""Merging models: pure functions on the tensors of one name, a file a family of methods."""

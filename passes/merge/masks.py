@@ -1,0 +1,93 @@
+"""Which numbers of a change are kept: by size, by chance, or by chance that depends on size. float32 throughout."""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+Rescale = Literal["none", "keep_prob", "l1"]
+"""How what is kept makes up for what is not: not at all; divided by the probability to be kept, so that the mean
+stays; or times what restores the sum of magnitudes."""
+
+
+def largest(magnitude: jax.Array, count: int | jax.Array) -> jax.Array:
+    """Marks the `count` largest of float32 magnitudes [...], of equal ones those that come first: bool [...].
+
+    The count-th largest is found bit by bit: 31 passes and no sort. NaN is larger than all.
+    """
+    bits = jax.lax.bitcast_convert_type(magnitude, jnp.int32).reshape(-1)
+    least = _greatest(lambda value: (bits >= value).sum() >= count, 31)
+    left = count - (bits > least).sum()
+    places = jnp.arange(bits.size, dtype=jnp.int32)
+    end = _greatest(lambda place: ((bits == least) & (places < place)).sum() <= left, 31)
+    kept = (bits > least) | ((bits == least) & (places < end))
+    return (kept & (count > 0)).reshape(magnitude.shape)
+
+
+def _greatest(holds: "functools.partial[jax.Array] | object", bits: int) -> jax.Array:
+    """Returns the greatest whole number of so many bits for which `holds`, which holds up to some number."""
+
+    def step(i: jax.Array, found: jax.Array) -> jax.Array:
+        candidate = found | (jnp.int32(1) << (bits - 1 - i))
+        return jnp.where(holds(candidate), candidate, found)  # type: ignore[operator]
+
+    return jax.lax.fori_loop(0, bits, step, jnp.int32(0))
+
+
+@functools.partial(jax.jit, static_argnames=("density", "rescale"))
+def by_size(delta: jax.Array, *, density: float, rescale: Rescale = "none") -> jax.Array:
+    """Keeps the share `density` of largest magnitude, at least one number (Yadav et al. 2023, arXiv 2306.01708)."""
+    kept = jnp.where(largest(jnp.abs(delta), kept_count(delta.size, density)), delta, 0)
+    return _rescaled(delta, kept, density, rescale)
+
+
+@functools.partial(jax.jit, static_argnames=("density", "gamma", "rescale"))
+def without_outliers(delta: jax.Array, *, density: float, gamma: float = 0.01, rescale: Rescale = "none") -> jax.Array:
+    """Drops the share `gamma` of largest magnitude and keeps the share `density` of largest among the others
+    (breadcrumbs: Davari and Belilovsky 2023, arXiv 2312.06795).
+
+    Where gamma is less than one number, none is dropped.
+    """
+    top, magnitude = int(gamma * delta.size), jnp.abs(delta)
+    count = min(top + kept_count(delta.size, density), delta.size)
+    kept = jnp.where(largest(magnitude, count) & ~largest(magnitude, top), delta, 0)
+    return _rescaled(delta, kept, density, rescale)
+
+
+@functools.partial(jax.jit, static_argnames=("density", "rescale"))
+def by_chance(key: jax.Array, delta: jax.Array, *, density: float, rescale: Rescale = "keep_prob") -> jax.Array:
+    """Keeps each number with the probability `density` (DARE: Yu et al. 2024, arXiv 2311.03099)."""
+    kept = jnp.where(jax.random.bernoulli(key, density, delta.shape), delta, 0)
+    return _rescaled(delta, kept, density, rescale)
+
+
+@functools.partial(jax.jit, static_argnames=("density", "epsilon", "rescale"))
+def by_chance_and_size(
+    key: jax.Array, delta: jax.Array, *, density: float, epsilon: float = 0.15, rescale: Rescale = "keep_prob"
+) -> jax.Array:
+    """Keeps each number with a probability that rises with its rank in its row, the last axis, from density - epsilon
+    to density + epsilon (DELLA: Deep et al. 2024, arXiv 2406.11617); equal ones by their place.
+
+    Rows of one number have the probability `density`.
+    """
+    width = delta.shape[-1] if delta.ndim else 1
+    ranks = jnp.argsort(jnp.argsort(jnp.abs(delta).reshape(-1, width), axis=-1), axis=-1)
+    share = ranks.astype(jnp.float32) / max(width - 1, 1) if width > 1 else jnp.full(ranks.shape, 0.5)
+    chance = (density - epsilon + 2 * epsilon * share).reshape(delta.shape)
+    kept = jnp.where(jax.random.uniform(key, delta.shape) < chance, delta, 0)
+    return _rescaled(delta, kept, chance, rescale)
+
+
+def kept_count(size: int, density: float) -> int:
+    """Returns how many of `size` numbers a density keeps, at least one."""
+    return max(int(density * size), 1)
+
+
+def _rescaled(delta: jax.Array, kept: jax.Array, chance: float | jax.Array, rescale: Rescale) -> jax.Array:
+    if rescale == "keep_prob":
+        return kept / chance
+    if rescale == "l1":
+        left = jnp.abs(kept).sum()
+        return jnp.where(left > 0, kept * (jnp.abs(delta).sum() / jnp.where(left > 0, left, 1)), kept)
+    return kept

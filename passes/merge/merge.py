@@ -1,0 +1,205 @@
+"""From a recipe to a checkpoint whose tensors are merged as they are read, one at a time.
+
+Nothing but headers and settings is read before the whole merge is known to fit.
+"""
+
+import dataclasses
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xlathe.errors import CheckpointError, OptionError, XlatheError
+from xlathe.models.checkpoint import Checkpoint
+from xlathe.passes.merge.methods import METHODS, REQUIRED, Group, Method, check_value
+from xlathe.passes.merge.recipe import Choice, Parameters, Recipe, Slice, Source
+from xlathe.safetensors_file import Tensor
+
+_LAYER = re.compile(r"(?<![^.])(\d+)(?![^.])")
+"""A layer's number in the name of a tensor: the first part that is a number; an expert's is a later one."""
+_FIRST = re.compile(r"embed|wte|wpe|embd", re.IGNORECASE)
+"""Tensors without a number that come before the layers; others come after them."""
+COUNTS = ("num_hidden_layers", "n_layer")
+PER_LAYER = ("layer_types", "mlp_only_layers", "no_rope_layers")
+"""Settings with one entry a layer, which slices would have to rewrite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Where one tensor of the result comes from.
+
+    sources: of each model its tensor's name there; place: of the layer in its slice, 0 to 1; 0 outside of layers.
+    """
+
+    name: str
+    slice: Slice
+    sources: tuple[tuple[Source, str], ...]
+    place: float
+
+
+def merge(recipe: Recipe, opened: Mapping[str, Checkpoint], seed: int = 0) -> Checkpoint:
+    """Returns the merged checkpoint; its tensors are merged in float32 when they are read, and rounded at the end.
+
+    opened: every model of the recipe by its name there. seed: of what is drawn by chance; each tensor's draws depend on
+    the seed and on its name alone. The settings, the tokenizer and the tied output layer are the base's, or the first
+    model's. Raises CheckpointError where a tensor is missing or two shapes differ, naming the first; OptionError for
+    parameters that are missing or have no meaning.
+    """
+    method, first = METHODS[recipe.method], opened[recipe.models[0]]
+    _check_kinds(recipe, opened)
+    parts = list(_parts(recipe, opened))
+    tensors = {part.name: _merged(part, recipe, method, opened, seed) for part in parts}
+    config = dict(first.card.config) | _layers(recipe, first)
+    if recipe.out_dtype is not None:
+        config["dtype"] = recipe.out_dtype
+    card = dataclasses.replace(first.card, config=config)
+    return Checkpoint(card, tensors, recipe.where, first.tokenizer)
+
+
+def peak_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
+    """Returns about the most bytes that are held while a merge is written, mapped files not counted: the tensor that is
+    read from most models, in float32, its changes, and the result."""
+    models = max(len(each.sources) for each in recipe.slices)
+    held = models + (2 if METHODS[recipe.method].base == "none" else 1 + models)
+    return max(4 * held * int(np.prod(tensor.shape)) for tensor in checkpoint.tensors.values())
+
+
+def _check_kinds(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> None:
+    kinds = {model: opened[model].card.config.get("model_type") for model in recipe.models}
+    first = recipe.models[0]
+    for model, kind in kinds.items():
+        if kind != kinds[first]:
+            raise CheckpointError(
+                f"{recipe.where}: {first} is a {kinds[first]!r} and {model} a {kind!r}: expected one architecture"
+            )
+
+
+def _parts(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> Iterator[Part]:
+    """Yields the result's tensors: those before the layers, the layers of each slice in order, those after them."""
+    names = list(opened[recipe.slices[0].sources[0].model].tensors)
+    outside = [name for name in names if _LAYER.search(name) is None]
+    for name in (name for name in outside if _FIRST.search(name)):
+        yield _whole(recipe.slices[0], name)
+    offset = 0
+    for each in recipe.slices:
+        count = _count(each, opened)
+        for i in range(count):
+            place = i / (count - 1) if count > 1 else 0.0
+            yield from _layer(each, opened, i, offset + i, place)
+        offset += count
+    for name in (name for name in outside if not _FIRST.search(name)):
+        yield _whole(recipe.slices[-1], name)
+
+
+def _whole(each: Slice, name: str) -> Part:
+    return Part(name, each, tuple((source, name) for source in each.sources), 0.0)
+
+
+def _count(each: Slice, opened: Mapping[str, Checkpoint]) -> int:
+    source = each.sources[0]
+    if source.layers is not None:
+        return source.layers[1] - source.layers[0]
+    found = (_LAYER.search(name) for name in opened[source.model].tensors)
+    return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def _layer(each: Slice, opened: Mapping[str, Checkpoint], i: int, to: int, place: float) -> Iterator[Part]:
+    starts = [source.layers[0] if source.layers else 0 for source in each.sources]
+    for name in opened[each.sources[0].model].tensors:
+        match = _LAYER.search(name)
+        if match is not None and int(match[1]) == starts[0] + i:
+            head, tail = name[: match.start()], name[match.end() :]
+            from_ = tuple((s, f"{head}{start + i}{tail}") for s, start in zip(each.sources, starts, strict=True))
+            yield Part(f"{head}{to}{tail}", each, from_, place)
+
+
+def _layers(recipe: Recipe, first: Checkpoint) -> dict[str, Any]:
+    """Returns the settings that count layers, where slices change their number."""
+    if recipe.slices[0].sources[0].layers is None:
+        return {}
+    config = first.card.config
+    for key in PER_LAYER:
+        if config.get(key):
+            raise OptionError(f"{recipe.where}: slices of a model whose config has {key} are not supported")
+    count = sum(s.sources[0].layers[1] - s.sources[0].layers[0] for s in recipe.slices if s.sources[0].layers)
+    return {key: count for key in COUNTS if key in config}
+
+
+def _merged(part: Part, recipe: Recipe, method: Method, opened: Mapping[str, Checkpoint], seed: int) -> Tensor:
+    found = [(source, _find(opened, source.model, name, part)) for source, name in part.sources]
+    base = _base(part, recipe, method, opened)
+    others = [pair for pair in found if method.base == "none" or pair[0].model != recipe.base]
+    shape = (base or others[0][1]).shape
+    for source, tensor in found:
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{part.name} is {list(shape)} in {recipe.models[0]} and {list(tensor.shape)} in {source.model}"
+                + (": the vocabularies differ" if _LAYER.search(part.name) is None and len(shape) == 2 else "")
+            )
+    each, shared = _values(part, recipe, method, [source for source, _ in others])
+    dtype = np.dtype(jnp.dtype(recipe.out_dtype or (base or others[0][1]).dtype))
+
+    def read() -> np.ndarray:
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(part.name.encode()))
+        arrays = [jnp.asarray(tensor.read()) for _, tensor in others]
+        group = Group(arrays, None if base is None else jnp.asarray(base.read()), each, shared, key)
+        try:
+            return np.asarray(method.merge(group).astype(dtype))
+        except XlatheError as error:
+            raise CheckpointError(f"{recipe.method} of {part.name}: {error}") from None
+
+    return Tensor(shape, dtype, read)
+
+
+def _find(opened: Mapping[str, Checkpoint], model: str, name: str, part: Part) -> Tensor:
+    tensors = opened[model].tensors
+    if name not in tensors:
+        raise CheckpointError(f"{model} has no tensor {name!r}, of which {part.name} is to be made")
+    return tensors[name]
+
+
+def _base(part: Part, recipe: Recipe, method: Method, opened: Mapping[str, Checkpoint]) -> Tensor | None:
+    """Returns the base's tensor: as a slice names it, else that of the result's own name."""
+    if recipe.base is None or method.base == "none":
+        return None
+    named = next((name for source, name in part.sources if source.model == recipe.base), None)
+    return _find(opened, recipe.base, named or part.sources[0][1], part)
+
+
+def _values(
+    part: Part, recipe: Recipe, method: Method, others: Sequence[Source]
+) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    """Returns the parameters of one tensor: a source's own before its slice's, and these before the recipe's."""
+
+    def value(name: str, default: Any, chain: Sequence[Parameters], known: Mapping[str, Any]) -> Any:
+        for parameters in chain:
+            choice = _first(parameters.get(name, ()), part.name)
+            if choice is not None:
+                try:
+                    return check_value(name, choice.at(part.place), known)
+                except OptionError as error:
+                    raise OptionError(f"{recipe.where}: {part.name}: {error}") from None
+        if default is REQUIRED:
+            raise OptionError(f"{recipe.where}: {recipe.method} needs {name}, and {part.name} has none")
+        return default
+
+    outer = [part.slice.parameters, recipe.parameters]
+    everywhere = [*outer, *(source.parameters for source, _ in part.sources)]
+    shared: dict[str, Any] = {}
+    for name, default in method.shared.items():
+        shared[name] = value(name, default, everywhere, shared)
+    each = {
+        name: [value(name, default, [source.parameters, *outer], shared) for source in others]
+        for name, default in method.each.items()
+    }
+    return each, shared
+
+
+def _first(choices: Sequence[Choice], name: str) -> Choice | None:
+    return next((c for c in choices if c.filter is None or c.filter in name), None)
+
+

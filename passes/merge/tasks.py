@@ -1,0 +1,77 @@
+"""Sums of changes from a base model: what task arithmetic, TIES, DARE, DELLA and breadcrumbs do once numbers were
+dropped (`masks`), and the methods that choose by comparing models, SCE and nearswap. float32 throughout."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xlathe.passes.merge.combine import add
+from xlathe.passes.merge.masks import kept_count, largest
+
+
+@jax.jit
+def change(tensor: jax.Array, base: jax.Array) -> jax.Array:
+    """Returns what a model changed, float32, whatever the dtypes are."""
+    return tensor.astype(jnp.float32) - base.astype(jnp.float32)
+
+
+def summed(deltas: Sequence[jax.Array], weights: Sequence[float], *, normalize: bool = False) -> jax.Array:
+    """Returns the weighted sum of changes, divided by the sum of weights where `normalize` (Ilharco et al. 2023,
+    arXiv 2212.04089)."""
+    total = float(np.sum(weights)) if normalize else 1.0
+    return _elected(list(deltas), jnp.asarray(weights, jnp.float32) / total, False, False)
+
+
+def elected(deltas: Sequence[jax.Array], weights: Sequence[float], *, normalize: bool = True) -> jax.Array:
+    """Returns the weighted sum of those changes whose sign is that of the weighted sum of all, + where that is 0; where
+    `normalize`, divided by the sum of their weights' magnitudes (TIES: Yadav et al. 2023, arXiv 2306.01708).
+
+    A negative weight turns its change around before signs are compared, so that the result has the elected sign.
+    """
+    return _elected(list(deltas), jnp.asarray(weights, jnp.float32), True, normalize)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _elected(deltas: Sequence[jax.Array], weights: jax.Array, elect: bool, normalize: bool) -> jax.Array:
+    terms = [w * d for w, d in zip(weights, deltas, strict=True)]
+    total = add(terms)
+    if not elect:
+        return total
+    agree = [jnp.where(total < 0, term < 0, term > 0) for term in terms]
+    merged = add(jnp.where(a, term, 0) for a, term in zip(agree, terms, strict=True))
+    if not normalize:
+        return merged
+    count = add(jnp.where(a, jnp.abs(w), 0) for a, w in zip(agree, weights, strict=True))
+    return merged / jnp.where(count > 0, count, 1)
+
+
+@functools.partial(jax.jit, static_argnames=("select",))
+def sce(deltas: Sequence[jax.Array], *, select: float = 1.0) -> jax.Array:
+    """Selects the share of numbers that vary most between models, weighs each model by the mean square of its changes
+    there, and erases those against the sign of the sum (SCE: Wan et al. 2024, arXiv 2408.07990)."""
+    count = kept_count(deltas[0].size, select)
+    mean = add(deltas) / len(deltas)
+    variance = add((d - mean) ** 2 for d in deltas) / len(deltas)
+    chosen = largest(variance, count) if count < deltas[0].size else jnp.ones(deltas[0].shape, bool)
+    kept = [jnp.where(chosen, d, 0) for d in deltas]
+    energy = jnp.stack([(d * d).mean() for d in kept])
+    total = energy.sum()
+    weights = jnp.where(total > 0, energy / jnp.where(total > 0, total, 1), 1 / len(deltas))
+    sign = add(kept)
+    agree = [jnp.where(sign < 0, d < 0, d > 0) for d in kept]
+    merged = add(jnp.where(a, w * d, 0) for a, w, d in zip(agree, weights, kept, strict=True))
+    total = add(jnp.where(a, w, 0) for a, w in zip(agree, weights, strict=True))
+    return merged / jnp.where(total > 0, total, 1)
+
+
+@jax.jit
+def nearswap(base: jax.Array, other: jax.Array, t: float) -> jax.Array:
+    """Moves each number of the base to the other model's by the share t / |difference|, at most all the way: near ones
+    are swapped, far ones hardly move."""
+    start, difference = base.astype(jnp.float32), change(other, base)
+    distance = jnp.abs(difference)
+    share = jnp.where(distance > t, t / jnp.where(distance > 0, distance, 1), 1)
+    return start + share * difference

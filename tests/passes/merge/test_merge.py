@@ -1,0 +1,269 @@
+"""Recipes are read strictly, and every tensor of the result is what its method makes of the right tensors."""
+
+import dataclasses
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import yaml
+
+from tests.models.tiny import tiny_checkpoint
+from xlathe.card import Card
+from xlathe.errors import CheckpointError, OptionError
+from xlathe.models.checkpoint import Checkpoint
+from xlathe.models.formats.huggingface import read_huggingface, write_huggingface
+from xlathe.models.pretrained import from_pretrained
+from xlathe.passes.merge.masks import by_chance
+from xlathe.passes.merge.merge import merge
+from xlathe.passes.merge.methods import METHODS
+from xlathe.passes.merge.recipe import parse_recipe
+from xlathe.safetensors_file import Tensor
+from xlathe.tools.main import main
+
+LAYERS = 5
+SHAPES = {
+    "model.embed_tokens.weight": (11, 4),
+    **{f"model.layers.{i}.self_attn.q_proj.weight": (4, 4) for i in range(LAYERS)},
+    **{f"model.layers.{i}.mlp.experts.{e}.weight": (6, 4) for i in range(LAYERS) for e in range(2)},
+    "model.norm.weight": (4,),
+    "lm_head.weight": (11, 4),
+}
+
+
+def made(seed: int, shapes: Mapping[str, tuple[int, ...]] = SHAPES, dtype: Any = np.float32) -> Checkpoint:
+    rng = np.random.default_rng(seed)
+    arrays = {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
+    tensors = {name: Tensor(a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()}
+    return Checkpoint(Card({"model_type": "llama", "num_hidden_layers": LAYERS}), tensors, f"m{seed}")
+
+
+MODELS = {name: made(seed) for seed, name in enumerate(["base", "a", "b", "c"])}
+
+
+def merged(text: str, opened: Mapping[str, Checkpoint] = MODELS, seed: int = 0) -> dict[str, np.ndarray]:
+    found = merge(parse_recipe(yaml.safe_load(text), "recipe"), opened, seed)
+    return {name: tensor.read() for name, tensor in found.tensors.items()}
+
+
+def arrays(name: str) -> dict[str, np.ndarray]:
+    return {key: tensor.read() for key, tensor in MODELS[name].tensors.items()}
+
+
+def test_filters_and_gradients_give_each_tensor_its_weight() -> None:
+    """Between the numbers of a list on a line over layers; outside of layers the first; the first filter that fits."""
+    text = """
+    merge_method: linear
+    models:
+      - model: a
+        parameters: {weight: [{filter: self_attn, value: 1.0}, {filter: mlp, value: [0, 0.5, 1]}, 0.25]}
+      - model: b
+        parameters: {weight: 0.5}
+    parameters: {normalize: false}
+    """
+    found, a, b = merged(text), arrays("a"), arrays("b")
+    assert found.keys() == SHAPES.keys() and list(found)[-1] == "lm_head.weight"
+    for name, array in found.items():
+        layer = int(name.split(".")[2]) if "layers" in name else None
+        weight = 1.0 if "self_attn" in name else layer / 4 if "mlp" in name and layer is not None else 0.25
+        np.testing.assert_allclose(array, weight * a[name] + 0.5 * b[name], rtol=1e-6, atol=1e-6)
+
+
+def test_slices_stack_layers() -> None:
+    text = """
+    merge_method: passthrough
+    slices:
+      - sources: [{model: a, layer_range: [0, 3]}]
+      - sources: [{model: b, layer_range: [1, 5], parameters: {scale: [{filter: q_proj, value: 0.0}]}}]
+    """
+    recipe = parse_recipe(yaml.safe_load(text), "recipe")
+    result = merge(recipe, MODELS)
+    found, a, b = {name: tensor.read() for name, tensor in result.tensors.items()}, arrays("a"), arrays("b")
+    assert result.card.config["num_hidden_layers"] == 7
+    np.testing.assert_array_equal(found["model.embed_tokens.weight"], a["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(found["lm_head.weight"], b["lm_head.weight"])
+    for to, (source, layer) in enumerate([(a, 0), (a, 1), (a, 2), (b, 1), (b, 2), (b, 3), (b, 4)]):
+        name = "model.layers.{}.mlp.experts.1.weight"
+        np.testing.assert_array_equal(found[name.format(to)], source[name.format(layer)])
+        attention = found[f"model.layers.{to}.self_attn.q_proj.weight"]
+        assert np.any(attention) == (source is a)
+
+
+def test_what_chance_draws_depends_on_the_name_alone() -> None:
+    text = """
+    merge_method: dare_linear
+    base_model: base
+    models:
+      - {model: a, parameters: {weight: 0.7, density: 0.5}}
+      - {model: b, parameters: {weight: 0.3, density: 0.9}}
+    parameters: {lambda: 2.0}
+    """
+    found, name = merged(text), "model.layers.3.self_attn.q_proj.weight"
+    fewer = {key: value for key, value in reversed(SHAPES.items()) if "mlp" not in key}
+    small = {
+        model: dataclasses.replace(given, tensors={key: given.tensors[key] for key in fewer})
+        for model, given in MODELS.items()
+    }
+    again = merged(text, small)
+    for key in fewer:
+        np.testing.assert_array_equal(found[key], again[key])
+    assert not np.array_equal(found[name], merged(text, seed=1)[name])
+    key = jax.random.fold_in(jax.random.key(0), zlib.crc32(name.encode()))
+    base, a, b = (arrays(each)[name] for each in ("base", "a", "b"))
+    deltas = [(a - base, 0.5), (b - base, 0.9)]
+    kept = [by_chance(jax.random.fold_in(key, i), d, density=p) for i, (d, p) in enumerate(deltas)]
+    np.testing.assert_allclose(found[name], base + 2 * (0.7 * kept[0] + 0.3 * kept[1]), rtol=1e-6, atol=1e-6)
+
+
+def recipe_of(method: str, models: list[str]) -> dict[str, Any]:
+    """Every required parameter has the value with which equal models give themselves."""
+    needed = METHODS[method]
+    each = {"weight": 1 / len(models)} if "weight" in needed.each else {}
+    shared = {"t": 0.5} if "t" in needed.shared else {}
+    based = {"base_model": "base"} if needed.base == "needed" else {}
+    listed = [{"model": model, "parameters": each} for model in models]
+    return {"merge_method": method, "models": listed, "parameters": shared, **based}
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_model_merged_with_itself_is_itself(method: str) -> None:
+    """Also where the base is the model: nothing changed."""
+    fewest, most = METHODS[method].count
+    for count in sorted({fewest, min(most, 3)}):
+        models = [f"m{i}" for i in range(count)]
+        opened = dict.fromkeys(["base", *models], MODELS["a"])
+        found = merged(yaml.safe_dump(recipe_of(method, models)), opened)
+        for name, expected in arrays("a").items():
+            np.testing.assert_allclose(found[name], expected, atol=1e-6, err_msg=name)
+
+
+CHANGED = ("task_arithmetic", "ties", "dare_ties", "breadcrumbs_ties", "sce", "della")
+
+
+@pytest.mark.parametrize("method", CHANGED)
+def test_one_model_with_all_its_changes_is_itself(method: str) -> None:
+    text = recipe_of(method, ["a"])
+    text["parameters"] |= {"density": 1.0} if "density" in METHODS[method].each else {}
+    text["parameters"] |= {"epsilon": 0.0} if method == "della" else {}
+    found = merged(yaml.safe_dump(text))
+    for name, expected in arrays("a").items():
+        np.testing.assert_allclose(found[name], expected, atol=1e-6, err_msg=name)
+
+
+def test_sums_are_float32_and_rounded_once() -> None:
+    dtype = ml_dtypes.bfloat16
+    opened = {name: made(seed, dtype=dtype) for seed, name in enumerate(["base", "a", "b"])}
+    text = yaml.safe_dump(recipe_of("task_arithmetic", ["a", "b"]))
+    found = merged(text, opened)
+    for name, array in found.items():
+        base, a, b = (opened[each].tensors[name].read().astype(np.float32) for each in ("base", "a", "b"))
+        assert array.dtype == dtype
+        expected = (base + np.float32(0.5) * (a - base) + np.float32(0.5) * (b - base)).astype(dtype)
+        assert np.mean(array != expected) < 0.01  # a float32 sum in another order
+    wide = merged(text + "out_dtype: float32\n", opened)
+    assert all(array.dtype == np.float32 for array in wide.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"merge_method": "tie"}, "merge_method: no method 'tie'; did you mean 'ties'?"),
+        ({"densty": 1}, "no key 'densty'"),
+        ({"parameters": {"densty": 1}}, "recipe: parameters: no key 'densty'; did you mean 'density'?"),
+        ({"parameters": {"density": {"filter": "mlp", "value": 1}}}, "density: expected a list of filters and values"),
+        ({"parameters": {"density": [{"filter": "mlp"}]}}, "expected a filter and a value"),
+        ({"parameters": {"density": 1.5}}, "model.embed_tokens.weight: density=1.5: expected a share"),
+        ({"parameters": {"density": 0}}, "density=0: expected a share"),
+        ({"parameters": {"normalize": 1}}, "normalize: expected true or false, found 1"),
+        ({"parameters": {"lambda": "much"}}, "lambda: expected a number, found 'much'"),
+        ({"parameters": {"rescale": "l2"}}, "rescale: expected one of True, False, none, keep_prob, l1, found 'l2'"),
+        ({"models": [{"model": "a"}]}, "ties needs weight, and model.embed_tokens.weight has none"),
+        ({"models": []}, "models: expected a list"),
+        ({"models": [{"model": 3}]}, r"models\[0\]: model: expected a directory"),
+        ({"models": [{"model": "a", "layer_range": [0, 2]}]}, "no key 'layer_range'"),
+        ({"slices": []}, "expected either models or slices"),
+        ({"base_model": None}, "ties needs a base_model"),
+        ({"dtype": "float12"}, "dtype: no dtype 'float12'; did you mean"),
+        ({"tokenizer_source": "union"}, "tokenizer_source='union': expected base"),
+    ],
+)
+def test_recipes_that_are_wrong(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        merged(yaml.safe_dump(recipe_of("ties", ["a", "b"]) | changes))
+
+
+@pytest.mark.parametrize(
+    ("method", "models", "message"),
+    [
+        ("slerp", ["a", "b"], "slerp takes 1 models beside the base, found 2"),
+        ("model_stock", ["a"], "model_stock takes at least 2 models beside the base, found 1"),
+        ("passthrough", ["a", "b"], "passthrough takes 1 models, found 2"),
+    ],
+)
+def test_too_few_or_too_many_models(method: str, models: list[str], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        merged(yaml.safe_dump(recipe_of(method, models)))
+
+
+@pytest.mark.parametrize("taken", [[0, 0], [2, 1], [0], "all", [0, 2, 4]])
+def test_layers_that_are_none(taken: Any) -> None:
+    text = {"merge_method": "passthrough", "slices": [{"sources": [{"model": "a", "layer_range": taken}]}]}
+    with pytest.raises(OptionError, match="layer_range: expected"):
+        merged(yaml.safe_dump(text))
+
+
+def test_models_that_do_not_fit() -> None:
+    """Told before a number is read, by the first tensor that differs."""
+    text = yaml.safe_dump(recipe_of("linear", ["a", "b"]))
+
+    def without(change: Mapping[str, Any], **config: Any) -> dict[str, Checkpoint]:
+        shapes = {name: shape for name, shape in {**SHAPES, **change}.items() if shape}
+        other = made(2, shapes)
+        card = dataclasses.replace(other.card, config={**other.card.config, **config})
+        return {**MODELS, "b": dataclasses.replace(other, card=card)}
+
+    for opened, message in [
+        (without({"lm_head.weight": (12, 4)}), r"lm_head.weight is \[11, 4\] in a and \[12, 4\] in b: the vocab"),
+        (without({"model.layers.2.mlp.experts.1.weight": None}), "b has no tensor 'model.layers.2.mlp.experts.1"),
+        (without({}, model_type="gpt2"), "a is a 'llama' and b a 'gpt2': expected one architecture"),
+    ]:
+        with pytest.raises(CheckpointError, match=message):
+            merge(parse_recipe(yaml.safe_load(text), "recipe"), opened)
+
+
+def test_what_a_method_refuses_names_the_tensor() -> None:
+    opposite = {name: Tensor(t.shape, t.dtype, lambda t=t: -t.read()) for name, t in MODELS["a"].tensors.items()}
+    opened = {"base": MODELS["a"], "b": dataclasses.replace(MODELS["b"], tensors=opposite)}
+    text = {"merge_method": "slerp", "base_model": "base", "models": [{"model": "b"}], "parameters": {"t": 0.5}}
+    with pytest.raises(CheckpointError, match=r"slerp of model.embed_tokens.weight: slerp: the tensors point in opp"):
+        merged(yaml.safe_dump(text), opened)
+    zero = recipe_of("linear", ["a", "b"])
+    zero["models"][0]["parameters"] = {"weight": -0.5}
+    with pytest.raises(CheckpointError, match=r"linear of .*: the weights -0.5, 0.5 have the sum 0"):
+        merged(yaml.safe_dump(zero))
+
+
+def test_a_merge_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Expected: the mean of two models, in a directory that opens; nothing is left where a merge fails."""
+    plain = tiny_checkpoint()
+    turned = {name: Tensor(t.shape, t.dtype, lambda t=t: t.read()[::-1]) for name, t in plain.tensors.items()}
+    write_huggingface(plain, tmp_path / "a")
+    write_huggingface(dataclasses.replace(plain, tensors=turned), tmp_path / "b")
+    listed = [{"model": str(tmp_path / name), "parameters": {"weight": 1.0}} for name in ("a", "b")]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"merge_method": "linear", "models": listed}))
+    assert main(["merge", str(tmp_path / "recipe.yaml"), str(tmp_path / "out")]) == 0
+    assert "bytes of numbers" in capsys.readouterr().out
+    found, *given = (read_huggingface(tmp_path / name).tensors for name in ("out", "a", "b"))
+    for name, tensor in found.items():
+        np.testing.assert_allclose(tensor.read(), (given[0][name].read() + given[1][name].read()) / 2, atol=1e-6)
+    assert from_pretrained(tmp_path / "out").names("weight")
+    assert main(["merge", str(tmp_path / "recipe.yaml"), str(tmp_path / "a")]) == 1
+    assert "expected another place" in capsys.readouterr().err
+    listed[0]["parameters"]["weight"] = -1.0
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"merge_method": "linear", "models": listed}))
+    assert main(["merge", str(tmp_path / "recipe.yaml"), str(tmp_path / "none")]) == 1
+    assert "have the sum 0" in capsys.readouterr().err and not any((tmp_path / "none").iterdir())
