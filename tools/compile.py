@@ -29,6 +29,12 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "target", None, "cpu, h100, tpu-v5e, ..., which need not be here; default: this machine", flag_values=values
     )
+    flags.DEFINE_string(
+        "activations",
+        None,
+        "how those are rounded that packed weights of a checkpoint are multiplied with: int8, as llama.cpp does",
+        flag_values=values,
+    )
     flags.DEFINE_string("memory", None, "of the target, 48GB; default: what its kind has", flag_values=values)
     flags.DEFINE_string("json", None, "a file for the memory plan", flag_values=values)
     flags.DEFINE_boolean(
@@ -97,7 +103,7 @@ def _shaped(options: Options, source: str, console: "Console") -> "Graph":
             raise UsageError(f"{source} has sizes and no weights: it can be planned, --shapes_only --max_len=8192")
         graph = open_shapes(source, options["max_len"])
     else:
-        graph = open_graph(source, changing=pipeline is not None)
+        graph = open_graph(source, changing=pipeline is not None, activations=options["activations"])
     if pipeline is None:
         return graph
     with bar(console, "passes") as progress:

@@ -59,10 +59,11 @@ def parse_passes(text: str) -> "Pipeline":
     return Pipeline.parse(text, PASSES)
 
 
-def open_graph(source: str, *, changing: bool = False) -> "Graph":
+def open_graph(source: str, *, changing: bool = False, activations: str | None = None) -> "Graph":
     """Traces the demo's target model, loads a graph directory, or opens a checkpoint (a directory, or on the hub).
 
     changing: whether passes will change the weights: those of a GGUF file are floats then, and its blocks otherwise.
+    activations: how those are rounded that a checkpoint's packed weights are multiplied with.
     """
     if source == DEMO:
         return trace_demo("target")
@@ -70,7 +71,9 @@ def open_graph(source: str, *, changing: bool = False) -> "Graph":
     from xlathe.models.pretrained import from_pretrained
 
     packed = not (changing and source.endswith(".gguf"))
-    return load_graph(source) if (Path(source) / PROGRAM).exists() else from_pretrained(source, packed=packed)
+    if (Path(source) / PROGRAM).exists():
+        return load_graph(source)
+    return from_pretrained(source, packed=packed, activations=activations)
 
 
 def trace_demo(name: str) -> "Graph":

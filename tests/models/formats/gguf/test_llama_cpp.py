@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from tests.models.formats import families
+from tests.models.formats.gguf.quantized_cases import MODELS
+from tests.models.tiny import tiny_checkpoint
 from xlathe.models.formats.gguf import read_gguf, write_gguf
+from xlathe.models.pretrained import from_pretrained
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed: pip install .[llama]"
@@ -94,6 +97,26 @@ def test_llama_cpp_reads_the_numbers_that_we_read_from_other_types(type, tmp_pat
     # only activations differ, which llama.cpp rounds as the weights are; other codes would give unrelated logits
     cosine = (logits[0] * logits[1]).sum(-1) / np.linalg.norm(logits[0], axis=-1) / np.linalg.norm(logits[1], axis=-1)
     assert cosine.min() > 0.999
+
+
+@pytest.mark.parametrize("type", ["Q4_K_M", "Q6_K"])
+def test_llama_cpp_from_the_same_blocks(type, tmp_path):
+    """Expected: our logits from its blocks are those of their numbers; with activations rounded as llama.cpp rounds
+    them they are nearer to its logits, from which they differ where one of the two rounds a tie the other way."""
+    from llama_cpp import Llama
+
+    path = tmp_path / "m.gguf"
+    write_gguf(tiny_checkpoint(MODELS["own"] | {"num_hidden_layers": 4, "num_key_value_heads": 2}), path, type)
+    ids = np.random.default_rng(0).integers(0, 64, 24, dtype=np.int32)
+    model = Llama(str(path), n_ctx=64, n_threads=1, logits_all=True, type_k=F32, type_v=F32, verbose=False)
+    model.eval(ids.tolist())
+    floats, blocks, rounded = (
+        np.asarray(from_pretrained(path, max_len=32, **options)(ids[None]))[0]
+        for options in ({"packed": False}, {}, {"activations": "int8"})
+    )
+    far, near = (np.linalg.norm(found - model.scores[:24]) for found in (floats, rounded))
+    assert np.abs(blocks - floats).max() <= 1e-5 * np.abs(floats).max()
+    assert near <= 0.75 * far and near <= 0.03 * np.linalg.norm(floats)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3-moe"])

@@ -10,7 +10,7 @@ import xlathe as xl
 from tests.models.formats.gguf.quantized_cases import MODELS
 from tests.models.tiny import tiny_checkpoint
 from tests.passes.decoding import difference
-from xlathe.errors import CheckpointError
+from xlathe.errors import CheckpointError, OptionError
 from xlathe.kernels.gguf_blocks.layouts import LAYOUTS
 from xlathe.models.formats.gguf import write_gguf
 from xlathe.models.formats.gguf.container import Container, open_container
@@ -105,3 +105,15 @@ def test_what_is_told(tmp_path: Path) -> None:
     record = graph.history[-1]
     assert record.name == "packed" and record.hits["weight"] == 15 and not record.misses
     assert dataclasses.replace(record, hits={}) and "packed" in graph.report()
+
+
+def test_activations_that_are_rounded(tmp_path: Path) -> None:
+    path = written(tmp_path, "llama", "Q4_K_M")
+    rounding = xl.from_pretrained(path, max_len=32, activations="int8")
+    assert 1e-4 < difference(rounding(TOKENS), xl.from_pretrained(path, max_len=32)(TOKENS)) < 0.1
+    with pytest.raises(OptionError, match="expected packed weights and no static steps; no weight is packed"):
+        xl.from_pretrained(path, packed=False, activations="int8")
+    with pytest.raises(OptionError, match="its steps come from calibration"):
+        xl.from_pretrained(path, activations="int8_static")
+    with pytest.raises(OptionError, match="activations 'int9' is not known"):
+        xl.from_pretrained(path, activations="int9")
