@@ -32,7 +32,7 @@ from xlathe.tools.console import make_console
 from xlathe.tools.stages import machine
 
 MIXES = ("Q4_0", "Q8_0", "Q4_K_M")
-PROMPT, NEW, ROUNDS = 64, 32, 5
+PROMPT, NEW, ROUNDS = 16, 32, 3
 Run = Callable[[], tuple[float, float, float, np.ndarray]]
 """Completes the prompt: tokens a second of the prompt and after it, CPU seconds a new token, and the new tokens."""
 
@@ -121,7 +121,6 @@ def main(config: Mapping[str, Any], mixes: Sequence[str]) -> None:
     console, threads = make_console(), len(os.sched_getaffinity(0))
     title = f"{machine()}, {threads} used; prompt of {PROMPT} tokens, {NEW} new ones, median of {ROUNDS}"
     columns = ("prefill", "decode", "llama.cpp's", "memory's", "cores' ms", "llama.cpp's", "same")
-    table = Table("mix", "way", *columns, title=title)
     prompt = np.random.default_rng(1).integers(0, config["vocab_size"], PROMPT).tolist()
     for mix in mixes:
         with tempfile.TemporaryDirectory() as folder:
@@ -130,12 +129,12 @@ def main(config: Mapping[str, Any], mixes: Sequence[str]) -> None:
             ways = {"blocks": ours(path, prompt, None), "a=int8": ours(path, prompt, "int8")}
             found = measure({**ways, "llama.cpp": llama_cpp(path, prompt, threads)}, "llama.cpp")
             limit = read_rate(ROUNDS) / matrices(path)
-        peer = found["llama.cpp"]
+        peer, table = found["llama.cpp"], Table("mix", "way", *columns, title=title)
         for name, each in found.items():
             rates = (f"{each.prefill:.1f}", f"{each.decode:.2f}", f"{each.decode / peer.decode:.2f}")
             shares = (f"{each.decode / limit:.0%}", f"{1e3 * each.cpu:.1f}", f"{peer.cpu / each.cpu:.2f}")
             table.add_row(mix, name, *rates, *shares, str(each.same))
-    console.print(table)
+        console.print(table)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,11 @@ def test_the_bytes_are_those_of_files(name: str) -> None:
     assert stored.bits(5, 512) == 8 * blocks.nbytes / w.size
 
 
+def test_the_reference_s_bytes_can_be_written_to_a_file() -> None:
+    """Also where a row is one block."""
+    assert memoryview(reference.encode(np.ones((3, 256), np.float32), "Q6_K")).c_contiguous
+
+
 def test_what_does_not_fit() -> None:
     assert parse_format("q4_k").misfit(3, 512) is None and parse_format("q4_0").misfit(3, 96) is None
     reason = parse_format("q4_k").misfit(3, 288)

@@ -55,7 +55,7 @@ def encode(x: Array, type: str, importance: Array | None = None) -> Array:
         codes, halves = ENCODERS[type](blocks, weights)
         large = any(np.isinf(half).any() for half in halves) or (np.abs(x) >= LIMIT).any()
     layout.check((0 if np.isfinite(x).all() else NOT_FINITE) | (TOO_LARGE if large else 0))
-    return codes.T.reshape(rows, -1)
+    return np.ascontiguousarray(codes.T).reshape(rows, -1)  # a file is written from its buffer
 
 
 Encoded = tuple[Array, tuple[Array, ...]]
