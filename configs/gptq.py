@@ -1,7 +1,7 @@
-"""Weights in 4 bits, one scale a group of 128, levels by GPTQ; needs calibration text."""
+"""Weights in 4 bits as of `int4`, levels by GPTQ, scales by search; needs calibration text."""
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    return ConfigDict({"passes": 'canonicalize,fuse_attention,quantize{scheme="int4:g128",method=gptq}'})
+    return ConfigDict({"passes": 'canonicalize,fuse_attention,quantize{scheme="int4:g32",method=gptq}'})

@@ -24,7 +24,8 @@ def mix_pass(graph: "Graph", type: str) -> "Quantize":
 
     ours = source_names(graph)
     schemes: dict[str, Scheme] = {}
-    for tensor in plan_gguf(to_checkpoint(graph), type).tensors:
+    checkpoint = to_checkpoint(graph.replace(tokenizer=None))  # which a file might have no words for
+    for tensor in plan_gguf(checkpoint, type).tensors:
         if tensor.type.name != AS_IT_IS:
             scheme = Scheme.parse(tensor.type.name.lower())
             schemes |= {ours[source]: scheme for source in tensor.plan.sources}

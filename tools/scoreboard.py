@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+from xlathe.passes import Budget, Canonicalize, FuseAttention
+from xlathe.pipeline import Pipeline
 from xlathe.tools.command import Options
 from xlathe.tools.console import make_console
 from xlathe.tools.protocol import LLAMA_CPP
 from xlathe.tools.source import DEMO
 from xlathe.tools.sweep import sweep
 from xlathe.tools.sweep_report import HEADINGS, Report, caption, cells, front
-from xlathe.tools.sweep_rows import Row
+from xlathe.tools.sweep_rows import GGUF, IMATRIX, Row
 
 README: Final = Path("passes/quantize/README.md")  # of a checkout
 BEGIN, END = "<!-- scoreboard: begin -->\n", "<!-- scoreboard: end -->"
@@ -44,7 +46,18 @@ def quantized(method: str, scheme: str) -> Entry:
 
 def file_of(type: str) -> Entry:
     """Returns a row of a GGUF file."""
-    return Entry("gguf", type, f"gguf:{type}")
+    return Entry("gguf", type, f"{GGUF}{type}")
+
+
+def weighed(type: str) -> Entry:
+    """Returns a row of a GGUF file whose errors an importance matrix weighs."""
+    return Entry("gguf, imatrix", type, f"{GGUF}{type}{IMATRIX}")
+
+
+def within(scheme: str, bits: float, schemes: Sequence[str], method: str) -> Entry:
+    """Returns a row of the pass `budget` alone."""
+    chosen = Pipeline([Canonicalize(), FuseAttention(), Budget(bits, schemes=tuple(schemes), method=method)])
+    return Entry(f"budget, {method}", scheme, str(chosen))
 
 
 # By size, the largest first; of one scheme, the plainest method first.
@@ -57,11 +70,17 @@ ENTRIES: Final[tuple[Entry, ...]] = (
     quantized("rtn", "int8:channel,a=int8_token"),
     quantized("rtn", "fp8_e4m3:channel"),
     file_of("Q6_K"),
+    weighed("Q6_K"),
     file_of("Q5_K_M"),
+    weighed("Q5_K_M"),
     file_of("Q4_K_M"),
+    weighed("Q4_K_M"),
+    within("4.94 bits of q2_k to q8_0", 4.94, ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "q8_0"), "search"),
     quantized("rtn", "int4:g32,asym"),
     file_of("Q4_K_S"),
+    weighed("Q4_K_S"),
     file_of("Q4_0"),
+    weighed("Q4_0"),
     quantized("rtn", "int4:g32"),
     quantized("gptq", "int4:g32"),
     quantized("rtn", "int4:g32,a=int8"),
@@ -73,6 +92,10 @@ ENTRIES: Final[tuple[Entry, ...]] = (
     quantized("hqq", "int4:g128"),
     quantized("search", "int4:g128"),
     quantized("gptq", "int4:g128"),
+    file_of("Q3_K_M"),
+    weighed("Q3_K_M"),
+    file_of("Q2_K"),
+    weighed("Q2_K"),
 )
 
 
