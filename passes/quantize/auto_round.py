@@ -10,8 +10,9 @@ import numpy as np
 
 from xlathe.errors import OptionError
 from xlathe.passes.quantize.algorithms import autoround
-from xlathe.passes.quantize.calibrated import NO_LEVELS
-from xlathe.passes.quantize.method import SectionMethod
+from xlathe.passes.quantize.calibrated import NO_LEVELS, Gptq
+from xlathe.passes.quantize.method import Begun, SectionMethod
+from xlathe.stats import InputStats
 from xlathe.storage import Format, Scaled, Steps
 from xlathe.storage.elements import INTEGERS
 
@@ -28,10 +29,12 @@ class AutoRound(SectionMethod):
     """Signed gradient descent on rounding and clipping: `xlathe.passes.quantize.algorithms.autoround`.
 
     The loss is the squared error of what a section puts out, of all its weights together, on what the quantized
-    sections before it make. steps: of the descent.
+    sections before it make. steps: of the descent. gptq: it starts from the weights and scales that GPTQ rounds; else,
+    as published, from the trained weights and scales that just reach the largest.
     """
 
     steps: int = autoround.STEPS
+    gptq: bool = True
 
     def __post_init__(self) -> None:
         if type(self.steps) is not int or self.steps < 1:
@@ -44,27 +47,47 @@ class AutoRound(SectionMethod):
             return "what it learns is added to whole numbers, which this format does not have"
         return None
 
+    def begin(self, name: str, weight: np.ndarray, stored: Format, stats: InputStats) -> Begun:
+        assert isinstance(stored, Scaled)
+        if self.gptq:
+            found, steps = Gptq().start(name, weight, stored, stats)
+            return Begun(stored.pack(found.levels, steps), found.moved, steps)
+        steps = stored.fit(jnp.asarray(weight))
+        return Begun(stored.encode(weight), jnp.asarray(weight), steps)
+
     def __call__(self, task: "SectionTask") -> dict[str, tuple[np.ndarray, ...]]:
-        formats = [_scaled(make.scheme.stored) for make in task.makers.values()]
+        formats = [make.scheme.stored for make in task.makers.values()]
 
-        def fit(matrices: Sequence[jax.Array], data: Any, order: jax.Array) -> list[tuple[jax.Array, Steps]]:
-            def loss(tuned: Sequence[autoround.Tuned], step: jax.Array) -> jax.Array:
-                each = zip(matrices, tuned, formats, strict=True)
-                return task.error([autoround.stands_for(*weight) for weight in each], data, order[step])
+        def fit(
+            begun: Sequence[tuple[jax.Array, Steps]], data: Any, order: jax.Array
+        ) -> list[tuple[jax.Array, Steps]]:
+            weights = [
+                (weight, autoround.ranges_of(steps, stored), stored)
+                for (weight, steps), stored in zip(begun, formats, strict=True)
+                if isinstance(stored, Scaled)  # others are refused
+            ]
 
-            start = [autoround.start(matrix, stored) for matrix, stored in zip(matrices, formats, strict=True)]
-            best, _ = autoround.tune(start, loss, steps=self.steps)
-            return [autoround.choose(*weight) for weight in zip(matrices, best, formats, strict=True)]
+            def rounded(tuned: Sequence[autoround.Tuned]) -> list[jax.Array]:
+                each = zip(weights, tuned, strict=True)
+                return [autoround.stands_for(w, ranges, own, stored) for (w, ranges, stored), own in each]
 
-        matrices = [jnp.asarray(matrix) for matrix in task.matrices.values()]
-        found = task.run(fit, matrices, task.data, _order(task.count, self.steps, task.seed))
-        named = zip(task.makers, formats, found, strict=True)
-        return {name: stored.pack(levels, steps) for name, stored, (levels, steps) in named}
+            def slope(tuned: Sequence[autoround.Tuned], step: jax.Array) -> tuple[jax.Array, Any]:
+                matrices, back = jax.vjp(rounded, tuned)
+                loss, gradient = task.slope(matrices, data, order[step])
+                return loss, back(gradient)[0]
 
+            start = [autoround.start(weight, ranges) for weight, ranges, _ in weights]
+            best, _ = autoround.tune(start, slope, self.steps)
+            each = zip(weights, best, strict=True)
+            return [autoround.choose(w, ranges, own, stored) for (w, ranges, stored), own in each]
 
-def _scaled(stored: Format) -> Scaled:
-    assert isinstance(stored, Scaled)  # others are refused
-    return stored
+        begun = [(jnp.asarray(each.weight), each.steps) for each in task.begun.values()]
+        found = task.run(fit, begun, task.data, _order(task.count, self.steps, task.seed))
+        packed = {}
+        for name, stored, (levels, steps) in zip(task.makers, formats, found, strict=True):
+            assert isinstance(stored, Scaled)
+            packed[name] = stored.pack(levels, steps)
+        return packed
 
 
 def _order(count: int, steps: int, seed: int) -> np.ndarray:

@@ -1,8 +1,10 @@
 """Methods of rounding by the algorithms of `algorithms/`: each hands it the weight and what calibration saw."""
 
 import abc
+import contextlib
 import dataclasses
-from typing import ClassVar, Literal, final
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal, final
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import numpy as np
 
 from xlathe.errors import PassError
 from xlathe.passes.quantize.algorithms import awq, gptq, hqq, search
-from xlathe.passes.quantize.method import WeightMethod
+from xlathe.passes.quantize.method import Method, WeightMethod
 from xlathe.stats import InputStats
 from xlathe.storage import Blocks, Format, Scaled, Steps
 
@@ -31,18 +33,30 @@ class OnLevels(WeightMethod):
         assert isinstance(stored, Scaled)
         if stats is not None and not stats.count:
             return stored.encode(weight)
-        try:
+        with _named(name, stats):
             levels, steps = self.choose(jnp.asarray(weight), stored, stats)
-        except PassError as error:
-            seen = "" if stats is None else f", calibrated on {int(stats.count)} tokens"
-            raise PassError(f"quantize: {name}{seen}: {error}") from None
-        if not np.isfinite(levels).all():
-            raise PassError(f"quantize: {name}: {self} found levels that are not finite")
+        check_levels(name, self, levels)
         return stored.pack(levels, steps)
 
     @abc.abstractmethod
     def choose(self, weight: jax.Array, stored: Scaled, stats: InputStats | None) -> tuple[jax.Array, Steps]:
         """Returns levels [n, k] and steps of a weight float32 [n, k]; stats: of some tokens, if it wants any."""
+
+
+@contextlib.contextmanager
+def _named(name: str, stats: InputStats | None) -> Iterator[None]:
+    """Names the weight in what a method refuses, and how many tokens it was calibrated on."""
+    try:
+        yield
+    except PassError as error:
+        seen = "" if stats is None else f", calibrated on {int(stats.count)} tokens"
+        raise PassError(f"quantize: {name}{seen}: {error}") from None
+
+
+def check_levels(name: str, method: Method, levels: Any) -> None:
+    """Raises PassError where levels are not finite."""
+    if not np.isfinite(levels).all():
+        raise PassError(f"quantize: {name}: {method} found levels that are not finite")
 
 
 def _nearest(weight: jax.Array, stored: Scaled, steps: Steps) -> tuple[jax.Array, Steps]:
@@ -131,7 +145,18 @@ class Gptq(OnLevels):
     search: bool = True
 
     def choose(self, weight: jax.Array, stored: Scaled, stats: InputStats | None) -> tuple[jax.Array, Steps]:
-        assert stats is not None and stats.gram is not None
+        assert stats is not None
+        found, steps = self._rounded(weight, stored, stats)
+        return found.levels, steps
+
+    def start(self, name: str, weight: np.ndarray, stored: Scaled, stats: InputStats) -> tuple[gptq.Rounded, Steps]:
+        """Returns what it rounds, levels and steps, for a method that goes on from there."""
+        with _named(name, stats):
+            found, steps = self._rounded(jnp.asarray(weight), stored, stats)
+        check_levels(name, self, found.levels)
+        return found, steps
+
+    def _rounded(self, weight: jax.Array, stored: Scaled, stats: InputStats) -> tuple[gptq.Rounded, Steps]:
+        assert stats.gram is not None
         steps = _searched(weight, stored, stats) if self.search else stored.fit(weight)
-        levels, _ = gptq.gptq(weight, stats.gram, stored, steps, act_order=self.act_order)
-        return levels, steps
+        return gptq.gptq(weight, stats.gram, stored, steps, act_order=self.act_order), steps

@@ -64,7 +64,8 @@ def footprint(graph: Graph, plan: Plan, batches: Sequence[Any], *, on_disk: bool
         assert isinstance(output, ir.Var)
         inputs = [name for name in needed_inputs(graph, begin, [output]) if name not in graph.names("arg")]
         weights = sum(_bytes(graph.aval(name), sizes) for name in inputs) * walks
-        across = max(_bytes(cut.aval, sizes) for cut in (section.start, section.end, output) if cut is not None)
+        held = (section.start, output if walks == 2 else section.end)  # logits are compared, and else not made
+        across = max((_bytes(cut.aval, sizes) for cut in held if cut is not None), default=0)
         activations = across * (count + 1) * walks
         for stage in section.stages:
             work = _work(graph, plan, section, stage, shapes, sizes)

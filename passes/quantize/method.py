@@ -22,11 +22,12 @@ import abc
 import dataclasses
 from typing import TYPE_CHECKING, ClassVar, Literal, final
 
+import jax
 import numpy as np
 
 from xlathe.pass_text import print_pass
 from xlathe.stats import InputStats
-from xlathe.storage import Format
+from xlathe.storage import Format, Steps
 
 if TYPE_CHECKING:
     from xlathe.passes.quantize.section_task import SectionTask
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
 class Method(abc.ABC):  # noqa: B024  # what its two kinds share
     """A way to choose codes and scales. statistics: of the activations, what it needs to know.
 
-    `moments`: sums and largest values of each column; `gram`: these and x^T x; `section`: these, and what a section of
-    the model puts out. All but `none` take calibration batches; `gram` and `section` see what the quantized weights
+    `moments`: sums and largest values of each column; `gram`: these and x^T x; `section`: all that, and what a section
+    of the model puts out. All but `none` take calibration batches; `gram` and `section` see what the quantized weights
     before make.
     """
 
@@ -64,10 +65,26 @@ class WeightMethod(Method):
 
 
 @dataclasses.dataclass(frozen=True)
+class Begun:
+    """What a weight of a section is at first. parts: as stored; weight [n, k], steps: what these are nearest to."""
+
+    parts: tuple[np.ndarray, ...]
+    weight: jax.Array
+    steps: Steps
+
+
+@dataclasses.dataclass(frozen=True)
 class SectionMethod(Method):
-    """A method that sees all weights of a section of the model at once."""
+    """A method that begins with one weight after the other, and then sees all weights of a section at once.
+
+    What calibration never reached is rounded to nearest.
+    """
 
     statistics: ClassVar[Literal["none", "moments", "gram", "section"]] = "section"
+
+    @abc.abstractmethod
+    def begin(self, name: str, weight: np.ndarray, stored: Format, stats: InputStats) -> Begun:
+        """Returns what a weight float32 [n, k] is at first; stats: of some tokens, with x^T x."""
 
     @abc.abstractmethod
     def __call__(self, task: "SectionTask") -> dict[str, tuple[np.ndarray, ...]]:

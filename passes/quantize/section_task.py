@@ -10,22 +10,21 @@ import numpy as np
 
 from xlathe import jaxpr as ir
 from xlathe.errors import OptionError
+from xlathe.passes.quantize.method import Begun
 from xlathe.passes.quantize.recipe import Encode
 from xlathe.passes.quantize.walk import Walk
-from xlathe.stats import InputStats
 
 
 @dataclasses.dataclass(frozen=True)
 class SectionTask:
     """Weights between two cut points, what they are given and what they should make of it.
 
-    makers: of each weight, by name; matrices: the weights, float32 [n, k]; stats: of their inputs. count: calibration
-    rows. data: arrays that `error` takes. seed: of what is drawn.
+    makers: of each weight, by name; begun: what it is by now. count: calibration rows. data: arrays that `slope` takes.
+    seed: of what is drawn.
     """
 
     makers: Mapping[str, Encode]
-    matrices: Mapping[str, np.ndarray]
-    stats: Mapping[str, InputStats]
+    begun: Mapping[str, Begun]
     count: int
     data: Any
     function: Callable[..., Any]
@@ -37,12 +36,12 @@ class SectionTask:
     def of(
         output: ir.Var,
         makers: Mapping[str, Encode],
-        stats: Mapping[str, InputStats],
+        begun: Mapping[str, Begun],
         walk: Walk,
         floats: Walk,
         seed: int,
     ) -> "SectionTask":
-        """Reads the weights of `makers`, and runs the section as it was trained.
+        """Runs the section as it was trained. makers: of the weights of `begun`.
 
         walk: at the section's start, behind quantized weights; floats: there too, behind those that were trained.
         Raises OptionError for rows of different lengths.
@@ -63,8 +62,7 @@ class SectionTask:
         }
         return SectionTask(
             makers,
-            {name: make.matrix(walk.current[name]) for name, make in makers.items()},
-            stats,
+            begun,
             len(walk.rows),
             data,
             walk.function([output], [*makers, *others, *arguments], lengths.pop()),
@@ -73,25 +71,29 @@ class SectionTask:
             seed,
         )
 
-    def error(self, matrices: Sequence[jax.Array], data: Any, rows: jax.Array) -> jax.Array:
-        """Returns the mean square of what the section puts out with other weights less what it did as trained.
+    def slope(
+        self, matrices: Sequence[jax.Array], data: Any, rows: jax.Array
+    ) -> tuple[jax.Array, Sequence[jax.Array]]:
+        """Returns the mean square of what the section puts out with other weights less what it did as trained, and its
+        gradient.
 
-        matrices: float32 [n, k] each, in order; rows: int32, of which calibration rows. Activations of one row are
-        held at a time, also on the way back.
+        matrices: float32 [n, k] each, in order; rows: int32, of which calibration rows. What is held of one row on the
+        way back is gone before the next.
         """
-        made = [
-            make.layout.weight(matrix, aval.shape).astype(aval.dtype)
-            for make, matrix, aval in zip(self.makers.values(), matrices, self.avals.values(), strict=True)
-        ]
 
-        def add(total: jax.Array, row: jax.Array) -> tuple[jax.Array, None]:
+        def of_row(matrices: Sequence[jax.Array], row: jax.Array) -> jax.Array:
             arguments, values = ([array[row] for array in data[key]] for key in ("arguments", "values"))
+            each = zip(self.makers.values(), matrices, self.avals.values(), strict=True)
+            made = [make.layout.weight(matrix, aval.shape).astype(aval.dtype) for make, matrix, aval in each]
             (found,) = self.function([*made, *data["others"], *arguments], values)
             difference = found.astype(jnp.float32) - data["targets"][row].astype(jnp.float32)
-            return total + jnp.square(difference).sum(), None
+            return jnp.square(difference).sum() / (rows.size * difference.size)
 
-        total, _ = jax.lax.scan(jax.checkpoint(add), jnp.zeros((), jnp.float32), rows)
-        return total / (rows.size * data["targets"][0].size)
+        def add(total: Any, row: jax.Array) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(of_row)(matrices, row)), None
+
+        zeros = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, matrices)
+        return jax.lax.scan(add, zeros, rows)[0]
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Runs a function of arrays, which is compiled once for sections that are alike."""

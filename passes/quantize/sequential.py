@@ -16,7 +16,7 @@ import numpy as np
 from xlathe import jaxpr as ir
 from xlathe.graph import Graph
 from xlathe.passes.observe import check_calibration
-from xlathe.passes.quantize.method import Method, SectionMethod, WeightMethod
+from xlathe.passes.quantize.method import Begun, Method, SectionMethod, WeightMethod
 from xlathe.passes.quantize.recipe import Encode, check_calibrated
 from xlathe.passes.quantize.section_task import SectionTask
 from xlathe.passes.quantize.stages import Section, Stage, find_sections
@@ -143,42 +143,40 @@ class _Run:
         """Quantizes the weights of a section."""
         self._advance(section.start)
         total: dict[str, InputStats] = {}
+        begun: dict[str, Begun] = {}
         for stage in section.stages:
-            self._stage(stage, total)
-        if isinstance(self.method, SectionMethod):
-            self._keep(self._jointly(self.method, section, total))
+            self._stage(stage, total, begun)
+        if begun and isinstance(self.method, SectionMethod):
+            walk, floats = self.walks
+            makers = {name: self.makers[name] for name in begun}
+            task = SectionTask.of(self._output(section), makers, begun, walk, floats, self.context.seed)
+            for name, parts in self.method(task).items():
+                self._keep({name: dataclasses.replace(Made.of(self.makers[name]), parts=parts)})
 
-    def _stage(self, stage: Stage, total: dict[str, InputStats]) -> None:
-        """Adds what the weights of a stage see, and quantizes those that see no more, if one can be by itself."""
-        seen = self.walk.observe(stage, gram=self.method.statistics == "gram")
+    def _stage(self, stage: Stage, total: dict[str, InputStats], begun: dict[str, Begun]) -> None:
+        """Adds what the weights of a stage see, and rounds those that see no more."""
+        seen = self.walk.observe(stage, gram=True)
         for first, names in stage.readers.items():
             stats = seen.pop(first)
             for name in names:
                 total[name] = total[name] + stats if name in total else stats
                 self.left[name] -= 1
-                if not self.left[name] and isinstance(self.method, WeightMethod):
-                    self._keep({name: self._alone(name, total.pop(name))})
+                if not self.left[name]:
+                    self._round(name, total.pop(name), begun)
         self.context.progress("quantizing", 1 - self.left.total() / self.uses)
 
-    def _alone(self, name: str, stats: InputStats) -> Made:
+    def _round(self, name: str, stats: InputStats, begun: dict[str, Begun]) -> None:
+        """Rounds a weight; where a method goes on from there, `begun` gets what it needs."""
         check_calibrated(name, stats)
-        make = dataclasses.replace(self.makers[name], stats=stats)
-        return Made(make.make(self.walk.current[name]), dataclasses.replace(stats, gram=None))
-
-    def _jointly(self, method: SectionMethod, section: Section, stats: Mapping[str, InputStats]) -> dict[str, Made]:
-        """Quantizes the weights of a section at once; those that no token reached are rounded to nearest."""
-        for name, seen in stats.items():
-            check_calibrated(name, seen)
-        reached = {name: self.makers[name] for name in section.names if stats[name].count}
-        parts = {}
-        if reached:
-            walk, floats = self.walks
-            task = SectionTask.of(self._output(section), reached, stats, walk, floats, self.context.seed)
-            parts = method(task)
-        for name in stats.keys() - reached.keys():
-            make = self.makers[name]
-            parts[name] = make.scheme.stored.encode(make.matrix(self.walk.current[name]))
-        return {name: Made(parts[name], seen) for name, seen in stats.items()}
+        make, weight = dataclasses.replace(self.makers[name], stats=stats), self.walk.current[name]
+        if isinstance(self.method, WeightMethod):
+            parts = make.make(weight)
+        elif isinstance(self.method, SectionMethod) and stats.count:
+            begun[name] = self.method.begin(name, make.matrix(weight), make.scheme.stored, stats)
+            parts = begun[name].parts
+        else:
+            parts = make.scheme.stored.encode(make.matrix(weight))
+        self._keep({name: Made(parts, dataclasses.replace(stats, gram=None))})
 
     def _keep(self, made: Mapping[str, Made]) -> None:
         """Lets weights be what they became."""

@@ -32,6 +32,14 @@ class Factor(NamedTuple):
     damping: float
 
 
+class Rounded(NamedTuple):
+    """levels: [n, k]. moved: the weights as they were when their column was rounded, [n, k]. damping: that was used."""
+
+    levels: jax.Array
+    moved: jax.Array
+    damping: float
+
+
 def inverse_factor(gram: np.ndarray, order: np.ndarray | None = None) -> Factor:
     """Factors the damped inverse of a Hessian X^T X, float64 [k, k], in one copy of it.
 
@@ -93,8 +101,8 @@ def _invert_factor(matrix: np.ndarray) -> None:
 
 def gptq(
     weight: Any, gram: np.ndarray, stored: Scaled, steps: Steps, *, act_order: bool = True, block: int = BLOCK
-) -> tuple[jax.Array, float]:
-    """Returns the level of each weight, [n, k], and the damping that was used.
+) -> Rounded:
+    """Returns the level of each weight, of what it is the nearest one, and the damping that was used.
 
     weight: floating [n, k]. gram: X^T X, [k, k]. steps: of all blocks; they do not change on the way (static groups),
     so that act_order, which rounds the columns with the largest activations first, needs no order of columns at run
@@ -108,11 +116,12 @@ def gptq(
     factor = jnp.asarray(upper, weight.dtype)
     del upper
     rows = max(AT_ONCE // k // max(stored.rows, 1), 1) * max(stored.rows, 1)
-    levels = []
+    found = []
     for i in range(0, n, rows):
         own = _steps_of(steps, stored, i, i + rows)
-        levels.append(jax.block_until_ready(_sweep(weight[i : i + rows], order, factor, own, stored, block)))
-    return (levels[0] if len(levels) == 1 else jnp.concatenate(levels)), damping
+        found.append(jax.block_until_ready(_sweep(weight[i : i + rows], order, factor, own, stored, block)))
+    levels, moved = found[0] if len(found) == 1 else map(jnp.concatenate, zip(*found, strict=True))
+    return Rounded(levels, moved, damping)
 
 
 def _steps_of(steps: Steps, stored: Scaled, start: int, end: int) -> Steps:
@@ -129,8 +138,8 @@ def _sweep(
     steps: Steps,
     stored: Scaled,
     block: int,
-) -> jax.Array:
-    """Returns the levels, [n, k]."""
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the levels and what they are nearest to, [n, k]."""
     n, k = weight.shape
     padding = -k % block
     rows = jnp.pad(weight.T[order], ((0, padding), (0, 0)))  # columns of the weight in order, [k, n]
@@ -139,7 +148,7 @@ def _sweep(
     factor = jnp.pad(factor, (0, padding)) + jnp.diag(jnp.arange(k + padding) >= k) if padding else factor
 
     def one_block(number: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        rows, levels = state
+        rows, levels = state  # a row stays what it was when it was rounded
         start = number * block
         inside = jax.lax.dynamic_slice_in_dim(rows, start, block)
         across = jax.lax.dynamic_slice_in_dim(factor, start, block)
@@ -153,12 +162,14 @@ def _sweep(
             later = jnp.where(jnp.arange(block) > i, own[i], 0)
             return inside - later[:, None] * error, levels.at[start + i].set(level), errors.at[i].set(error)
 
-        _, levels, errors = jax.lax.fori_loop(0, block, one_column, (inside, levels, jnp.zeros_like(inside)))
+        inside, levels, errors = jax.lax.fori_loop(0, block, one_column, (inside, levels, jnp.zeros_like(inside)))
         behind = jnp.where(jnp.arange(k + padding) >= start + block, across, 0)
+        rows = jax.lax.dynamic_update_slice_in_dim(rows, inside, start, 0)
         return rows - behind.T @ errors, levels
 
-    _, levels = jax.lax.fori_loop(0, (k + padding) // block, one_block, (rows, jnp.zeros_like(rows)))
-    return levels[jnp.argsort(order)].T
+    rows, levels = jax.lax.fori_loop(0, (k + padding) // block, one_block, (rows, jnp.zeros_like(rows)))
+    back = jnp.argsort(order)
+    return levels[back].T, rows[back].T
 
 
 def _steps_by_block(steps: Steps, stored: Scaled, n: int, k: int) -> tuple[jax.Array, jax.Array]:

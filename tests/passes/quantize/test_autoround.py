@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xlathe.passes.quantize.algorithms.autoround import Tuned, choose, stands_for, start, tune
+from xlathe.passes.quantize.algorithms.autoround import (
+    Ranges,
+    Tuned,
+    choose,
+    ranges_of,
+    stands_for,
+    start,
+    tune,
+)
 from xlathe.passes.quantize.algorithms.blocks import output_error, rounded
 from xlathe.storage import Scaled, parse_format
 
@@ -27,13 +35,15 @@ def test_beats_round_to_nearest(text: str) -> None:
     weight, gram = data()
     stored = parse_format(text)
 
-    def loss(tuned: Tuned, step: jax.Array) -> jax.Array:
-        return output_error(weight, stands_for(weight, tuned, stored), gram)
+    ranges = Ranges(*stored.bounds(weight))
 
-    best, least = tune(start(weight, stored), loss)
+    def loss(tuned: Tuned) -> jax.Array:
+        return output_error(weight, stands_for(weight, ranges, tuned, stored), gram)
+
+    best, least = tune(start(weight, ranges), lambda tuned, step: jax.value_and_grad(loss)(tuned))
     nearest = output_error(weight, rounded(weight, stored.fit(weight), stored), gram)
     assert least < (0.85 if "int2" in text else 0.95) * nearest
-    levels, steps = choose(weight, best, stored)
+    levels, steps = choose(weight, ranges, best, stored)
     found = stored.values(levels, *stored.spread(steps, weight.shape))
     np.testing.assert_allclose(output_error(weight, found, gram), least, rtol=1e-9)
     assert np.abs(best.shift).max() <= 0.51
@@ -43,17 +53,19 @@ def test_beats_round_to_nearest(text: str) -> None:
 def test_starts_at_round_to_nearest(text: str) -> None:
     weight, _ = data()
     stored = parse_format(text)
-    found = stands_for(weight, start(weight, stored), stored)
-    np.testing.assert_allclose(found, rounded(weight, stored.fit(weight), stored), rtol=1e-12)
+    for ranges in (Ranges(*stored.bounds(weight)), ranges_of(stored.fit(weight), stored)):
+        found = stands_for(weight, ranges, start(weight, ranges), stored)
+        np.testing.assert_allclose(found, rounded(weight, stored.fit(weight), stored), rtol=1e-12)
 
 
 def test_gradients_are_those_without_rounding() -> None:
     """d value / d shift is the scale; d value / d range is (level - zero) * d scale, less what moves the level."""
     weight, _ = data()
     stored = Scaled("int4", 1, 32, "f32")
-    tuned = start(weight, stored)
+    ranges = Ranges(*stored.bounds(weight))
+    tuned = start(weight, ranges)
     scale, _ = stored.spread(stored.fit(weight), weight.shape)
-    gradient = jax.grad(lambda t: stands_for(weight, t, stored).sum())(tuned)
+    gradient = jax.grad(lambda t: stands_for(weight, ranges, t, stored).sum())(tuned)
     steps = weight / scale
     levels = jnp.clip(jnp.round(steps), -8, 7)
     np.testing.assert_allclose(gradient.shift, jnp.where(jnp.abs(levels - steps) <= 1, scale, 0), rtol=1e-9)
@@ -66,7 +78,9 @@ def test_descends_by_signs() -> None:
     for i in range(steps):
         walked.append(at)
         at = at - (1 - i / steps) / steps * np.sign(2 * (at - target))
-    best, least = tune(jnp.zeros(3), lambda x, step: jnp.sum(jnp.square(x - target)), steps=steps)
+    best, least = tune(
+        jnp.zeros(3), lambda x, step: jax.value_and_grad(lambda x: jnp.sum(jnp.square(x - target)))(x), steps
+    )
     losses = [np.square(x - target).sum() for x in walked]
     np.testing.assert_allclose(best, walked[int(np.argmin(losses))], atol=1e-6)  # rates are float32
     np.testing.assert_allclose(least, min(losses), rtol=1e-4)

@@ -45,7 +45,8 @@ def brain_surgeon(weight: np.ndarray, gram: np.ndarray, scale: np.ndarray, order
 
 def run(weight: np.ndarray, gram: np.ndarray, stored: Scaled = INT4, **options) -> np.ndarray:
     steps = stored.fit(jnp.asarray(weight))
-    levels = gptq(weight, gram, stored, steps, **options)[0]
+    levels, moved, _ = gptq(weight, gram, stored, steps, **options)
+    np.testing.assert_array_equal(levels, stored.nearest(moved, *stored.spread(steps, weight.shape)))
     return np.asarray(stored.values(levels, *stored.spread(steps, weight.shape)))
 
 
