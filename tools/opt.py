@@ -7,6 +7,7 @@ from absl import flags
 
 from xlathe.tools.command import Options, UsageError, Verb
 from xlathe.tools.console import bar, make_console
+from xlathe.tools.process_memory import memory_of
 from xlathe.tools.source import define_pipeline, find_pipeline, open_graph
 
 UNFINISHED: Final = ".unfinished"
@@ -62,6 +63,8 @@ def run(options: Options, source: str, destination: str) -> None:
             result.save(destination)
     Work(work).remove()
     console.print(result.report(), soft_wrap=True)
+    if peak := memory_of("VmHWM"):
+        console.print(f"this process held {peak / 1e6:,.0f} MB at its peak, mapped files included", soft_wrap=True)
 
 
 VERB = Verb(

@@ -34,7 +34,7 @@ def make_recipes(plan: Plan, graph: Graph, context: Context) -> tuple[dict[str, 
 
         makers, notes = quantize_in_order(graph, makers, plan.method, context)
         held = footprint(graph, plan, context.calibration, on_disk=context.work is not None)
-        notes = (*notes, str(held))
+        notes = (*notes, *([] if held is None else [str(held)]))
     elif plan.method.statistics == "moments" or static or _may_see_experts(plan, graph, context):
         from xlathe.passes.observe import observe  # it reads products as this package does
 

@@ -48,7 +48,7 @@ class Footprint:
 
 
 def footprint(graph: Graph, plan: Plan, batches: Sequence[Any], *, on_disk: bool) -> Footprint | None:
-    """Returns what a plan takes whose method goes through the model in order; None where it does not.
+    """Returns what a plan takes whose method goes through the model in order; None where nothing is multiplied.
 
     on_disk: whether there is a folder for what is finished.
     """
@@ -60,8 +60,7 @@ def footprint(graph: Graph, plan: Plan, batches: Sequence[Any], *, on_disk: bool
     walks = 2 if isinstance(plan.method, SectionMethod) else 1
     found, begin = [], None
     for section in find_sections(graph, list(shapes)):
-        output = section.end if section.end is not None else graph.jaxpr.outvars[0]
-        assert isinstance(output, ir.Var)
+        output = section.output(graph)
         inputs = [name for name in needed_inputs(graph, begin, [output]) if name not in graph.names("arg")]
         weights = sum(_bytes(graph.aval(name), sizes) for name in inputs) * walks
         held = (section.start, output if walks == 2 else section.end)  # logits are compared, and else not made
@@ -81,20 +80,19 @@ def _work(
     known = [] if section.start is None else [section.start]
     passing = _passing(ir.equations_between(graph.jaxpr, known, stage.products.values), sizes)
     widths = [shapes[name][1] for name in stage.readers]
-    if isinstance(plan.method, SectionMethod):
-        through = _passing(ir.equations_between(graph.jaxpr, known, graph.jaxpr.outvars[:1]), sizes)
-        own = (shapes[name] for name in section.names)
-        return 3 * through + sum(48 * n * k for n, k in own)
-    if plan.method.statistics != "gram":
-        return passing
     sums = sum(8 * k * k for k in widths)
     rounding = max(_rounding(plan.method, *shapes[name]) for name in stage.names)
-    return sums + max(passing, sum(4 * k * k for k in widths) + 4 * max(widths) ** 2, rounding)
+    most = sums + max(passing, sum(4 * k * k for k in widths) + 4 * max(widths) ** 2, rounding)
+    if not isinstance(plan.method, SectionMethod):
+        return most
+    through = _passing(ir.equations_between(graph.jaxpr, known, [section.output(graph)]), sizes)
+    weights = sum(n * k for n, k in (shapes[name] for name in section.names))
+    return max(most + 4 * weights, 3 * through + 48 * weights)  # also best, slope, and on the way back
 
 
 def _rounding(method: Method, n: int, k: int) -> int:
     """Returns what is held while a weight [n, k] is rounded, it and its copy on the device included."""
-    if isinstance(method, Gptq):  # the factor in float64 on its way to float32, or what some rows take
+    if isinstance(method, Gptq | SectionMethod):  # the factor in float64 on its way to float32, or what some rows take
         return 8 * n * k + max(24 * k * k, 4 * k * k + 24 * min(n * k, AT_ONCE) + 4 * n * k)
     return 32 * n * k
 

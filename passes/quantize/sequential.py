@@ -69,7 +69,7 @@ class _Run:
         """Quantizes section after section; those that are finished already are taken from the folder."""
         digest, begin, resuming = self._identity(), None, True
         for section in self.sections:
-            inputs = needed_inputs(self.graph, begin, [self._output(section)])
+            inputs = needed_inputs(self.graph, begin, [section.output(self.graph)])
             self.walk.current.hold(inputs)
             before, digest, begin = digest, self._follow(digest, inputs), section.end
             made = self.work.load(digest) if resuming else None
@@ -113,14 +113,6 @@ class _Run:
         self.digests.append(digest_of(digest, [], {name: np.asarray(current[name]) for name in trained}))
         return self.digests[-1]
 
-    def _output(self, section: Section) -> ir.Var:
-        """Returns what a section puts out."""
-        if section.end is not None:
-            return section.end
-        logits = self.graph.jaxpr.outvars[0]
-        assert isinstance(logits, ir.Var)
-        return logits
-
     def _go_on(self, section: Section, before: str) -> None:
         """Puts the rows where the last finished section ends: as they are in the folder, else through all of them."""
         found = self.work.load_rows(before)
@@ -149,7 +141,7 @@ class _Run:
         if begun and isinstance(self.method, SectionMethod):
             walk, floats = self.walks
             makers = {name: self.makers[name] for name in begun}
-            task = SectionTask.of(self._output(section), makers, begun, walk, floats, self.context.seed)
+            task = SectionTask.of(section.output(self.graph), makers, begun, walk, floats, self.context.seed)
             for name, parts in self.method(task).items():
                 self._keep({name: dataclasses.replace(Made.of(self.makers[name]), parts=parts)})
 

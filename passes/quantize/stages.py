@@ -43,6 +43,12 @@ class Section:
         """The weights that are quantized here, each once, in the order of their last products."""
         return tuple(reversed(dict.fromkeys(name for stage in reversed(self.stages) for name in reversed(stage.names))))
 
+    def output(self, graph: Graph) -> ir.Var:
+        """Returns what the section puts out: its end, or the logits."""
+        output = self.end if self.end is not None else graph.jaxpr.outvars[0]
+        assert isinstance(output, ir.Var)
+        return output
+
 
 def find_sections(graph: Graph, names: Sequence[str]) -> list[Section]:
     """Returns the sections with products of weights among `names` that can be quantized, in the model's order.
