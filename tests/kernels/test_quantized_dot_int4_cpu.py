@@ -149,6 +149,23 @@ def test_whole_numbers_of_24_bits_are_as_good_as_floats(symmetric: bool) -> None
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
+def test_float16_scales_are_exact(symmetric: bool) -> None:
+    """Before: scales of 11 bits. Expected: the error of two products whose weights are at most 1 + 2**-7 as large."""
+    args = operands(3, 544, 5, symmetric=symmetric)
+    scale = np.random.default_rng(1).uniform(-1e-2, 1e-2, args.scale.shape).astype(np.float16)
+    codes, zeros, _ = parts(args)
+    weight = (codes - zeros) * np.repeat(scale.astype(np.float64), 32, axis=1)
+    stored = f"int4:g32{'' if symmetric else ',asym'},s=f16"
+    given = [array for array in (args.codes, scale, args.zero) if array is not None]
+    assert cpu.uncovered(jnp.asarray(args.x), *map(jnp.asarray, given), out_dtype="float32", format=stored) is None
+    y = jax.jit(lambda x, *each: cpu.product(x, *each, out_dtype="float32", format=stored))(args.x, *given)
+    largest = np.repeat(np.abs(args.x.reshape(3, -1, 32)).max(axis=-1), 32, axis=-1).astype(np.float64)
+    operations = 2 + 544 / 128 + 4 + 2 + 1  # as above, and the sum of both
+    bound = 2.0**-24 * ((1 + 2.0**-6) * largest + operations * np.abs(args.x)) @ np.abs(weight).T * (1 + 2.0**-7)
+    assert (np.abs(y - args.x.astype(np.float64) @ weight.T) <= bound).all()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
 def test_rounding_activations_costs_less_than_a_percent(symmetric: bool) -> None:
     args = operands(3, 4096, 64, symmetric=symmetric)
     args.x[:] = np.random.default_rng(1).standard_normal(args.x.shape)

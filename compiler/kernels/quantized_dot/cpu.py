@@ -1,5 +1,6 @@
 """quantized_dot on CPU, by the kernels in cpu*.cc through the XLA FFI."""
 
+import dataclasses
 import math
 
 import jax
@@ -10,7 +11,7 @@ from xlathe.kernels import native
 from xlathe.kernels.quantized_dot.coverage import BLOCKS, COVERED, GROUPS, blocks_of, group_of
 from xlathe.ops.activations import round_tokens
 from xlathe.ops.quantized_dot import quantized_dot as operation
-from xlathe.storage import Blocks
+from xlathe.storage import Blocks, Scaled, parse_format
 
 TARGET_INT8 = "xlathe.quantized_dot.int8"
 TARGETS_INT4 = {None: "xlathe.quantized_dot.int4", "int8": "xlathe.quantized_dot.int4_a8"}
@@ -105,6 +106,26 @@ def _check_int4(x: jax.Array, codes: jax.Array, scale: jax.Array, zero: jax.Arra
     )
 
 
+def _product_f16(x: jax.Array, codes: jax.Array, scale: jax.Array, *zero: jax.Array) -> jax.Array:
+    """As `quantized_dot_int4` with float16 scales, by reading codes twice: each scale is a sum of two bfloat16.
+
+    Its first 8 bits are cut off by a mask, for XLA may leave out a cast to bfloat16 and back; 3 bits are left.
+    """
+    wide = scale.astype(jnp.float32)
+    bits = jax.lax.bitcast_convert_type(wide, jnp.uint32) & jnp.uint32(0xFFFF0000)
+    first = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    halves = [half.astype(jnp.bfloat16) for half in (first, wide - first)]
+    return quantized_dot_int4(x, codes, halves[0], *zero) + quantized_dot_int4(x, codes, halves[1], *zero)
+
+
+def is_f16(format: str, activations: str | None) -> bool:
+    """Says whether this is a product with weights alone, of 4 bits in groups whose scales are float16."""
+    stored = parse_format(format)
+    if activations is not None or not isinstance(stored, Scaled) or stored.scale != "f16":
+        return False
+    return bool(group_of(str(dataclasses.replace(stored, scale="bf16"))))
+
+
 def quantized_dot_blocks(
     x: jax.Array, blocks: jax.Array, *, stored: Blocks, activations: str | None = None, isa: str = "auto"
 ) -> jax.Array:
@@ -149,6 +170,8 @@ def product(x: jax.Array, *parts: jax.Array, out_dtype: str, format: str, activa
         y = quantized_dot_blocks(flat, *parts, stored=stored, activations=activations)
     elif group_of(format):
         y = quantized_dot_int4(flat, *parts, activations=activations)
+    elif is_f16(format, activations):
+        y = _product_f16(flat, *parts)
     else:
         y = quantized_dot(flat, *parts)
     return y.reshape(*x.shape[:-1], parts[0].shape[0]).astype(out_dtype)
@@ -179,8 +202,8 @@ def uncovered(
 ) -> str | None:
     """Says why no kernel computes `xlathe.ops.quantized_dot` of this; None where one does."""
     group = group_of(format)
-    if group is None and not blocks_of(format):
-        return f"expected {ON_CPU}; found {format}"
+    if group is None and not blocks_of(format) and not is_f16(format, activations):
+        return f"expected {ON_CPU}; with activations as they are also float16 scales; found {format}"
     expected = "int8" if group == 0 else "uint8"
     if x.dtype != "float32" or parts[0].dtype != expected:
         return f"expected x float32 and codes {expected}; found {x.dtype} and {parts[0].dtype}"
