@@ -6,11 +6,13 @@ from absl import flags
 
 from xlathe.tools.command import Options, Verb, output_file
 from xlathe.tools.console import bar, make_console
-from xlathe.tools.source import DEMO_LENGTH, preset, trace_demo
+from xlathe.tools.mixes import find_mix
+from xlathe.tools.source import DEMO_LENGTH, trace_demo
 from xlathe.tools.text import held_out_windows, training_rows
 
-# Presets of xlathe.configs in the order of the tables; the first is what the others are compared with.
-PIPELINES = ("float32", "int8", "int4", "int4_a8", "pruned", "int8_cache")
+# Presets of xlathe.configs, and mixes of llama.cpp, in the order of the tables; the first is what the others are
+# compared with.
+PIPELINES = ("float32", "int8", "int4", "int4_a8", "gptq", "Q4_K_M", "budget", "pruned", "int8_cache")
 # Who drafts for which of them, and how many tokens at once.
 DRAFTINGS = (("float32", "n-gram", 2), ("float32", "n-gram", 4), ("float32", "model", 2), ("int8", "n-gram", 2))
 
@@ -50,7 +52,7 @@ def run(options: Options) -> None:
         soft_wrap=True,
     )
     task = Task(graph, draft, windows, calibration, options["prompt"], options["max_tokens"])
-    pipelines = [(name, preset(name)) for name in PIPELINES]
+    pipelines = [(name, find_mix(name, graph)) for name in PIPELINES]
     report = run_stages(task, pipelines, [Drafting(*each) for each in DRAFTINGS], console)
     console.print()
     for sheet in sheets(report):

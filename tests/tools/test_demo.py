@@ -16,13 +16,14 @@ from xlathe.card import Card
 from xlathe.errors import OptionError
 from xlathe.models import demo
 from xlathe.models.demo import corpus
-from xlathe.models.llama import Llama, LlamaConfig
+from xlathe.models.llama import Llama, LlamaConfig, describe
 from xlathe.tools.demo import DRAFTINGS, PIPELINES
 from xlathe.tools.measure import qualities
+from xlathe.tools.mixes import find_mix
 from xlathe.tools.page import page
 from xlathe.tools.results import sheets
 from xlathe.tools.served import Served
-from xlathe.tools.source import DEMO_LENGTH, preset
+from xlathe.tools.source import DEMO_LENGTH
 from xlathe.tools.stages import Drafting, Task, run_stages
 from xlathe.tools.text import TrainingRows, held_out_windows, training_rows
 
@@ -36,7 +37,7 @@ PROMPT = "<script>alert('def')</script> & f"
 def model() -> xl.Graph:
     """Wide enough that there is something to prune; logits apart enough that greedy text is stable."""
     graph = xl.trace(Llama(WIDE, rngs=nnx.Rngs(0)), max_len=32, tokenizer=demo.tokenizer())
-    return graph.replace(card=Card({"eos_token_id": 0}))
+    return graph.replace(card=Card({**describe(WIDE, 32), "eos_token_id": 0}))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def run(model, tiny):
     """The report on all pipelines, and what was printed on the way."""
     console = Console(file=io.StringIO(), width=80, markup=False, highlight=False)
     task = Task(model, tiny, WINDOWS, CALIBRATION, prompt=PROMPT, max_tokens=4)
-    pipelines = [(name, preset(name)) for name in PIPELINES]
+    pipelines = [(name, find_mix(name, model)) for name in PIPELINES]
     report = run_stages(task, pipelines, [Drafting("float32", "n-gram", 2), Drafting("int8", "model", 1)], console)
     return report, console.file.getvalue()
 
@@ -55,7 +56,7 @@ def results(run):
 
 
 def shaped(model, name):
-    return preset(name)(model, calibration=list(CALIBRATION.tokens[:, None]))
+    return find_mix(name, model)(model, calibration=list(CALIBRATION.tokens[:, None]))
 
 
 def log_probabilities(logits):
