@@ -10,6 +10,7 @@ from xlathe.tools.sampling import define_sampling
 from xlathe.tools.source import open_program
 
 if TYPE_CHECKING:
+    from xlathe.graph import Graph
     from xlathe.program import Program
 
 Turn = dict[str, str]
@@ -30,8 +31,11 @@ def run(options: Options, source: str) -> None:
     sampling = dict(options)
     system = sampling.pop("system")
     turns = [] if system is None else [{"role": "system", "content": system}]
-    program = open_program(source)
-    render_chat(program.card, program.tokenizer, [*turns, {"role": "user", "content": "?"}])  # what is wrong, at once
+
+    def takes_messages(model: "Graph | Program") -> None:
+        render_chat(model.card, model.tokenizer, [*turns, {"role": "user", "content": "?"}])
+
+    program = open_program(source, takes_messages)
     while (question := _ask()) is not None:
         if question:
             turns.append({"role": "user", "content": question})

@@ -4,6 +4,7 @@ import importlib
 import json
 import pkgutil
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -121,15 +122,21 @@ def is_bundle(source: str) -> bool:
     return (Path(source) / "manifest.json").exists()
 
 
-def open_program(source: str) -> "Program":
-    """Loads the bundle `source`, or compiles the demo, a checkpoint or a graph directory with the default passes."""
+def open_program(source: str, check: "Callable[[Graph | Program], None]" = lambda model: None) -> "Program":
+    """Loads the bundle `source`, or compiles the demo, a checkpoint or a graph directory with the default passes.
+
+    check: refuses a model that will not do, before it is compiled.
+    """
     if is_bundle(source):
         from xlathe.bundle import load_bundle
 
-        return load_bundle(source)
+        program = load_bundle(source)
+        check(program)
+        return program
     from xlathe.program import compile
 
     graph = open_graph(source)
-    if graph.tokenizer is None:  # told before it is compiled
+    if graph.tokenizer is None:
         raise RequestError(f"{source} has no tokenizer, so it completes no text; Program.generate takes token ids")
+    check(graph)
     return compile(graph)

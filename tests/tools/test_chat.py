@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import xlathe as xl
+import xlathe.program
 from xlathe.card import Card
 from xlathe.program import Piece, Program
 from xlathe.tools.main import main
@@ -104,6 +105,7 @@ def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(bundle: Path, monkeypatch: 
 
 
 def test_a_model_without_a_template_is_told_at_once(tiny_folder: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(xlathe.program, "compile", None)  # nothing is compiled before
     assert chat(monkeypatch, "hi\n", tiny_folder) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("xlathe: error: this model has no chat template")
