@@ -331,9 +331,11 @@ class Graph:
         for name, array in arrays.items():
             if name not in names:
                 raise OptionError(f"{name!r} is no weight of this graph{did_you_mean(name, names)}")
-            aval, found = self.aval(name), ir.aval_of(array)
-            if (found.shape, found.dtype) != (aval.shape, aval.dtype):
-                raise OptionError(f"{name}: expected {aval.str_short()}, found {found.str_short()}")
+            aval = self.aval(name)
+            shape, dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
+            if (shape, dtype) != (aval.shape, aval.dtype):
+                found = type(array).__name__ if shape is None or dtype is None else f"{dtype}{list(shape)}"
+                raise OptionError(f"{name}: expected an array {aval.dtype}{list(aval.shape)}, found {found}")
         return self.replace(weights=Weights(ChainMap(dict(arrays), self.weights), origins=self.origins))  # type: ignore[arg-type]
 
     def evaluate(self, jaxpr: ir.Jaxpr, arrays: Mapping[str, Any], batch: Mapping[str, Any]) -> list[Any]:

@@ -193,7 +193,8 @@ def write_safetensors(
 
     In the file wide numbers come first, so that each array lies aligned in a format without padding.
     wrote: told the bytes of each tensor; metadata: texts for other readers.
-    Raises CheckpointError where the file cannot be written or a dtype has no name in the format.
+    Raises CheckpointError where the file cannot be written, a dtype has no name in the format, or an array is not what
+    its tensor said.
     """
     places = _places(path, tensors)
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -207,7 +208,11 @@ def write_safetensors(
         for name, tensor in tensors.items():
             begin, end = places[name]
             file.seek(8 + len(header) + begin)
-            file.write(np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8).data)
+            array = np.asarray(tensor.read())
+            if (array.shape, array.dtype) != (tensor.shape, tensor.dtype):
+                found = f"{array.dtype}{list(array.shape)}"
+                raise CheckpointError(f"{path}: {name!r} is {tensor.dtype}{list(tensor.shape)}, and {found} was made")
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             wrote(end - begin)
 
 

@@ -134,8 +134,10 @@ def test_other_values_for_some_weights_leave_the_others_unread():
     ("arrays", "message"),
     [
         ({"embd": E}, "'embd' is no weight of this graph"),
-        ({"e": E.T}, r"e: expected float32\[11,4\], found float32\[4,11\]"),
-        ({"e": E.astype(np.float16)}, r"e: expected float32\[11,4\], found float16\[11,4\]"),
+        ({"e": E.T}, r"e: expected an array float32\[11, 4\], found float32\[4, 11\]"),
+        ({"e": E.astype(np.float16)}, r"e: expected an array float32\[11, 4\], found float16\[11, 4\]"),
+        ({"e": E.astype(np.float64)}, r"found float64\[11, 4\]"),  # JAX would take it for float32
+        ({"e": E.tolist()}, r"e: expected an array float32\[11, 4\], found list"),
     ],
 )
 def test_values_that_fit_no_weight(arrays, message):

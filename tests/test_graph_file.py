@@ -249,6 +249,12 @@ def test_a_graph_takes_the_place_of_another_when_it_is_whole(saved):
         np.testing.assert_array_equal(after.weights[name], before.weights[name])
 
 
+def test_what_others_left_in_a_folder_stays(graph, tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    graph.save(tmp_path)
+    assert (tmp_path / "tokenizer.json").read_text() == "{}"
+
+
 def test_broken_tokenizer(saved):
     (saved / "tokenizer.json").write_text("{}")
     with pytest.raises(xl.GraphFileError, match="no tokenizer"):

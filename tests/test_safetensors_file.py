@@ -135,3 +135,11 @@ def test_damage_is_refused_or_harmless(tmp_path_factory: pytest.TempPathFactory,
 def test_a_dtype_without_a_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="'a' is complex128, which safetensors cannot hold"):
         write_safetensors(tmp_path / "x", tensors({"a": np.zeros(2, np.complex128)}))
+
+
+def test_an_array_that_is_not_what_was_said_is_not_written(tmp_path: Path) -> None:
+    """Its bytes would be read as something else."""
+    wrong = {"x": Tensor((2,), np.dtype(np.float32), lambda: np.zeros(2))}
+    with pytest.raises(CheckpointError, match=r"'x' is float32\[2\], and float64\[2\] was made"):
+        write_safetensors(tmp_path / "x", wrong)
+    assert not any(tmp_path.iterdir())
