@@ -61,7 +61,7 @@ def run(options: Options, source: str, destination: str) -> None:
             result.save_pretrained(destination, layout=options["layout"])
         else:
             result.save(destination)
-    Work(work).remove()
+    Work(work).remove(since=start)
     console.print(result.report(), soft_wrap=True)
     if peak := memory_of("VmHWM"):
         console.print(f"this process held {peak / 1e6:,.0f} MB at its peak, mapped files included", soft_wrap=True)

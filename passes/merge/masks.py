@@ -1,6 +1,7 @@
 """Which numbers of a change are kept: by size, by chance, or by chance that depends on size. float32 throughout."""
 
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -25,44 +26,47 @@ def largest(magnitude: jax.Array, count: int | jax.Array) -> jax.Array:
     return (kept & (count > 0)).reshape(magnitude.shape)
 
 
-def _greatest(holds: "functools.partial[jax.Array] | object", bits: int) -> jax.Array:
+def _greatest(holds: Callable[[jax.Array], jax.Array], bits: int) -> jax.Array:
     """Returns the greatest whole number of so many bits for which `holds`, which holds up to some number."""
 
     def step(i: jax.Array, found: jax.Array) -> jax.Array:
         candidate = found | (jnp.int32(1) << (bits - 1 - i))
-        return jnp.where(holds(candidate), candidate, found)  # type: ignore[operator]
+        return jnp.where(holds(candidate), candidate, found)
 
     return jax.lax.fori_loop(0, bits, step, jnp.int32(0))
 
 
-@functools.partial(jax.jit, static_argnames=("density", "rescale"))
 def by_size(delta: jax.Array, *, density: float, rescale: Rescale = "none") -> jax.Array:
     """Keeps the share `density` of largest magnitude, at least one number (Yadav et al. 2023, arXiv 2306.01708)."""
-    kept = jnp.where(largest(jnp.abs(delta), kept_count(delta.size, density)), delta, 0)
-    return _rescaled(delta, kept, density, rescale)
+    return _ranked(delta, kept_count(delta.size, density), 0, density, rescale)
 
 
-@functools.partial(jax.jit, static_argnames=("density", "gamma", "rescale"))
 def without_outliers(delta: jax.Array, *, density: float, gamma: float = 0.01, rescale: Rescale = "none") -> jax.Array:
     """Drops the share `gamma` of largest magnitude and keeps the share `density` of largest among the others
     (breadcrumbs: Davari and Belilovsky 2023, arXiv 2312.06795).
 
-    Where gamma is less than one number, none is dropped.
+    Where gamma is less than one number, none is dropped, nor more than the density leaves.
     """
-    top, magnitude = int(gamma * delta.size), jnp.abs(delta)
-    count = min(top + kept_count(delta.size, density), delta.size)
-    kept = jnp.where(largest(magnitude, count) & ~largest(magnitude, top), delta, 0)
+    count = kept_count(delta.size, density)
+    return _ranked(delta, count, min(int(gamma * delta.size), delta.size - count), density, rescale)
+
+
+@functools.partial(jax.jit, static_argnames="rescale")
+def _ranked(delta: jax.Array, count: int, top: int, density: float, rescale: Rescale) -> jax.Array:
+    """Keeps the `count` numbers of largest magnitude after the `top` largest."""
+    magnitude = jnp.abs(delta)
+    kept = jnp.where(largest(magnitude, top + count) & ~largest(magnitude, top), delta, 0)
     return _rescaled(delta, kept, density, rescale)
 
 
-@functools.partial(jax.jit, static_argnames=("density", "rescale"))
+@functools.partial(jax.jit, static_argnames="rescale")
 def by_chance(key: jax.Array, delta: jax.Array, *, density: float, rescale: Rescale = "keep_prob") -> jax.Array:
     """Keeps each number with the probability `density` (DARE: Yu et al. 2024, arXiv 2311.03099)."""
     kept = jnp.where(jax.random.bernoulli(key, density, delta.shape), delta, 0)
     return _rescaled(delta, kept, density, rescale)
 
 
-@functools.partial(jax.jit, static_argnames=("density", "epsilon", "rescale"))
+@functools.partial(jax.jit, static_argnames="rescale")
 def by_chance_and_size(
     key: jax.Array, delta: jax.Array, *, density: float, epsilon: float = 0.15, rescale: Rescale = "keep_prob"
 ) -> jax.Array:

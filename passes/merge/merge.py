@@ -24,6 +24,11 @@ _LAYER = re.compile(r"(?<![^.])(\d+)(?![^.])")
 _FIRST = re.compile(r"embed|wte|wpe|embd", re.IGNORECASE)
 """Tensors without a number that come before the layers; others come after them."""
 COUNTS = ("num_hidden_layers", "n_layer")
+MEANINGS = (
+    *("model_type", "num_attention_heads", "n_head", "num_key_value_heads", "head_dim", "hidden_act"),
+    *("hidden_activation", "activation_function", "num_experts_per_tok"),
+)
+"""Settings without which equal shapes mean other things."""
 PER_LAYER = ("layer_types", "mlp_only_layers", "no_rope_layers")
 """Settings with one entry a layer, which slices would have to rewrite."""
 
@@ -32,7 +37,8 @@ PER_LAYER = ("layer_types", "mlp_only_layers", "no_rope_layers")
 class Part:
     """Where one tensor of the result comes from.
 
-    sources: of each model its tensor's name there; place: of the layer in its slice, 0 to 1; 0 outside of layers.
+    sources: of each model its tensor's name there; place: of the layer in its slice, 0 to 1; 0 before and 1 after all
+    layers.
     """
 
     name: str
@@ -46,16 +52,20 @@ def merge(recipe: Recipe, opened: Mapping[str, Checkpoint], seed: int = 0) -> Ch
 
     opened: every model of the recipe by its name there. seed: of what is drawn by chance; each tensor's draws depend on
     the seed and on its name alone. The settings, the tokenizer and the tied output layer are the base's, or the first
-    model's. Raises CheckpointError where a tensor is missing or two shapes differ, naming the first; OptionError for
-    parameters that are missing or have no meaning.
+    model's; so are tensors of whole numbers. Raises CheckpointError where models are of other kinds or vocabularies, a
+    tensor is missing or two shapes differ, naming the first; OptionError for parameters that are missing or have no
+    meaning. A tensor that is read raises CheckpointError, naming it, where the method has no result for it.
     """
     method, first = METHODS[recipe.method], opened[recipe.models[0]]
-    _check_kinds(recipe, opened)
+    for model in recipe.models[1:]:
+        _check_alike(recipe, model, opened)
+    for each in recipe.slices:
+        _check_layers(recipe, each, opened)
     parts = list(_parts(recipe, opened))
     tensors = {part.name: _merged(part, recipe, method, opened, seed) for part in parts}
     config = dict(first.card.config) | _layers(recipe, first)
     if recipe.out_dtype is not None:
-        config["dtype"] = recipe.out_dtype
+        config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": recipe.out_dtype}
     card = dataclasses.replace(first.card, config=config)
     return Checkpoint(card, tensors, recipe.where, first.tokenizer)
 
@@ -68,13 +78,35 @@ def peak_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
     return max(4 * held * int(np.prod(tensor.shape)) for tensor in checkpoint.tensors.values())
 
 
-def _check_kinds(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> None:
-    kinds = {model: opened[model].card.config.get("model_type") for model in recipe.models}
+def _check_alike(recipe: Recipe, model: str, opened: Mapping[str, Checkpoint]) -> None:
+    """Compares a model with the first: settings, vocabularies and, where layers are not chosen, tensors."""
     first = recipe.models[0]
-    for model, kind in kinds.items():
-        if kind != kinds[first]:
+    ours, theirs = opened[first], opened[model]
+    for key in MEANINGS:
+        pair = ours.card.config.get(key), theirs.card.config.get(key)
+        if pair[0] != pair[1]:
+            raise CheckpointError(f"{recipe.where}: {key} is {pair[0]!r} in {first} and {pair[1]!r} in {model}")
+    if ours.tokenizer is not None and theirs.tokenizer is not None:
+        words = [each.tokenizer.get_vocab() for each in (ours, theirs)]
+        if words[0] != words[1]:
+            other = min(words[0].items() ^ words[1].items())[0]
+            ids = [each.get(other, "none") for each in words]
             raise CheckpointError(
-                f"{recipe.where}: {first} is a {kinds[first]!r} and {model} a {kind!r}: expected one architecture"
+                f"{recipe.where}: the vocabularies differ, first in {other!r}: {ids[0]} in {first}, {ids[1]} in {model}"
+            )
+    if recipe.slices[0].sources[0].layers is None:
+        for name in [*ours.tensors, *theirs.tensors]:
+            for has, lacks in ((first, model), (model, first)):
+                if name not in opened[lacks].tensors:
+                    raise CheckpointError(f"{lacks} has no tensor {name!r}, which {has} has")
+
+
+def _check_layers(recipe: Recipe, each: Slice, opened: Mapping[str, Checkpoint]) -> None:
+    for source in each.sources:
+        count = _layer_count(opened[source.model])
+        if source.layers is not None and source.layers[1] > count:
+            raise OptionError(
+                f"{recipe.where}: layer_range {list(source.layers)} of {source.model}, which has {count} layers"
             )
 
 
@@ -83,7 +115,7 @@ def _parts(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> Iterator[Part]:
     names = list(opened[recipe.slices[0].sources[0].model].tensors)
     outside = [name for name in names if _LAYER.search(name) is None]
     for name in (name for name in outside if _FIRST.search(name)):
-        yield _whole(recipe.slices[0], name)
+        yield _whole(recipe.slices[0], name, 0.0)
     offset = 0
     for each in recipe.slices:
         count = _count(each, opened)
@@ -92,18 +124,20 @@ def _parts(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> Iterator[Part]:
             yield from _layer(each, opened, i, offset + i, place)
         offset += count
     for name in (name for name in outside if not _FIRST.search(name)):
-        yield _whole(recipe.slices[-1], name)
+        yield _whole(recipe.slices[-1], name, 1.0)
 
 
-def _whole(each: Slice, name: str) -> Part:
-    return Part(name, each, tuple((source, name) for source in each.sources), 0.0)
+def _whole(each: Slice, name: str, place: float) -> Part:
+    return Part(name, each, tuple((source, name) for source in each.sources), place)
 
 
 def _count(each: Slice, opened: Mapping[str, Checkpoint]) -> int:
     source = each.sources[0]
-    if source.layers is not None:
-        return source.layers[1] - source.layers[0]
-    found = (_LAYER.search(name) for name in opened[source.model].tensors)
+    return _layer_count(opened[source.model]) if source.layers is None else source.layers[1] - source.layers[0]
+
+
+def _layer_count(checkpoint: Checkpoint) -> int:
+    found = (_LAYER.search(name) for name in checkpoint.tensors)
     return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
@@ -141,16 +175,23 @@ def _merged(part: Part, recipe: Recipe, method: Method, opened: Mapping[str, Che
                 + (": the vocabularies differ" if _LAYER.search(part.name) is None and len(shape) == 2 else "")
             )
     each, shared = _values(part, recipe, method, [source for source, _ in others])
-    dtype = np.dtype(jnp.dtype(recipe.out_dtype or (base or others[0][1]).dtype))
+    first = base or others[0][1]
+    if not jnp.issubdtype(first.dtype, jnp.floating):
+        return first
+    dtype = np.dtype(jnp.dtype(recipe.out_dtype or first.dtype))
 
     def read() -> np.ndarray:
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(part.name.encode()))
         arrays = [jnp.asarray(tensor.read()) for _, tensor in others]
         group = Group(arrays, None if base is None else jnp.asarray(base.read()), each, shared, key)
         try:
-            return np.asarray(method.merge(group).astype(dtype))
+            with np.errstate(over="ignore"):  # told below
+                result = np.asarray(method.merge(group)).astype(dtype)
         except XlatheError as error:
             raise CheckpointError(f"{recipe.method} of {part.name}: {error}") from None
+        if not np.isfinite(result).all():
+            raise CheckpointError(f"{recipe.method} of {part.name}: the result holds NaN or infinite numbers")
+        return result
 
     return Tensor(shape, dtype, read)
 
@@ -185,7 +226,7 @@ def _values(
                     raise OptionError(f"{recipe.where}: {part.name}: {error}") from None
         if default is REQUIRED:
             raise OptionError(f"{recipe.where}: {recipe.method} needs {name}, and {part.name} has none")
-        return default
+        return check_value(name, default, known)
 
     outer = [part.slice.parameters, recipe.parameters]
     everywhere = [*outer, *(source.parameters for source, _ in part.sources)]

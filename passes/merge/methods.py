@@ -128,6 +128,8 @@ def _model_stock(group: Group) -> jax.Array:
 
 def _nearswap(group: Group) -> jax.Array:
     assert group.base is not None
+    if group.shared["t"] < 0:
+        raise PassError(f"t={group.shared['t']}: expected a distance, at least 0")
     return tasks.nearswap(group.base, group.tensors[0], float(group.shared["t"]))
 
 
@@ -173,7 +175,7 @@ METHODS: Mapping[str, Method] = {
     "della": Method(
         _sum_of(masks.by_chance_and_size, True, True),
         WEIGHT | {"density": 0.7},
-        TASK | _KEEP_PROB | {"epsilon": 0.15},
+        TASK | _KEEP_PROB | {"epsilon": 0.15, "normalize": True},
         "needed",
     ),
     "sce": Method(_sce, {}, {"select_topk": 1.0}, "needed"),
@@ -197,7 +199,7 @@ def check_value(name: str, value: Any, others: Mapping[str, Any]) -> Any:
             raise OptionError(f"{name}: expected true or false, found {value!r}")
         return value
     if name == "rescale":
-        if value not in _RESCALES:
+        if not isinstance(value, bool | str) or value not in _RESCALES:
             raise OptionError(f"rescale: expected one of {', '.join(map(str, _RESCALES))}, found {value!r}")
         return _RESCALES[value]
     if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
@@ -206,7 +208,12 @@ def check_value(name: str, value: Any, others: Mapping[str, Any]) -> Any:
         raise OptionError(f"{name}={value}: expected a share, above 0 and at most 1")
     if name == "gamma" and not 0 <= value < 1:
         raise OptionError(f"gamma={value}: expected a share, at least 0 and below 1")
-    if name == "density" and "epsilon" in others and not abs(others["epsilon"]) < min(value, 1 - value) + 1e-9:
+    if name in ("epsilon", "tol") and value < 0:
+        raise OptionError(f"{name}={value}: expected at least 0")
+    if name == "max_iter" and (value != int(value) or value < 1):
+        raise OptionError(f"max_iter={value}: expected a whole number of at least 1")
+    if name == "density" and "epsilon" in others:
         low, high = value - others["epsilon"], value + others["epsilon"]
-        raise OptionError(f"density={value}, epsilon={others['epsilon']}: chances from {low:g} to {high:g} are none")
+        if low <= 0 or high > 1:
+            raise OptionError(f"density={value}, epsilon={others['epsilon']}: {low:g} to {high:g} are no chances")
     return value

@@ -94,7 +94,7 @@ def parse_recipe(found: Any, where: str) -> Recipe:
         raise OptionError(f"{where}: base_model: expected a model, found {base!r}")
     slices = _slices(top, where, method)
     source = top.get("tokenizer_source", "base")
-    if source not in ("base", base, slices[0].sources[0].model):
+    if source not in ("base", base or slices[0].sources[0].model):
         raise OptionError(f"{where}: tokenizer_source={source!r}: expected base; other tokenizers are not merged yet")
     recipe = Recipe(
         name, base, slices, _parameters(top, where, method), _dtype(top, where), where
@@ -155,9 +155,10 @@ def _choices(value: Any, where: str) -> tuple[Choice, ...]:
     for item in listed:
         if isinstance(item, dict):
             item = _object(item, where, ("filter", "value"))
-            if not isinstance(item.get("filter"), str) or "value" not in item:
-                raise OptionError(f"{where}: expected a filter and a value, found {item!r}")
-            found.append(Choice(item["filter"], _values(item["value"], where)))
+            chosen = item.get("filter")
+            if not isinstance(chosen, str | None) or "value" not in item:
+                raise OptionError(f"{where}: expected a value, and maybe a filter, found {item!r}")
+            found.append(Choice(None if chosen == "*" else chosen, _values(item["value"], where)))
         else:
             found.append(Choice(None, _values(item, where)))
     return tuple(found)
@@ -173,7 +174,7 @@ def _values(value: Any, where: str) -> tuple[Any, ...]:
 def _dtype(top: Mapping[str, Any], where: str) -> str | None:
     for key in ("out_dtype", "dtype"):
         if top.get(key) is not None:
-            if top[key] not in DTYPES:
+            if not isinstance(top[key], str) or top[key] not in DTYPES:
                 raise OptionError(f"{where}: {key}: no dtype {top[key]!r}{did_you_mean(str(top[key]), DTYPES)}")
             return str(top[key])
     return None
@@ -182,8 +183,6 @@ def _dtype(top: Mapping[str, Any], where: str) -> str | None:
 def _check_models(recipe: Recipe, method: Method) -> None:
     if method.base == "needed" and recipe.base is None:
         raise OptionError(f"{recipe.where}: {recipe.method} needs a base_model")
-    if method.base == "none" and recipe.base is not None and recipe.base not in recipe.models[1:]:
-        raise OptionError(f"{recipe.where}: {recipe.method} has no use for base_model: {recipe.base}")
     fewest, most = method.count
     for each in recipe.slices:
         others = [s for s in each.sources if method.base == "none" or s.model != recipe.base]

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from xlathe.errors import PassError
 from xlathe.graph import Graph
 from xlathe.passes.quantize.calibrated import Search
 from xlathe.passes.quantize.experts import find_experts
@@ -27,6 +28,7 @@ from xlathe.pipeline import Context
 from xlathe.stats import InputStats
 
 TOKENS = 2048  # or more, whose predictions are compared: whole batches, from the first
+FAR = 20.0  # a logit's difference beyond which sums of exponentials would lose or overflow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +61,8 @@ def measure(
     """Returns what each option of each unit costs by itself: a KL divergence in nats a token, float64 [options].
 
     options: schemes that fit the unit; None, as it is, costs nothing. bits: of a weight; of a unit's schemes the one
-    nearest to it is measured. Raises OptionError without calibration, PassError where weights, activations or
-    predictions are not finite.
+    nearest to it that changes the weight is measured. Raises OptionError without calibration, PassError where weights,
+    activations or predictions are not finite.
     """
     from xlathe.passes.observe import check_calibration, observe  # it reads products as this package does
 
@@ -70,15 +72,17 @@ def measure(
     divergence, found = Divergence(graph, batches), []
     for number, (unit, schemes) in enumerate(zip(units, options, strict=True)):
         context.progress("measure sensitivity", number / len(units))
-        costs, typical = np.zeros(len(schemes)), _typical(unit, schemes, bits)
-        for i, scheme in enumerate(schemes):
-            if scheme is None:
-                continue
+        costs, nats = np.zeros(len(schemes)), None  # a unit of cost
+        for i in _nearest_first(unit, schemes, bits):
+            scheme = schemes[i]
+            assert scheme is not None
             rounded = {n: _rounded(graph, n, Encode(n, unit.layout, scheme, alone, stats[n])) for n in unit.names}
             costs[i] = sum(_products_error(graph, unit, n, each, stats[n]) for n, each in rounded.items())
-            if i == typical:
-                measured = divergence(rounded)
-        found.append(costs * (measured / costs[typical]) if costs[typical] else costs)
+            if costs[i] and nats is None:
+                nats = divergence(rounded) / costs[i]
+                if not math.isfinite(nats):
+                    raise PassError(f"budget: {unit.names[0]} as {scheme}: the predictions are not all finite")
+        found.append(costs if nats is None else costs * nats)
     return found
 
 
@@ -88,10 +92,10 @@ def _first(batches: Sequence[Mapping[str, np.ndarray]]) -> Sequence[Mapping[str,
     return batches[: int(np.searchsorted(before, TOKENS))]
 
 
-def _typical(unit: Unit, schemes: Sequence[Scheme | None], bits: float) -> int:
-    """Returns which scheme's size is nearest to so many bits a weight."""
-    far = [math.inf if scheme is None else abs(scheme.stored.bits(*unit.shape) - bits) for scheme in schemes]
-    return int(np.argmin(far))
+def _nearest_first(unit: Unit, schemes: Sequence[Scheme | None], bits: float) -> list[int]:
+    """Returns the schemes in the order of how far their sizes are from so many bits a weight."""
+    far = {i: abs(s.stored.bits(*unit.shape) - bits) for i, s in enumerate(schemes) if s is not None}
+    return sorted(far, key=lambda i: far[i])
 
 
 def _rounded(graph: Graph, name: str, make: Encode) -> np.ndarray:
@@ -133,10 +137,13 @@ class Divergence:
 def divergences(base: jax.Array, logits: jax.Array) -> jax.Array:
     """Returns KL(base || logits) [...] of logits [..., vocab], in float32.
 
-    log sum p exp(d - m), where d is what the logits differ by and m its mean: no large numbers are subtracted.
+    log sum p exp(d - m), where d is what the logits differ by and m its mean: no large numbers are subtracted. Where d
+    is large, which exp would not survive, sum p (log p - log q).
     """
-    base = base.astype(jnp.float32)
+    base, logits = base.astype(jnp.float32), logits.astype(jnp.float32)
     p = jax.nn.softmax(base)
-    apart = jnp.where(p > 0, logits.astype(jnp.float32) - base, 0)
+    apart = logits - base
     centered = apart - jnp.sum(p * apart, -1, keepdims=True)
-    return jnp.log1p(jnp.sum(p * jnp.expm1(centered), -1))
+    near = jnp.log1p(jnp.sum(p * jnp.expm1(jnp.minimum(centered, FAR)), -1))
+    far = jnp.sum(p * (jax.nn.log_softmax(base) - jax.nn.log_softmax(logits)), -1)
+    return jnp.where(centered.max(-1) < FAR, near, far)

@@ -17,6 +17,7 @@ from xlathe.safetensors_file import Tensor, read_safetensors, write_safetensors
 from xlathe.stats import InputStats
 
 PARTS, ROWS = ".parts.safetensors", ".rows.safetensors"
+CLOCK = 1.0  # seconds that a file system's clock may be behind
 SMALL = ("count", "absmax", "sum_squares", "sum_absolute")  # statistics that are kept
 
 
@@ -44,6 +45,7 @@ class Work:
         """Returns what a section's weights became, mapped from its file; None where it is not finished."""
         if self.folder is None or not (path := self.folder / (digest + PARTS)).exists():
             return None
+        path.touch()
         found: dict[str, dict[str, np.ndarray]] = {}
         for key, tensor in read_safetensors(path).items():
             name, _, field = key.rpartition(":")
@@ -54,6 +56,7 @@ class Work:
         """Returns the activations at the end of a section, by what they were written as; None where they are gone."""
         if self.folder is None or not (path := self.folder / (digest + ROWS)).exists():
             return None
+        path.touch()
         groups: dict[int, dict[int, np.ndarray]] = {}
         for key, tensor in read_safetensors(path).items():
             walk, row = map(int, key.split(":"))
@@ -87,10 +90,11 @@ class Work:
         own = set(digests)
         return sum(path.name.removesuffix(PARTS) not in own for path in self._files(PARTS))
 
-    def remove(self) -> None:
-        """Removes what was kept, and the folder where nothing else is in it."""
+    def remove(self, since: float) -> None:
+        """Removes what was written or read since a time, in seconds, and the folder where nothing else is in it."""
         for path in (*self._files(PARTS), *self._files(ROWS)):
-            path.unlink(missing_ok=True)
+            if path.stat().st_mtime >= since - CLOCK:
+                path.unlink()
         if self.folder is not None and self.folder.exists() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 

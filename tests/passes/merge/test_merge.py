@@ -69,7 +69,7 @@ def test_filters_and_gradients_give_each_tensor_its_weight() -> None:
     assert found.keys() == SHAPES.keys() and list(found)[-1] == "lm_head.weight"
     for name, array in found.items():
         layer = int(name.split(".")[2]) if "layers" in name else None
-        weight = 1.0 if "self_attn" in name else layer / 4 if "mlp" in name and layer is not None else 0.25
+        weight = 1.0 if "self_attn" in name else layer / 4 if layer is not None else 0.25
         np.testing.assert_allclose(array, weight * a[name] + 0.5 * b[name], rtol=1e-6, atol=1e-6)
 
 
@@ -91,6 +91,80 @@ def test_slices_stack_layers() -> None:
         np.testing.assert_array_equal(found[name.format(to)], source[name.format(layer)])
         attention = found[f"model.layers.{to}.self_attn.q_proj.weight"]
         assert np.any(attention) == (source is a)
+
+
+def test_layers_that_a_model_does_not_have() -> None:
+    text = {"merge_method": "passthrough", "slices": [{"sources": [{"model": "a", "layer_range": [3, 9]}]}]}
+    with pytest.raises(OptionError, match=r"layer_range \[3, 9\] of a, which has 5 layers"):
+        merged(yaml.safe_dump(text))
+
+
+def test_one_filter_for_all_and_the_last_number_after_the_layers() -> None:
+    text = """
+    merge_method: slerp
+    base_model: base
+    models: [{model: a}]
+    parameters: {t: [{filter: self_attn, value: 0}, {filter: "*", value: [0, 0.25, 1]}]}
+    """
+    found, base, a = merged(text), arrays("base"), arrays("a")
+    for name, expected in {"model.embed_tokens.weight": base, "model.norm.weight": a, "lm_head.weight": a}.items():
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-6)
+    assert merged(text.replace('filter: "*", ', "")).keys() == found.keys()
+
+
+@pytest.mark.parametrize("row_wise", [True, False])
+def test_the_vectors_of_nuslerp(row_wise: bool) -> None:
+    """Rows, or columns: each goes along an arc of its own."""
+    text = recipe_of("nuslerp", ["a", "b"]) | {"parameters": {"nuslerp_flatten": False, "nuslerp_row_wise": row_wise}}
+    name = "model.layers.0.mlp.experts.0.weight"
+    found, *given = (each[name] for each in (merged(yaml.safe_dump(text)), arrays("a"), arrays("b")))
+    axis = 1 if row_wise else 0
+    a, b = (x.astype(np.float64) for x in given)
+    lengths = [np.linalg.norm(x, axis=axis, keepdims=True) for x in (a, b)]
+    angle = np.arccos((a * b).sum(axis=axis, keepdims=True) / (lengths[0] * lengths[1]))
+    expected = np.sin(angle / 2) / np.sin(angle) * (a + b)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_model_stock_of_rows_is_another_than_of_tensors() -> None:
+    text = recipe_of("model_stock", ["a", "b"])
+    whole, rows = (merged(yaml.safe_dump(text | {"parameters": {"filter_wise": w}})) for w in (False, True))
+    name = "model.layers.0.mlp.experts.0.weight"
+    base, a, b = (arrays(each)[name].astype(np.float64) for each in ("base", "a", "b"))
+    for i in range(len(base)):
+        changes = a[i] - base[i], b[i] - base[i]
+        cosine = changes[0] @ changes[1] / np.prod([np.linalg.norm(c) for c in changes])
+        t = np.clip(2 * cosine / (1 + cosine), 0, 1)
+        np.testing.assert_allclose(rows[name][i], base[i] + t / 2 * (changes[0] + changes[1]), atol=1e-5)
+    assert not np.allclose(whole[name], rows[name], atol=1e-3)
+
+
+def test_a_base_of_a_mean_has_the_settings() -> None:
+    text = yaml.safe_dump(recipe_of("linear", ["a", "b"]) | {"base_model": "b"})
+    config = {**MODELS["b"].card.config, "torch_dtype": "float16", "mine": 1}
+    card = dataclasses.replace(MODELS["b"].card, config=config)
+    opened = MODELS | {"b": dataclasses.replace(MODELS["b"], card=card)}
+    result = merge(parse_recipe(yaml.safe_load(text + "out_dtype: bfloat16\n"), "recipe"), opened)
+    assert result.card.config["mine"] == 1
+    assert result.card.config["dtype"] == "bfloat16" and "torch_dtype" not in result.card.config
+
+
+def test_what_is_no_number_is_not_written() -> None:
+    huge = recipe_of("linear", ["a", "b"])
+    huge["parameters"] = {"normalize": False}
+    huge["models"][0]["parameters"] = {"weight": 1e39}
+    with pytest.raises(CheckpointError, match=r"linear of .*: the result holds NaN or infinite numbers"):
+        merged(yaml.safe_dump(huge))
+
+
+def test_doubles_and_whole_numbers() -> None:
+    """Doubles are written as such, of float32 results; whole numbers are the first model's."""
+    arrays = {"w": np.ones((3, 3)), "ids": np.arange(4)}
+    tensors = {name: Tensor(a.shape, a.dtype, lambda a=a: a) for name, a in arrays.items()}
+    opened = {name: dataclasses.replace(MODELS["a"], tensors=tensors) for name in ("a", "b")}
+    found = merged(yaml.safe_dump(recipe_of("linear", ["a", "b"])), opened)
+    assert found["w"].dtype == np.float64 and found["ids"].dtype == np.int64
+    np.testing.assert_array_equal(found["ids"], arrays["ids"])
 
 
 def test_what_chance_draws_depends_on_the_name_alone() -> None:
@@ -175,7 +249,10 @@ def test_sums_are_float32_and_rounded_once() -> None:
         ({"densty": 1}, "no key 'densty'"),
         ({"parameters": {"densty": 1}}, "recipe: parameters: no key 'densty'; did you mean 'density'?"),
         ({"parameters": {"density": {"filter": "mlp", "value": 1}}}, "density: expected a list of filters and values"),
-        ({"parameters": {"density": [{"filter": "mlp"}]}}, "expected a filter and a value"),
+        ({"parameters": {"density": [{"filter": "mlp"}]}}, "expected a value, and maybe a filter"),
+        ({"merge_method": "della", "parameters": {"epsilon": 0.7}}, "density=0.7, epsilon=0.7: 0 to 1.4 are no ch"),
+        (recipe_of("karcher", ["a"]) | {"parameters": {"max_iter": -1}}, "max_iter=-1: expected a whole number"),
+        ({"dtype": ["float32"]}, r"dtype: no dtype \['float32'\]"),
         ({"parameters": {"density": 1.5}}, "model.embed_tokens.weight: density=1.5: expected a share"),
         ({"parameters": {"density": 0}}, "density=0: expected a share"),
         ({"parameters": {"normalize": 1}}, "normalize: expected true or false, found 1"),
@@ -229,7 +306,9 @@ def test_models_that_do_not_fit() -> None:
     for opened, message in [
         (without({"lm_head.weight": (12, 4)}), r"lm_head.weight is \[11, 4\] in a and \[12, 4\] in b: the vocab"),
         (without({"model.layers.2.mlp.experts.1.weight": None}), "b has no tensor 'model.layers.2.mlp.experts.1"),
-        (without({}, model_type="gpt2"), "a is a 'llama' and b a 'gpt2': expected one architecture"),
+        (without({"more": (3,)}), "a has no tensor 'more', which b has"),
+        (without({}, model_type="gpt2"), "recipe: model_type is 'llama' in a and 'gpt2' in b"),
+        (without({}, num_attention_heads=8), "recipe: num_attention_heads is None in a and 8 in b"),
     ]:
         with pytest.raises(CheckpointError, match=message):
             merge(parse_recipe(yaml.safe_load(text), "recipe"), opened)
