@@ -34,14 +34,13 @@ def written_together(folder: Path, owned: Sequence[str]) -> Iterator[Path]:
     """Yields a new directory whose files take their places in `folder` together when the body ends, and vanish when it
     fails.
 
-    owned: patterns of the files that go then, if the first of them is there, which makes the folder one of its kind: it
-    goes first, and the new one comes last. Raises OSError where nothing can be written.
+    owned: patterns of the files that go then, whoever left them there. What the first one names is what makes the
+    folder one of its kind: it goes first, and the new one comes last. Raises OSError where nothing can be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".written-", dir=folder) as name:
         yield Path(name)
-        if (folder / owned[0]).exists():
-            for old in [file for pattern in owned for file in folder.glob(pattern)]:
-                old.unlink(missing_ok=True)
+        for old in [file for pattern in owned for file in folder.glob(pattern)]:
+            old.unlink(missing_ok=True)
         for new in sorted(Path(name).iterdir(), key=lambda file: file.name == owned[0]):
             os.replace(new, folder / new.name)

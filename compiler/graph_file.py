@@ -30,12 +30,15 @@ FORMAT, VERSION = "xlathe-graph", 1
 def save_graph(graph: Graph, directory: str | os.PathLike[str]) -> None:
     """Writes a graph into a directory (made if need be), its weights prepared one at a time.
 
-    A graph that was there is replaced when all of the new one is written.
+    A graph that was there is replaced when all of the new one is written; what is no graph's is not.
 
-    Raises GraphFileError for an equation, a name or a dtype that has no form in the files, and where they cannot be
-    written.
+    Raises GraphFileError for a folder with files of these names that are of no graph, for an equation, a name or a dtype
+    that has no form in the files, and where they cannot be written.
     """
     folder, text = as_path(directory, GraphFileError), to_text(graph)
+    other = next((name for name in OWNED if (folder / name).exists()), None)
+    if other is not None and not (folder / PROGRAM).exists():
+        raise GraphFileError(f"{folder} holds {other}, which is of no graph: expected a folder without, or a graph's")
     try:
         _write(graph, text, folder)
     except CheckpointError as error:

@@ -1,5 +1,6 @@
 """`xlathe opt`: runs passes on a graph and saves the result, as a graph or in the layout of other tools."""
 
+import time
 from pathlib import Path
 from typing import Final
 
@@ -39,7 +40,7 @@ def run(options: Options, source: str, destination: str) -> None:
     from xlathe.passes.quantize.work import Work
     from xlathe.tools.text import find_calibration
 
-    console = make_console()
+    console, start = make_console(), time.time()
     pipeline = find_pipeline(options)
     if pipeline is None:
         raise UsageError("which passes? --passes='canonicalize,fuse_attention' or --config=int8")

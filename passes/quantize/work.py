@@ -45,7 +45,9 @@ class Work:
         """Returns what a section's weights became, mapped from its file; None where it is not finished."""
         if self.folder is None or not (path := self.folder / (digest + PARTS)).exists():
             return None
-        path.touch()
+        for each in (path, self.folder / (digest + ROWS)):
+            if each.exists():
+                each.touch()  # `remove` knows by this what a run took
         found: dict[str, dict[str, np.ndarray]] = {}
         for key, tensor in read_safetensors(path).items():
             name, _, field = key.rpartition(":")
@@ -56,7 +58,6 @@ class Work:
         """Returns the activations at the end of a section, by what they were written as; None where they are gone."""
         if self.folder is None or not (path := self.folder / (digest + ROWS)).exists():
             return None
-        path.touch()
         groups: dict[int, dict[int, np.ndarray]] = {}
         for key, tensor in read_safetensors(path).items():
             walk, row = map(int, key.split(":"))

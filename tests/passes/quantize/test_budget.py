@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,9 +14,12 @@ from xlathe.errors import OptionError, PassError
 from xlathe.graph import Graph, Weights
 from xlathe.passes import PASSES
 from xlathe.passes.quantize import Budget, Quantize
-from xlathe.passes.quantize.sensitivity import Divergence, find_units
+from xlathe.passes.quantize.rtn import Rtn
+from xlathe.passes.quantize.schemes import Scheme
+from xlathe.passes.quantize.sensitivity import Divergence, divergences, find_units, measure
 from xlathe.pipeline import Context, Pipeline
 from xlathe.report import count_parameters, weight_bytes
+from xlathe.storage import parse_format
 
 SCHEMES = ("int2:g32", "int4:g32", "int8:g32")
 WIDTH, VOCAB = 64, 40
@@ -55,6 +59,33 @@ def kl(graph: Graph, other: Graph, batches: list[np.ndarray]) -> float:
 def with_weights(graph: Graph, changed: dict[str, np.ndarray]) -> Graph:
     kept = graph.weights.prepare(list(graph.names("weight", "const")))
     return graph.replace(weights=Weights({**kept, **changed}))
+
+
+@pytest.mark.parametrize("shift", [1e-3, 1.0, 30.0, 90.0, 400.0])
+def test_divergences_near_and_far(shift: float) -> None:
+    """Expected: float64, also where the other model is sure of what the first one has as good as excluded."""
+    base = np.zeros((3, 5), np.float32)
+    base[1, 0], base[2, 2] = 20, 200
+    other = base.copy()
+    other[:, 3] += shift
+    pair = base.astype(float), other.astype(float)
+    log_p, log_q = (x - np.logaddexp.reduce(x, -1, keepdims=True) for x in pair)
+    expected = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+    found = divergences(jnp.asarray(base), jnp.asarray(other))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7 * shift)
+
+
+def test_a_scheme_that_changes_nothing_is_not_what_others_are_measured_by(graph: Graph, context: Context) -> None:
+    """Before: `quiet` lies on the grid of int4 already. Expected: int2 costs what it costs by itself."""
+    stored = parse_format("int4:g32")
+    on_grid = np.asarray(stored.dequantize(*stored.encode(np.asarray(graph.weights["quiet"]).T)).T)
+    given = graph.with_weights({"quiet": jnp.asarray(on_grid)})
+    (unit,) = [unit for unit in find_units(given) if unit.names == ("quiet",)]
+    schemes = [Scheme.parse(text) for text in ("int4:g32", "int2:g32")]
+    (costs,) = measure(given, [unit], [schemes], 4.5, Rtn(), context)
+    assert costs[0] == 0
+    rounded = Quantize(rules=(("quiet", "int2:g32"),))(given)
+    assert costs[1] == pytest.approx(kl(given, rounded, context.calibration), rel=1e-3)
 
 
 @pytest.mark.parametrize("size", [1e-4, 0.03, 1.0])

@@ -1,9 +1,11 @@
+
 """Runs that are interrupted, and runs that get their tokens and threads in other ways: always the same bytes."""
 
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -138,10 +140,18 @@ def test_what_another_run_shares_is_taken(tmp_path: Path) -> None:
 
 
 def test_only_what_a_run_kept_is_removed(tmp_path: Path) -> None:
-    for name in ("a" + PARTS, "a" + ROWS, "mine.txt"):
+    """Also where what it took was finished long ago; what others finished stays, hours of work maybe."""
+    before = time.time()
+    for name in ("other" + PARTS, "other" + ROWS, "mine.txt"):
         (tmp_path / name).write_text("")
-    Work(tmp_path).remove()
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+        os.utime(tmp_path / name, (before - 3600,) * 2)
+    quantized(small(), tmp_path)
+    for path in tmp_path.iterdir():
+        os.utime(path, (before - 3600,) * 2)
+    quantized(small(), tmp_path)
+    Work(tmp_path).remove(since=before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.txt", "other" + PARTS, "other" + ROWS]
+    Work(tmp_path).remove(since=before - 7200)
     (tmp_path / "mine.txt").unlink()
-    Work(tmp_path).remove()
+    Work(tmp_path).remove(since=before)
     assert not tmp_path.exists()
