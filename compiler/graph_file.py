@@ -32,8 +32,8 @@ def save_graph(graph: Graph, directory: str | os.PathLike[str]) -> None:
 
     A graph that was there is replaced when all of the new one is written; what is no graph's is not.
 
-    Raises GraphFileError for a folder with files of these names that are of no graph, for an equation, a name or a dtype
-    that has no form in the files, and where they cannot be written.
+    Raises GraphFileError for a folder with files of these names that are of no graph, for an equation, a name or a
+    dtype that has no form in the files, and where they cannot be written.
     """
     folder, text = as_path(directory, GraphFileError), to_text(graph)
     other = next((name for name in OWNED if (folder / name).exists()), None)
