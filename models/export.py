@@ -16,6 +16,7 @@ from xlathe.models.packed_export import Quantized, lay_out, quantized_weights
 from xlathe.models.pretrained import weight_shapes
 from xlathe.models.resize import Shapes, drop_layers
 from xlathe.models.settings import Settings
+from xlathe.storage import Blocks, parse_format
 
 GRAPH = "the graph"
 
@@ -48,7 +49,7 @@ def to_checkpoint(graph: Graph, layout: str | None = None) -> Checkpoint:
     dtypes = {str(tensor.dtype) for tensor in tensors.values()}
     said: dict[str, Any] = {"dtype": dtypes.pop()} if len(dtypes) == 1 else {}
     if layout is not None:
-        linear = [theirs[name] for name in plain if is_turned(family, name)]
+        linear = [*(theirs[name] for name in plain if is_turned(family, name)), *_tied_head(family, shapes)]
         packed, quantization = lay_out(layout, {theirs[name]: weight for name, weight in weights.items()}, linear)
         tensors |= packed
         said["quantization_config"] = quantization
@@ -62,11 +63,22 @@ def source_names(graph: Graph) -> dict[str, str]:
     return dict(zip(checkpoint.tensors, graph.names("weight"), strict=True))
 
 
+def _tied_head(family: Family, shapes: Shapes) -> list[str]:
+    """Returns the name of a head that files do not have: it is the embedding, and a linear module all the same."""
+    tied = "head/kernel" in family.names and "head/kernel" not in shapes
+    return [their_name(family, "head/kernel")] if tied else []
+
+
 def _check_linear(family: Family, layout: str, weights: Mapping[str, Quantized]) -> None:
     """Layouts are of linear modules, [outputs, inputs]."""
     if not weights:
         raise CheckpointError(f"layout={layout}: expected quantized weights, and the graph has none")
     for name, weight in weights.items():
+        if isinstance(parse_format(weight.packed.format), Blocks):
+            raise CheckpointError(
+                f"{name} is {weight.packed.scheme}: {layout} holds no blocks of GGUF; from_pretrained(..., "
+                "packed=False) reads floats of a GGUF file, which another scheme quantizes"
+            )
         if not is_turned(family, name):
             raise CheckpointError(
                 f"{name} is {weight.packed.scheme}, and {layout} holds linear layers alone; a rule "

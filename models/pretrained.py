@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from xlathe.errors import OptionError
+from xlathe.errors import OptionError, did_you_mean
 from xlathe.graph import Graph, Weights, is_shape
 from xlathe.models.checkpoint import Checkpoint, Tensor
 from xlathe.models.family import find_family
@@ -46,7 +46,7 @@ def from_pretrained(
         they are wherever they are multiplied or looked up; otherwise all are floats, which passes can change.
     activations: how those are rounded that such weights are multiplied with, "int8" and so on
         (`xlathe.ops.activations`); as the file says where it is None, and a GGUF file says nothing. llama.cpp rounds
-        them as "int8" does.
+        them nearly as "int8" does: its steps are float16.
 
     Raises CheckpointError, naming file and tensor, for files that are damaged or incomplete and for unknown families
     and settings; OptionError for options that do not fit.
@@ -92,14 +92,21 @@ def to_graph(
 def _rounding(packed: Mapping[str, Packed], activations: str) -> dict[str, Packed]:
     """Returns packed weights that are multiplied with activations which are rounded so.
 
-    Raises OptionError where none is packed, or activations are unknown or none that they go with.
+    Steps that a file has, which are of how it rounds them, are left out. Raises OptionError where none is packed, or
+    activations are unknown or none that they go with.
     """
+    from xlathe.ops.activations import ACTIVATIONS
     from xlathe.passes.quantize.schemes import Scheme
 
+    if activations not in ACTIVATIONS:
+        raise OptionError(f"activations {activations!r} is not known{did_you_mean(str(activations), ACTIVATIONS)}")
     if not packed or activations.endswith("_static"):
         why = "its steps come from calibration" if packed else "no weight is packed"
         raise OptionError(f"activations={activations!r}: expected packed weights and no static steps; {why}")
-    rounding = {name: dataclasses.replace(matrix, activations=activations) for name, matrix in packed.items()}
+    rounding = {}
+    for name, matrix in packed.items():
+        parts = {part: tensor for part, tensor in matrix.parts.items() if part != "input"}
+        rounding[name] = Packed(matrix.format, parts, activations)
     for scheme in {matrix.scheme for matrix in rounding.values()}:
         Scheme.parse(scheme)
     return rounding

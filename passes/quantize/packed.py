@@ -48,7 +48,7 @@ def keep_packed(graph: Graph, packed: Mapping[str, Packed], notes: tuple[str, ..
     tensors = {part: tensor for each in replaced for part, tensor in _tensors(each, packed).items()}
     shapes = {name: tuple(map(int, graph.aval(name).shape)) for name in chosen}
     origins = tuple(Origin(name, shapes[name], each.parts) for each in replaced for name in each.weights)
-    others = tuple(f"{name} is packed, and no product sums over its rows" for name in packed if name not in fitting)
+    others = tuple(_told(name, wanted[name], name in layouts) for name in packed if name not in fitting)
     record = Record("packed", {"weight": len(chosen)}, (*misses, *refused, *others), notes)
     return Kept(result, tensors, origins, record)
 
@@ -56,6 +56,13 @@ def keep_packed(graph: Graph, packed: Mapping[str, Packed], notes: tuple[str, ..
 def _fits(graph: Graph, name: str, packed: Packed, scheme: Scheme, layout: Layout) -> bool:
     parts = scheme.parts(*layout.shape(graph.aval(name)))
     return [tensor.shape for tensor in packed.parts.values()] == [part.shape for part in parts.values()]
+
+
+def _told(name: str, scheme: Scheme, used: bool) -> str:
+    """Says why a packed weight is floats."""
+    if used:
+        return f"{name} is packed in parts of other shapes than {scheme} has over the axis that a product sums over"
+    return f"{name} is packed, and no product sums over its rows"
 
 
 def _tensors(replaced: Replaced, packed: Mapping[str, Packed]) -> dict[str, Tensor]:

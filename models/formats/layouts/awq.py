@@ -11,7 +11,7 @@ from typing import Any, final
 import numpy as np
 
 from xlathe.models.formats.layouts.bits import pack, unpack
-from xlathe.models.formats.layouts.gptq import HEAD, misfit, the_one, uneven
+from xlathe.models.formats.layouts.gptq import misfit, outside, the_one, uneven
 from xlathe.models.formats.layouts.integers import by_group, derived, exactly, stored_of, unpack_levels, zeros_of
 from xlathe.models.formats.layouts.layout import Layout
 from xlathe.safetensors_file import Packed, Tensor
@@ -27,9 +27,7 @@ class Awq(Layout):
     """AWQ has one form that is written."""
 
     def refusal(self, module: str, packed: Packed, n: int, k: int) -> str | None:
-        if module == HEAD:
-            return "its readers take a head of floats; a rule ('head/kernel', 'none') leaves it as it is"
-        return misfit(packed, ("int4",)) or uneven(BITS, outputs=n)
+        return outside(module) or misfit(packed, ("int4",)) or uneven(BITS, outputs=n)
 
     def tensors(self, module: str, packed: Packed, n: int, k: int) -> Mapping[str, Tensor]:
         stored, parts = stored_of(packed), packed.parts

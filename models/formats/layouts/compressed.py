@@ -98,7 +98,7 @@ def _misfit_integer(stored: Scaled, activations: str | None) -> str | None:
 def _packed(stored: Scaled, parts: Mapping[str, Tensor], n: int, k: int) -> dict[str, Tensor]:
     bits = INTEGERS[stored.element]
     words = derived(
-        (n, count_words(k, bits)), np.int32, lambda codes: to_words(to_stream(stored, codes)), parts["codes"]
+        (n, count_words(k, bits)), np.int32, lambda codes: to_words(to_stream(codes)), parts["codes"]
     )
     found = {
         "weight_packed": words,

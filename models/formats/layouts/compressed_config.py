@@ -49,8 +49,8 @@ class Targets:
 class Group:
     """How the modules that targets match are stored.
 
-    rows, columns: of the block that shares a scale, as in `Scaled`; activations: None or one of `ACTIVATIONS`; notes:
-    what of a configuration is done otherwise.
+    rows, columns: of the block that shares a scale, as in `Scaled`; activations: None or one of `ACTIVATIONS`; steps:
+    the tensors in which activations may have theirs; notes: what of a configuration is done otherwise.
     """
 
     targets: Targets
@@ -61,6 +61,7 @@ class Group:
     rows: int
     columns: int
     activations: str | None
+    steps: tuple[str, ...]
     notes: tuple[str, ...]
 
 
@@ -117,7 +118,8 @@ def _group(settings: Settings, whole: Settings) -> Group:
     if not symmetric and form != PACKED:
         raise weights.wrong("symmetric", f"true in {form}", False)
     activations, notes = _activations(settings)
-    return Group(parse_targets(settings, "targets"), form, kind, bits, symmetric, *_block(weights), activations, notes)
+    targets, steps = parse_targets(settings, "targets"), _steps(settings)
+    return Group(targets, form, kind, bits, symmetric, *_block(weights), activations, steps, notes)
 
 
 def _block(weights: Settings) -> tuple[int, int]:
@@ -133,6 +135,16 @@ def _block(weights: Settings) -> tuple[int, int]:
     if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and 1 < n <= 2**20 for n in block):
         raise weights.wrong("block_structure", "two whole numbers, [rows, columns]", block)
     return block[0], block[1]
+
+
+def _steps(settings: Settings) -> tuple[str, ...]:
+    """Returns the tensors of the steps, and what of them stands for zero, of activations that have them in files."""
+    steps = []
+    for kind in ("input", "output"):
+        said = settings.within(f"{kind}_activations") if settings.has(f"{kind}_activations") else None
+        if said is not None and said.values.get("dynamic") in (None, False):
+            steps += [f"{kind}_scale", *([] if said.flag("symmetric", True) else [f"{kind}_zero_point"])]
+    return tuple(steps)
 
 
 def _activations(settings: Settings) -> tuple[str | None, tuple[str, ...]]:

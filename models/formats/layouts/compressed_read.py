@@ -17,7 +17,7 @@ from xlathe.storage.elements import pack_bits
 
 SUFFIXES = (
     *("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
-    *("input_scale", "input_zero_point", "output_scale"),
+    *("input_scale", "input_zero_point", "output_scale", "output_zero_point"),
 )
 MARKS = ("weight_packed", "weight_scale")
 CACHE = (".k_scale", ".v_scale", ".q_scale")
@@ -39,7 +39,14 @@ def read_compressed(settings: Settings, tensors: Mapping[str, Tensor], where: st
         if group is None:
             raise module.wrong("weight_scale", "none: `ignore`, or no target, leaves the module as it is", "one")
         found[f"{name}.weight"] = _matrix(module, group)
+        module.refuse_others(_known(group))
     return Found({**others, **found}, tuple(notes))
+
+
+def _known(group: Group) -> tuple[str, ...]:
+    """Returns the suffixes of the tensors that a module of a group may have."""
+    codes = ("weight_packed", "weight_shape") if group.format == PACKED else ("weight",)
+    return (*codes, "weight_scale", *([] if group.symmetric else ["weight_zero_point"]), *group.steps)
 
 
 def _matrix(module: Module, group: Group) -> Tensor:
@@ -54,7 +61,7 @@ def _matrix(module: Module, group: Group) -> Tensor:
     if stored.zero:
         parts["zero"] = _zero(module, group, n, shapes["zero"].shape)
     if group.activations in ("int8_static", "fp8_static"):
-        step = module.take("input_scale", FLOATS, (1,))
+        step = _one(module, "input_scale")
         parts["input"] = derived((), np.float32, lambda s: s.astype(np.float32).reshape(()), step)
     return matrix(stored, n, k, parts, group.activations)
 
@@ -86,19 +93,25 @@ def _whole(module: Module, group: Group) -> tuple[Tensor, int, int]:
 
     def stream(array: np.ndarray) -> np.ndarray:
         codes = array.astype(np.int16) + middle
-        if codes.min() < 0 or codes.max() > last:
-            raise module.wrong("weight", f"whole numbers of {group.bits} bits", int(array.min()))
+        outside = array[(codes < 0) | (codes > last)]
+        if outside.size:
+            raise module.wrong("weight", f"whole numbers of {group.bits} bits", int(outside[0]))
         return codes.astype(np.uint8) if group.bits == 8 else pack_bits(codes.astype(np.uint8), group.bits)
 
     return derived((n, k * group.bits // 8), np.uint8, stream, levels), n, k
 
 
 def _scale(module: Module, group: Group, n: int, k: int) -> Tensor:
-    if not group.rows and module.tensors["weight_scale"].shape == ():  # as some writers have one of a tensor
-        return module.take("weight_scale", FLOATS, ())
+    if not group.rows:
+        return _one(module, "weight_scale")
     columns = -(-k // group.columns) if group.columns else 1
-    shape = (-(-n // group.rows), columns) if group.rows else (1,)
-    return module.take("weight_scale", FLOATS, shape)
+    return module.take("weight_scale", FLOATS, (-(-n // group.rows), columns))
+
+
+def _one(module: Module, suffix: str) -> Tensor:
+    """Returns a tensor of one number, [1], or [] as some writers have it."""
+    scalar = suffix in module.tensors and not module.tensors[suffix].shape
+    return module.take(suffix, FLOATS, () if scalar else (1,))
 
 
 def _zero(module: Module, group: Group, n: int, shape: tuple[int, ...]) -> Tensor:

@@ -20,7 +20,8 @@ from xlathe.safetensors_file import Packed, Tensor
 from xlathe.storage import Scaled, parse_format
 from xlathe.storage.elements import INTEGERS
 
-HEAD = "lm_head"
+BLOCK = re.compile(r".*?\.\d+\.(.+)")
+"""Modules of a layer, and their names in it."""
 
 
 @final
@@ -31,7 +32,9 @@ class Gptq(Layout):
     name: str
 
     def refusal(self, module: str, packed: Packed, n: int, k: int) -> str | None:
-        return misfit(packed, tuple(INTEGERS)) or uneven(INTEGERS[stored_of(packed).element], outputs=n, inputs=k)
+        if reason := outside(module) or misfit(packed, tuple(INTEGERS)):
+            return reason
+        return uneven(INTEGERS[stored_of(packed).element], outputs=n, inputs=k)
 
     def tensors(self, module: str, packed: Packed, n: int, k: int) -> Mapping[str, Tensor]:
         stored, parts = stored_of(packed), packed.parts
@@ -45,7 +48,7 @@ class Gptq(Layout):
         def scales(scale: np.ndarray) -> np.ndarray:
             return exactly(f"{module}.scales", by_group(stored, scale).T, np.float16)
 
-        codes = derived((k * bits // WORD, n), np.int32, lambda c: to_words(to_stream(stored, c)).T, parts["codes"])
+        codes = derived((k * bits // WORD, n), np.int32, lambda c: to_words(to_stream(c)).T, parts["codes"])
         return {
             "qweight": codes,
             "qzeros": derived((groups, count_words(n, bits)), np.int32, qzeros, zeros),
@@ -64,7 +67,7 @@ class Gptq(Layout):
 
     def settings(self, modules: Mapping[str, Packed], plain: Sequence[str]) -> dict[str, Any]:
         stored = the_one(modules, self.name)
-        left_out: dict[str, Any] = {f"-:^{re.escape(module)}$": {} for module in plain if module != HEAD}
+        left_out = [module for module in plain if BLOCK.fullmatch(module)]
         return {
             "quant_method": "gptq",
             "checkpoint_format": self.name,
@@ -72,10 +75,39 @@ class Gptq(Layout):
             "group_size": stored.columns or -1,
             "sym": not stored.zero,
             "desc_act": False,
-            "lm_head": HEAD in modules,
+            "lm_head": False,
             "pack_dtype": "int32",
-            **({"dynamic": left_out} if left_out else {}),
+            **(_partial(self.name, list(modules), left_out) if left_out else {}),
         }
+
+
+def _partial(layout: str, modules: Sequence[str], left_out: Sequence[str]) -> dict[str, Any]:
+    """Returns the settings by which readers leave modules of layers in floats: vLLM and GPTQModel by `dynamic`,
+    transformers by the ends of names that it quantizes, in whichever layer."""
+    quantized = list(dict.fromkeys(_within(module) for module in modules))
+    for module in left_out:
+        if module.endswith(tuple(quantized)):
+            raise CheckpointError(
+                f"{layout}: {module} is in floats, and its like in another layer is quantized, which transformers "
+                "cannot be told; compressed-tensors and awq name such modules, or a rule leaves it so in every layer"
+            )
+    return {
+        "modules_in_block_to_quantize": [quantized],
+        "dynamic": {f"-:^{re.escape(module)}$": {} for module in left_out},
+    }
+
+
+def _within(module: str) -> str:
+    found = BLOCK.fullmatch(module)
+    assert found is not None, module
+    return found[1]
+
+
+def outside(module: str) -> str | None:
+    """Says what is expected of a module of no layer, as a head is; None where it is of one."""
+    if BLOCK.fullmatch(module):
+        return None
+    return "its readers take a head of floats; a rule ('head/kernel', 'none') leaves it as it is"
 
 
 def misfit(packed: Packed, elements: Sequence[str]) -> str | None:

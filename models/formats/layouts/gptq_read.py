@@ -1,8 +1,7 @@
 """Reading GPTQ's layout, and AWQ's, which differs in what a word holds. Both forms: `gptq.py`, `awq.py`."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -25,7 +24,8 @@ from xlathe.safetensors_file import Tensor
 from xlathe.storage import Scaled
 from xlathe.storage.elements import pack_bits
 
-SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
+MARKS = ("qweight", "qzeros", "scales", "g_idx")
+SUFFIXES = (*MARKS, "weight")
 MADE_BY = (
     *("act_group_aware", "adapter", "backend", "batch_size", "block_name_to_quantize", "cache_block_outputs"),
     *("damp_auto_increment", "damp_percent", "dataset", "disable_exllama", "dynamic", "exllama_config"),
@@ -39,6 +39,8 @@ GPTQ = ("quant_method", "checkpoint_format", "format", "bits", "group_size", "sy
 AWQ_RUN = ("modules_to_not_convert", "do_fuse", "fuse_max_seq_len", "modules_to_fuse", "exllama_config", "backend")
 AWQ = ("quant_method", "version", "bits", "w_bit", "group_size", "q_group_size", "zero_point", *AWQ_RUN)
 LISTED = 3  # modules in a note
+Unpacked = Callable[[np.ndarray], np.ndarray]
+"""What reads zero points, uint8 [groups, n], out of words."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +65,7 @@ def read_gptq(settings: Settings, tensors: Mapping[str, Tensor], where: str) -> 
     settings.flag("desc_act", False)
     form = Form(bits, group_of(settings), not settings.flag("sym", True), version == "gptq")
     _refuse_other_bits(settings)
-    modules, others = _modules(where, tensors)
+    modules, others = _modules(where, tensors, MARKS)
     found = {f"{module.name}.weight": _gptq_matrix(module, form) for module in modules}
     floats = [name for name, tensor in found.items() if tensor.packed is None]
     return Found({**others, **found}, _told(floats))
@@ -79,7 +81,7 @@ def read_awq(settings: Settings, tensors: Mapping[str, Tensor], where: str) -> F
         raise settings.wrong("version", "gemm", settings.values["version"])
     settings.refuse("zero_point", unless=True, why="expected zero points, which the layout always holds")
     form = Form(_bits(settings, (4,)), group_of(settings), zeros=True, less_one=False)
-    modules, others = _modules(where, tensors)
+    modules, others = _modules(where, tensors, ("qweight", "qzeros", "scales"))
     return Found({**others, **{f"{module.name}.weight": _awq_matrix(module, form) for module in modules}})
 
 
@@ -100,10 +102,15 @@ def _refuse_other_bits(settings: Settings) -> None:
             )
 
 
-def _modules(where: str, tensors: Mapping[str, Tensor]) -> tuple[list[Module], dict[str, Tensor]]:
-    modules, others = split_modules(where, tensors, SUFFIXES, SUFFIXES)
+def _modules(
+    where: str, tensors: Mapping[str, Tensor], known: Sequence[str]
+) -> tuple[list[Module], dict[str, Tensor]]:
+    """Returns the modules, which have tensors of these suffixes alone, and all other tensors."""
+    modules, others = split_modules(where, tensors, SUFFIXES, MARKS)
     if not modules:
         raise CheckpointError(f"{where}: expected tensors *.qweight, as its quantization_config says, found none")
+    for module in modules.values():
+        module.refuse_others(known)
     return list(modules.values()), others
 
 
@@ -146,7 +153,7 @@ def _awq_matrix(module: Module, form: Form) -> Tensor:
     return matrix(_stored(form, scale), n, k, {"codes": codes, **_parts(form, scale, zero)})
 
 
-def _shared(module: Module, form: Form, n: int, k: int, codes: Any) -> tuple[Tensor, Tensor]:
+def _shared(module: Module, form: Form, n: int, k: int, unpacked: Unpacked) -> tuple[Tensor, Tensor]:
     """Returns scales and zero points, [n, groups]; those of a form that has none must be the middle."""
     groups = -(-k // (form.group or k))
     scales = module.take("scales", FLOATS, (groups, n))
@@ -154,7 +161,7 @@ def _shared(module: Module, form: Form, n: int, k: int, codes: Any) -> tuple[Ten
     middle = 2 ** (form.bits - 1)
 
     def zeros(words: np.ndarray) -> np.ndarray:
-        found = codes(words)
+        found = unpacked(words)
         if form.less_one:
             found = (found + 1) & np.uint8(2**form.bits - 1)
         if not form.zeros and (found != middle).any():

@@ -28,7 +28,7 @@ def middle(stored: Scaled) -> int:
     return int(2 ** (INTEGERS[stored.element] - 1))
 
 
-def to_stream(stored: Scaled, codes: np.ndarray) -> np.ndarray:
+def to_stream(codes: np.ndarray) -> np.ndarray:
     """Returns codes from 0 up, packed into bytes [n, k * bits / 8], of those of our parts."""
     return codes.view(np.uint8) ^ np.uint8(128) if codes.dtype == np.int8 else codes
 
@@ -41,7 +41,7 @@ def from_stream(stored: Scaled, stream: np.ndarray) -> np.ndarray:
 
 def unpack_levels(stored: Scaled, codes: np.ndarray, k: int) -> np.ndarray:
     """Returns codes from 0 up, uint8 [n, k], of those of our parts."""
-    stream = to_stream(stored, codes)
+    stream = to_stream(codes)
     return stream if stream.shape[1] == k else unpack(stream, INTEGERS[stored.element], k)
 
 

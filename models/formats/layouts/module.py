@@ -39,6 +39,12 @@ class Module:
             raise self.wrong(suffix, _shown(shape), list(tensor.shape))
         return tensor
 
+    def refuse_others(self, known: Iterable[str]) -> None:
+        """Raises CheckpointError for a tensor that a module of this form has no use for."""
+        for suffix in self.tensors:
+            if suffix not in known:
+                raise self.wrong(suffix, "none: nothing reads it in a module of this form", "one")
+
     def wrong(self, suffix: str, expected: str, found: Any) -> CheckpointError:
         return CheckpointError(f"{self.where}: {self.name}.{suffix}: expected {expected}, found {found}")
 
@@ -89,7 +95,7 @@ def refuse_unknown(settings: Settings, known: Iterable[str]) -> None:
             raise CheckpointError(f"{settings.where}: {name} is {brief(value)}: expected no setting of that name")
 
 
-def group_of(settings: Settings, k: int | None = None) -> int:
+def group_of(settings: Settings) -> int:
     """Returns `group_size`; 0 where it is -1, a group for all inputs."""
     size = settings.values.get("group_size")
     if type(size) is not int or not (size == -1 or 1 <= size <= 2**20):

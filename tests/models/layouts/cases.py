@@ -25,21 +25,27 @@ SIZE, GROUP = 64, 32  # of the one module, [n, k] alike
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """scheme: ours; layout: of the directory that is written."""
+    """scheme: ours; layout: of the directory that is written; tied: whether the head is the embedding; floats: a
+    projection that stays in floats in all layers."""
 
     layout: str
     scheme: str
+    tied: bool = False
+    floats: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.layout} {self.scheme}"
+        left = f", {self.floats} in floats" if self.floats else ""
+        return f"{self.layout} {self.scheme}{', tied' if self.tied else ''}{left}"
 
 
 MODELS = (
     Case("gptq", "int4:g32"),
     Case("gptq", "int8:g32"),
+    Case("gptq", "int4:g32", floats="down"),
     Case("gptq_v2", "int4:g32,asym"),
     Case("awq", "int4:g32,asym"),
+    Case("awq", "int4:g32", tied=True, floats="down"),
     Case("compressed-tensors", "int4:g32"),
     Case("compressed-tensors", "int4:g32,asym,s=f32"),  # unpacked as they are loaded, in the type of scales
     Case("compressed-tensors", "int8:channel"),
@@ -47,6 +53,7 @@ MODELS = (
     Case("compressed-tensors", "fp8_e4m3:tensor"),
     Case("compressed-tensors", "fp8_e4m3:channel,a=fp8_token"),
     Case("compressed-tensors", "fp8_e4m3:b32x32"),
+    Case("compressed-tensors", "int4:g32", tied=True),
 )
 """Whole models, written by us and run by transformers."""
 

@@ -1,5 +1,6 @@
 """What no layout holds, and directories that are not what they say: one error that names the tensor or the setting."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,14 @@ import numpy as np
 import pytest
 
 import xlathe as xl
-from tests.models.layouts.cases import Case
+from tests.models.layouts.cases import CONFIG, Case
 from tests.models.layouts.damage import rewrite
 from tests.models.layouts.write_models import FLOATS, float_graph, quantized_graph
 from tests.models.tiny import GEMMA2, write_tiny
 from xlathe import passes
 
+Arrays, Said = dict[str, np.ndarray], dict[str, Any]
+NEOX = {**CONFIG, "model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], "hidden_act": "gelu"}
 KEY = "model.layers.0.self_attn.k_proj"
 REFUSED = (
     ("gptq", "nf4:g32", "expected int8, int4, int3, int2; no layout does"),
@@ -42,8 +45,26 @@ def test_other_refusals_of_writing(tmp_path: Path) -> None:
     two = passes.Quantize("int4:g32", rules=(*FLOATS, (".*/down/.*", "int4:g64")))
     with pytest.raises(xl.CheckpointError, match=r"gptq holds one scheme, found .*_proj in int4:g.*compressed-tensors"):
         xl.Pipeline([two])(float_graph()).save_pretrained(tmp_path / "b", layout="gptq")
-    with pytest.raises(xl.CheckpointError, match=r"lm_head\.weight is int4:g32, which awq does not hold: its readers"):
-        xl.Pipeline([passes.Quantize("int4:g32")])(float_graph()).save_pretrained(tmp_path / "b", layout="awq")
+
+
+@pytest.mark.parametrize("layout", ["gptq", "gptq_v2", "awq"])
+@pytest.mark.parametrize(("config", "head"), [(CONFIG, "lm_head"), (NEOX, "embed_out")], ids=["llama", "gpt_neox"])
+def test_a_quantized_head(layout: str, config: Said, head: str, tmp_path: Path) -> None:
+    """By the name that the family has for it."""
+    graph = xl.from_pretrained(write_tiny(tmp_path / "a", config))
+    step = passes.Quantize("int4:g32", rules=(("embedding/.*", "none"),))
+    reason = rf"{head}\.weight is int4:g32, which {layout} does not hold: its readers take a head of floats"
+    with pytest.raises(xl.CheckpointError, match=reason):
+        xl.Pipeline([step])(graph).save_pretrained(tmp_path / "b", layout=layout)
+
+
+def test_layers_that_differ(tmp_path: Path) -> None:
+    """Before: a layer in floats beside one in int4. Expected: refused, as transformers would take both for int4."""
+    graph = xl.Pipeline([passes.Quantize("int4:g32", rules=(*FLOATS, ("layers/1/.*", "none")))])(float_graph())
+    with pytest.raises(xl.CheckpointError, match=r"gptq: model\.layers\.1\..*_proj is in floats.*-tensors and awq name"):
+        graph.save_pretrained(tmp_path / "b", layout="gptq")
+    graph.save_pretrained(tmp_path / "b", layout="awq")
+    assert "model.layers.1.self_attn.q_proj" in quantization(tmp_path / "b")["modules_to_not_convert"]
 
 
 def test_a_tied_head_is_no_linear_module(tmp_path: Path) -> None:
@@ -69,9 +90,6 @@ def test_numbers_without_a_place(tmp_path: Path) -> None:
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
-Arrays, Said = dict[str, np.ndarray], dict[str, Any]
-
-
 def put(suffix: str, make: Callable[[np.ndarray], np.ndarray]) -> Callable[[Arrays], None]:
     def change(held: Arrays) -> None:
         held[f"{KEY}.{suffix}"] = make(held[f"{KEY}.{suffix}"])
@@ -82,6 +100,10 @@ def put(suffix: str, make: Callable[[np.ndarray], np.ndarray]) -> Callable[[Arra
 def reason_of(value: Any) -> str:
     """Names a case after its message: what changes the files is a function, whose address no two processes share."""
     return value[:40] if isinstance(value, str) else ""
+
+
+def add(suffix: str, array: np.ndarray) -> Callable[[Arrays], None]:
+    return lambda held: held.update({f"{KEY}.{suffix}": array})
 
 
 def say(**changes: Any) -> Callable[[Said], None]:
@@ -112,6 +134,7 @@ GPTQ_ARRAYS = (
     (put("qzeros", lambda a: a[:, :1]), rf"{KEY}\.qzeros: expected \[2, 4\], found \[2, 1\]"),
     (put("qzeros", lambda a: a + 1), rf"{KEY}\.qzeros: expected 8 everywhere, since sym is true, found 9"),
     (put("g_idx", lambda a: a + 1), rf"{KEY}\.g_idx: expected groups from 0 to 1, found \[1, 2\]"),
+    (add("weight", np.ones((32, 64), np.float32)), rf"{KEY}\.weight: expected none: nothing reads it"),
     (put("scales", lambda a: a * np.float16(np.nan)), r"k_proj\.weight' \(scale\) holds 64 numbers that are NaN"),
 )
 GPTQ_SETTINGS = (
@@ -141,6 +164,15 @@ COMPRESSED = (
     (group("weights", symmetric=False), r"q_proj\.weight_zero_point: expected a tensor \[8, 2\], found none"),
 )
 COMPRESSED_ARRAYS = (
+    *(
+        (add(suffix, np.ones(shape, dtype)), rf"{KEY}\.{suffix}: expected none: nothing reads it")
+        for suffix, shape, dtype in (
+            ("weight", (32, 64), np.float32),
+            ("weight_zero_point", (4, 2), np.int32),
+            ("weight_g_idx", (64,), np.int32),
+            ("input_scale", (1,), np.float32),
+        )
+    ),
     (put("weight_shape", lambda a: a * 2), rf"{KEY}\.weight_packed: expected what weight_shape \[64, 128\] takes"),
     (put("weight_shape", lambda a: -a), rf"{KEY}\.weight_packed: expected what weight_shape"),
     (put("weight_packed", lambda a: a[:, :3]), rf"{KEY}\.weight_packed: expected what weight_shape"),
@@ -184,6 +216,19 @@ def test_settings_that_are_wrong(change: Any, reason: str, written: Callable[[st
     folder = rewrite(copy(written(layout), tmp_path / "a"), settings=change)
     with pytest.raises(xl.CheckpointError, match=reason):
         read_all(folder)
+
+
+def test_levels_beyond_their_bits(tmp_path: Path) -> None:
+    quantized_graph(Case("compressed-tensors", "int4:g32,a=int8_token")).save_pretrained(
+        tmp_path, layout="compressed-tensors"
+    )
+    rewrite(tmp_path, put("weight", lambda a: np.where(np.arange(64) == 3, np.int8(9), a)))
+    with pytest.raises(xl.CheckpointError, match=rf"{KEY}\.weight: expected whole numbers of 4 bits, found 9"):
+        read_all(tmp_path)
+
+
+def quantization(folder: Path) -> Said:
+    return json.loads((folder / "config.json").read_text())["quantization_config"]  # type: ignore[no-any-return]
 
 
 def read_all(folder: Path) -> None:

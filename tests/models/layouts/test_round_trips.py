@@ -59,6 +59,36 @@ def test_static_activations_come_back(tmp_path: Path) -> None:
     graph.save_pretrained(tmp_path, layout="compressed-tensors")
     again = xl.from_pretrained(tmp_path)
     assert same(graph, again) and f"{OURS}.input" in again.names("weight")
+    rewrite(tmp_path, lambda held: held.update({f"{KEY}.input_scale": held[f"{KEY}.input_scale"].reshape(())}))
+    assert same(graph, xl.from_pretrained(tmp_path))
+    other = xl.from_pretrained(tmp_path, activations="fp8_token")  # the file's steps are of no use then
+    assert other.history[0].hits == {"weight": 14} and not other.history[0].misses
+    assert f"{OURS}.codes" in other.names("weight") and f"{OURS}.input" not in other.names("weight")
+    for unknown in ("", 3):
+        with pytest.raises(xl.OptionError, match=f"activations {unknown!r} is not known"):
+            xl.from_pretrained(tmp_path, activations=unknown)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layout", ["compressed-tensors", "awq"])
+def test_a_tied_head_is_left_out(layout: str, tmp_path: Path) -> None:
+    """Files do not have it, and readers would quantize it as the linear module that it is."""
+    graph = quantized_graph(Case(layout, "int4:g32", tied=True))
+    graph.save_pretrained(tmp_path, layout=layout)
+    said = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert said["ignore" if layout == "compressed-tensors" else "modules_to_not_convert"] == ["lm_head"]
+    assert difference(xl.from_pretrained(tmp_path)(TOKENS), graph(TOKENS)) <= 1e-6
+
+
+def test_projections_that_gptq_leaves_out(tmp_path: Path) -> None:
+    """transformers goes by the names that are quantized, vLLM by those that are not."""
+    graph = quantized_graph(Case("gptq", "int4:g32,s=f16", floats="down"))
+    graph.save_pretrained(tmp_path, layout="gptq")
+    said = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    mlp, attention = ("gate", "up"), ("q", "k", "v", "o")
+    names = [*(f"self_attn.{part}_proj" for part in attention), *(f"mlp.{part}_proj" for part in mlp)]
+    assert sorted(said["modules_in_block_to_quantize"][0]) == sorted(names)
+    assert list(said["dynamic"]) == [rf"-:^model\.layers\.{i}\.mlp\.down_proj$" for i in range(2)]
+    assert same(graph, xl.from_pretrained(tmp_path))
 
 
 def test_experts_and_several_schemes(tmp_path: Path) -> None:

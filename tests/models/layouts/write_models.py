@@ -19,11 +19,12 @@ FLOATS = ((".*(embedding|head/kernel)", "none"),)
 
 
 @functools.cache
-def float_graph() -> xl.Graph:
+def float_graph(tied: bool = False) -> xl.Graph:
     """Returns a small Llama with the numbers of `values`, the same everywhere."""
-    shapes = {name: tensor.shape for name, tensor in tiny_checkpoint(CONFIG).tensors.items()}
+    config = {**CONFIG, "tie_word_embeddings": True} if tied else CONFIG
+    shapes = {name: tensor.shape for name, tensor in tiny_checkpoint(config).tensors.items()}
     tensors = {name: _tensor(values("layouts", name, shape)) for name, shape in shapes.items()}
-    return to_graph(Checkpoint(Card(CONFIG), tensors, "test"))
+    return to_graph(Checkpoint(Card(config), tensors, "test"))
 
 
 def _tensor(array: np.ndarray) -> Tensor:
@@ -32,7 +33,8 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 @functools.cache
 def quantized_graph(case: Case) -> xl.Graph:
-    return xl.Pipeline([passes.Quantize(case.scheme, rules=FLOATS)])(float_graph())
+    rules = (*FLOATS, *([(f".*/{case.floats}/.*", "none")] if case.floats else []))
+    return xl.Pipeline([passes.Quantize(case.scheme, rules=rules)])(float_graph(case.tied))
 
 
 def main() -> None:

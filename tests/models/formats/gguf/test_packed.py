@@ -117,3 +117,9 @@ def test_activations_that_are_rounded(tmp_path: Path) -> None:
         xl.from_pretrained(path, activations="int8_static")
     with pytest.raises(OptionError, match="activations 'int9' is not known"):
         xl.from_pretrained(path, activations="int9")
+
+
+def test_no_layout_of_other_tools_has_blocks(tmp_path: Path) -> None:
+    graph = xl.from_pretrained(written(tmp_path, "llama", "Q4_K_M"), max_len=32)
+    with pytest.raises(xl.CheckpointError, match=r"gptq holds no blocks of GGUF; from_pretrained\(.*packed=False\)"):
+        graph.save_pretrained(tmp_path / "b", layout="gptq")
