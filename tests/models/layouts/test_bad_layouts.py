@@ -61,7 +61,7 @@ def test_a_quantized_head(layout: str, config: Said, head: str, tmp_path: Path) 
 def test_layers_that_differ(tmp_path: Path) -> None:
     """Before: a layer in floats beside one in int4. Expected: refused, as transformers would take both for int4."""
     graph = xl.Pipeline([passes.Quantize("int4:g32", rules=(*FLOATS, ("layers/1/.*", "none")))])(float_graph())
-    with pytest.raises(xl.CheckpointError, match=r"gptq: model\.layers\.1\..*_proj is in floats.*-tensors and awq name"):
+    with pytest.raises(xl.CheckpointError, match=r"gptq: model\.layers\.1\..*_proj is in floats.*-tensors and awq"):
         graph.save_pretrained(tmp_path / "b", layout="gptq")
     graph.save_pretrained(tmp_path / "b", layout="awq")
     assert "model.layers.1.self_attn.q_proj" in quantization(tmp_path / "b")["modules_to_not_convert"]
