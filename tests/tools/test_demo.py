@@ -27,6 +27,8 @@ from xlathe.tools.source import DEMO_LENGTH
 from xlathe.tools.stages import Drafting, Task, run_stages
 from xlathe.tools.text import TrainingRows, held_out_windows, training_rows
 
+pytestmark = pytest.mark.timeout(900)  # nine pipelines are built before the first test
+
 WINDOWS = np.random.default_rng(0).integers(1, 4096, (3, 16), dtype=np.int32)
 CALIBRATION = TrainingRows(("calibrated_on.py",), np.random.default_rng(1).integers(1, 4096, (2, 16), dtype=np.int32))
 WIDE = LlamaConfig(vocab=4096, width=32, layers=1, query_heads=8, key_value_heads=4, head_dim=16, hidden=320)
