@@ -21,7 +21,7 @@ from xlathe.graph import Graph
 from xlathe.passes.quantize.calibrated import Search
 from xlathe.passes.quantize.experts import find_experts
 from xlathe.passes.quantize.method import Method, WeightMethod
-from xlathe.passes.quantize.recipe import Encode
+from xlathe.passes.quantize.recipe import Encode, check_finite
 from xlathe.passes.quantize.schemes import Scheme
 from xlathe.passes.quantize.uses import Layout, plan_weights
 from xlathe.pipeline import Context
@@ -67,6 +67,9 @@ def measure(
     from xlathe.passes.observe import check_calibration, observe  # it reads products as this package does
 
     batches = _first(check_calibration(graph, context.calibration))
+    for unit in units:  # else each of them would be blamed for predictions that are not finite
+        for name in unit.names:
+            check_finite(name, unit.layout.matrix(graph.weights[name]))
     stats = observe(graph, context.calibration, progress=context.progress).inputs
     alone = method if isinstance(method, WeightMethod) and method.statistics != "gram" else Search()
     divergence, found = Divergence(graph, batches), []
