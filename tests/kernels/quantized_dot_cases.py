@@ -48,7 +48,11 @@ def int4_operands(rows: int, n: int, k: int, group: int, *, zeros: bool, seed: i
 
 
 def check_int4(kernel: Kernel, sizes: tuple[int, int, int], group: int, *, zeros: bool, out_dtype: str) -> None:
-    """At most twice as far from float32 as a product with the weight rounded to bfloat16, for each row of codes."""
+    """At most twice as far from float32 as a product with the weight rounded to bfloat16, for each row of codes.
+
+    And 1e-6 of the largest result more, as the order of float32 sums is the kernel's: bfloat16 has all weights of some
+    rows, and where it adds in the order of the body it is no error away.
+    """
     args = int4_operands(*sizes, group, zeros=zeros)
     text = f"int4:g{group}{',asym' * zeros}"
     exact = operation.body(*args, out_dtype="float32", format=text)
@@ -57,7 +61,7 @@ def check_int4(kernel: Kernel, sizes: tuple[int, int, int], group: int, *, zeros
     actual = kernel(*args, out_dtype=out_dtype, format=text)
     assert actual.shape == plain.shape and actual.dtype == plain.dtype
     error, allowed = (jnp.max(jnp.abs(y.astype(jnp.float32) - exact), axis=0) for y in (actual, plain))
-    assert jnp.all(error <= 2 * allowed)
+    assert jnp.all(error <= 2 * allowed + 1e-6 * jnp.max(jnp.abs(exact)))
 
 
 def check_int4_by_units(kernel: Kernel, n: int, k: int, group: int) -> None:
