@@ -1,10 +1,10 @@
 """Writes what other tools make of our directories, and of codes, for the tests to compare with. Run by hand:
 
-    python -m tests.models.layouts.write_models /tmp/layouts                       # in our environment
-    /tmp/hf/bin/pip install torch==2.13.0 transformers==5.24.0 compressed-tensors==0.20.0
-    /tmp/hf/bin/pip install --no-deps auto-gptq==0.7.1 autoawq==0.2.9 optimum gptqmodel==7.7.0
-    /tmp/hf/bin/pip install accelerate device-smi logbar tokenicer pypcre defuser threadpoolctl datasets
-    /tmp/hf/bin/python -m tests.models.layouts.make_expected /tmp/layouts          # in the root of the repository
+    python -m tests.models.layouts.write_models FOLDER                       # in our environment
+    ENV/bin/pip install torch==2.13.0 transformers==5.24.0 compressed-tensors==0.20.0
+    ENV/bin/pip install --no-deps auto-gptq==0.7.1 autoawq==0.2.9 optimum gptqmodel==7.7.0
+    ENV/bin/pip install accelerate device-smi logbar tokenicer pypcre defuser threadpoolctl datasets
+    ENV/bin/python -m tests.models.layouts.make_expected FOLDER          # in the root of the repository
 
 `expected.safetensors`: of each of `MODELS` the float32 logits [2, 20, vocab] of transformers, which runs GPTQ and AWQ
 by GPTQModel; of each of `MODULES` the tensors that the tool packs its codes into, and `weight`, float32 [n, k], that it
