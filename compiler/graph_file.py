@@ -19,6 +19,7 @@ from xlathe.errors import CheckpointError, GraphFileError, OptionError, as_path
 from xlathe.files import written_together
 from xlathe.graph import Graph, Origin, Record, Weights
 from xlathe.parser import parse
+from xlathe.prepared import Prepared
 from xlathe.printer import to_text
 from xlathe.safetensors_file import Tensor, read_safetensors, write_safetensors
 
@@ -56,8 +57,9 @@ def _write(graph: Graph, text: str, folder: Path) -> None:
         "history": [dataclasses.asdict(record) for record in graph.history],
         "card": cards.to_json(graph.card),
     }
+    prepared = Prepared(graph, "weight", "const")
     with written_together(folder, OWNED) as fresh:
-        write_safetensors(fresh / WEIGHTS, _prepared(graph))
+        write_safetensors(fresh / WEIGHTS, {name: prepared.tensor(name) for name in prepared.names})
         (fresh / PROGRAM).write_text(text, encoding="utf-8")
         (fresh / META).write_text(json.dumps(meta, indent=1), encoding="utf-8")
         if graph.tokenizer is not None:
@@ -81,24 +83,6 @@ def load_graph(directory: str | os.PathLike[str]) -> Graph:
     graph = Graph(jaxpr, inputs, weights, meta["max_len"], tokenizer, _history(meta), _card(folder / META, meta))
     _check_arrays(graph, stored)
     return graph
-
-
-def _prepared(graph: Graph) -> dict[str, Tensor]:
-    """Returns the arrays of a graph, each made when it is read; what a recipe makes is made once, for all in a row."""
-    held: dict[str, Any] = {}
-
-    def tensor(name: str, group: list[str]) -> Tensor:
-        def read() -> np.ndarray:
-            if name not in held:
-                held.clear()
-                held.update(graph.weights.prepare(group))
-            return np.asarray(held.pop(name))
-
-        aval = graph.aval(name)
-        return Tensor(tuple(map(int, aval.shape)), np.dtype(aval.dtype), read)
-
-    groups = graph.weights.together(graph.names("weight", "const"))
-    return {name: tensor(name, group) for group in groups for name in group}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,11 +4,10 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from xlathe import jaxpr as ir
 from xlathe.errors import CheckpointError
 from xlathe.graph import Graph
+from xlathe.prepared import Prepared
 from xlathe.safetensors_file import Packed, Tensor
 
 OPERANDS = {"quantized_dot": 1, "quantized_ragged_dot": 2}  # before the parts of the weight
@@ -28,7 +27,7 @@ class Quantized:
 def quantized_weights(graph: Graph) -> dict[str, Quantized]:
     """Returns the quantized weights of a graph by their names, each part made when it is read; experts are apart."""
     names = {var: item.name for var, item in zip(graph.jaxpr.invars, graph.inputs, strict=True)}
-    found, parts = {}, Parts(graph)
+    found, parts = {}, Prepared(graph, "weight")
     for eqn, before in _products(graph):
         inputs = tuple(names[var] for var in eqn.invars[before:] if isinstance(var, ir.Var) and var in names)
         given, (n, k) = ir.attributes(eqn), (int(eqn.outvars[0].aval.shape[-1]), int(eqn.invars[0].aval.shape[-1]))
@@ -51,33 +50,6 @@ def _weights(graph: Graph, part: str, stacked: bool) -> list[str]:
     stem = part.rpartition(".")[0]
     count = int(graph.aval(part).shape[0])
     return [stem.replace("*", str(i)) for i in range(count)] if stacked else [stem]
-
-
-class Parts:
-    """Makes the inputs of a graph when they are read; what one recipe makes is made once for reads in a row."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-        groups = graph.weights.together(graph.names("weight"))
-        self.together = {name: group for group in groups for name in group}
-        self.held: dict[str, Any] = {}
-
-    def tensor(self, name: str, line: int | None = None) -> Tensor:
-        """Returns an input, or one line of it."""
-        aval = self.graph.aval(name)
-        shape = tuple(map(int, aval.shape))
-
-        def read() -> np.ndarray:
-            whole = self._read(name)
-            return whole if line is None else whole[line]
-
-        return Tensor(shape if line is None else shape[1:], np.dtype(aval.dtype), read)
-
-    def _read(self, name: str) -> np.ndarray:
-        if name not in self.held:
-            self.held.clear()
-            self.held.update(self.graph.weights.prepare(self.together[name]))
-        return np.asarray(self.held[name])
 
 
 def lay_out(

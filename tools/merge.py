@@ -15,7 +15,7 @@ def define(values: flags.FlagValues) -> None:
 def run(options: Options, recipe: str, destination: str) -> None:
     from xlathe.errors import CheckpointError
     from xlathe.models.formats.checkpoints import open_checkpoint
-    from xlathe.models.formats.huggingface import write_huggingface
+    from xlathe.models.formats.convert import write_directory
     from xlathe.passes.merge.merge import merge, peak_bytes
     from xlathe.passes.merge.recipe import read_recipe
 
@@ -24,21 +24,14 @@ def run(options: Options, recipe: str, destination: str) -> None:
         if folder.exists() and Path(model).exists() and folder.resolve() == Path(model).resolve():
             raise CheckpointError(f"{folder}: expected another place than {model}'s, which is read while writing")
     merged = merge(read, {model: open_checkpoint(model) for model in read.models}, options["seed"])
-    whole, done = sum(tensor.nbytes for tensor in merged.tensors.values()), 0
     console.print(
-        f"{read.method} of {', '.join(read.models)}: {len(merged.tensors)} tensors, {whole:,} bytes; about "
+        f"{read.method} of {', '.join(read.models)}: {len(merged.tensors)} tensors; about "
         f"{peak_bytes(read, merged) / 1e6:,.0f} MB are held beside the mapped files",
         soft_wrap=True,
     )
     with byte_bar(console, "merge") as progress:
-
-        def wrote(size: int) -> None:
-            nonlocal done
-            done += size
-            progress(done, whole)
-
-        write_huggingface(merged, folder, wrote)
-    console.print(f"{destination}: {whole:,} bytes of numbers", soft_wrap=True)
+        written = write_directory(merged, folder, progress)
+    console.print(f"{destination}: {written:,} bytes of numbers", soft_wrap=True)
 
 
 VERB = Verb("merge", "merge checkpoints into a directory, by a recipe in YAML", ("RECIPE", "OUT"), define, run)

@@ -60,8 +60,12 @@ def convert(
 def _to_huggingface(checkpoint: Checkpoint, folder: Path, type: str | None, progress: Progress) -> int:
     if type is not None and type not in DTYPES:
         raise OptionError(f"type: no type {type!r} in a directory{did_you_mean(type, DTYPES)}")
-    cast = _cast(checkpoint, None if type is None else DTYPES[type])
-    whole = sum(tensor.nbytes for tensor in cast.tensors.values())
+    return write_directory(_cast(checkpoint, None if type is None else DTYPES[type]), folder, progress)
+
+
+def write_directory(checkpoint: Checkpoint, folder: Path, progress: Progress) -> int:
+    """Writes a Hugging Face directory; returns the bytes of its numbers. progress: told those written, and all."""
+    whole = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     done = 0
 
     def wrote(size: int) -> None:
@@ -69,7 +73,7 @@ def _to_huggingface(checkpoint: Checkpoint, folder: Path, type: str | None, prog
         done += size
         progress(done, whole)
 
-    write_huggingface(cast, folder, wrote)
+    write_huggingface(checkpoint, folder, wrote)
     return whole
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xlathe.passes.merge.combine import add
+from xlathe.passes.merge.combine import add, combine
 from xlathe.passes.merge.masks import kept_count, largest
 
 
@@ -21,8 +21,7 @@ def change(tensor: jax.Array, base: jax.Array) -> jax.Array:
 def summed(deltas: Sequence[jax.Array], weights: Sequence[float], *, normalize: bool = False) -> jax.Array:
     """Returns the weighted sum of changes, divided by the sum of weights where `normalize` (Ilharco et al. 2023,
     arXiv 2212.04089)."""
-    total = float(np.sum(weights)) if normalize else 1.0
-    return _elected(list(deltas), jnp.asarray(weights, jnp.float32) / total, False, False)
+    return combine(deltas, np.asarray(weights) / (np.sum(weights) if normalize else 1))
 
 
 def elected(deltas: Sequence[jax.Array], weights: Sequence[float], *, normalize: bool = True) -> jax.Array:
@@ -31,15 +30,13 @@ def elected(deltas: Sequence[jax.Array], weights: Sequence[float], *, normalize:
 
     A negative weight turns its change around before signs are compared, so that the result has the elected sign.
     """
-    return _elected(list(deltas), jnp.asarray(weights, jnp.float32), True, normalize)
+    return _elected(list(deltas), jnp.asarray(weights, jnp.float32), normalize)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _elected(deltas: Sequence[jax.Array], weights: jax.Array, elect: bool, normalize: bool) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=2)
+def _elected(deltas: Sequence[jax.Array], weights: jax.Array, normalize: bool) -> jax.Array:
     terms = [w * d for w, d in zip(weights, deltas, strict=True)]
     total = add(terms)
-    if not elect:
-        return total
     agree = [jnp.where(total < 0, term < 0, term > 0) for term in terms]
     merged = add(jnp.where(a, term, 0) for a, term in zip(agree, terms, strict=True))
     if not normalize:

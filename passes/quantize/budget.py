@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections import Counter
+from collections.abc import Mapping
 from typing import ClassVar, final
 
 import numpy as np
@@ -24,13 +25,14 @@ SCHEMES = ("int3:g32", "int4:g128", "int4:g32", "int8:channel")
 @final
 @dataclasses.dataclass(frozen=True)
 class Mix:
-    """What a budget was spent on. quantize: the pass that does it, whose rules name every weight.
+    """What a budget was spent on. quantize: the pass that does it, whose rules name every weight; schemes: of each.
 
     size, budget: bytes of all weights, those that stay as they are among them. loss: the sum of the KL divergences,
     nats a token, that the weights cause one by one. bound: no mix within the budget has a smaller sum.
     """
 
     quantize: Quantize
+    schemes: Mapping[str, Scheme]
     size: int
     budget: int
     loss: float
@@ -113,7 +115,7 @@ class Budget(Pass):
         chosen = [schemes[pick] for schemes, pick in zip(options, found.picks, strict=True)]
         schemes = {name: s for unit, s in zip(units, chosen, strict=True) if s is not None for name in unit.names}
         quantize = Quantize(rules=rules_of(schemes), method=self.method)
-        return Mix(quantize, fixed + found.size, budget, found.loss, found.bound)
+        return Mix(quantize, schemes, fixed + found.size, budget, found.loss, found.bound)
 
     def _bytes(self, graph: Graph) -> int:
         if self.megabytes is not None:
@@ -135,7 +137,7 @@ def _size(graph: Graph, unit: Unit, scheme: Scheme | None) -> int:
 
 
 def _told(mix: Mix, graph: Graph) -> str:
-    schemes = Counter(str(scheme) for scheme in mix.quantize.plan(graph).schemes.values())
+    schemes = Counter(map(str, mix.schemes.values()))
     counts = ", ".join(f"{count} x {scheme}" for scheme, count in sorted(schemes.items()))
     proof = "no mix has a smaller one" if mix.bound == mix.loss else f"no mix has one below {mix.bound:.3g}"
     return (

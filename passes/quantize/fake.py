@@ -6,7 +6,6 @@ from typing import Any, ClassVar, final
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from xlathe import jaxpr as ir
 from xlathe.axes import Einsum
@@ -15,7 +14,7 @@ from xlathe.graph import Graph, Record
 from xlathe.ops.fake_quantize import fake_quantize, fake_round
 from xlathe.passes.quantize.plan import Entry, Plan, Rule
 from xlathe.passes.quantize.quantize import Quantize
-from xlathe.passes.quantize.uses import Uses
+from xlathe.passes.quantize.uses import Layout, Uses
 from xlathe.pipeline import APPROXIMATE, Context, Keeps, Pass, is_forward
 from xlathe.rewrite import Replacement, rewrite_graph
 from xlathe.storage import Scaled
@@ -87,20 +86,15 @@ def _rounded_products(graph: Graph, plan: Plan) -> Mapping[ir.Var, Replacement]:
 
 def _product(eqn: ir.JaxprEqn, side: int, activations: str) -> Any:
     """Emits the same product with operand `side` rounded along the axes that are summed over."""
-    ndim = eqn.invars[side].aval.ndim
-    summed = [ndim - 1]
-    if eqn.primitive.name == "dot_general":
-        pairs = sorted(Einsum.of(eqn).contracted, key=lambda pair: pair[side])
-        summed = [pair[side] for pair in pairs]
-    order = [i for i in range(ndim) if i not in summed] + summed
+    axes = range(eqn.invars[side].aval.ndim)
+    is_einsum = eqn.primitive.name == "dot_general"  # experts' products sum over the last axis
+    summed = tuple(sorted(pair[side] for pair in Einsum.of(eqn).contracted)) if is_einsum else (axes[-1],)
+    rows = Layout(tuple(axis for axis in axes if axis not in summed), summed)
 
     def emit(*operands: jax.Array) -> jax.Array:
-        x = operands[side]
-        moved = jnp.transpose(x, order)
-        rows = moved.reshape(*moved.shape[: ndim - len(summed)], -1)
-        rounded = fake_round(rows, activations=activations).astype(x.dtype).reshape(moved.shape)
-        values = list(operands)
-        values[side] = jnp.transpose(rounded, np.argsort(order).tolist())
+        x, values = operands[side], list(operands)
+        rounded = fake_round(rows.flat(x), activations=activations)
+        values[side] = rows.weight(rounded, x.shape).astype(x.dtype)
         return ir.bind(eqn, values)[0]
 
     return emit

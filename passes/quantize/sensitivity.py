@@ -67,9 +67,10 @@ def measure(
     from xlathe.passes.observe import check_calibration, observe  # it reads products as this package does
 
     batches = _first(check_calibration(graph, context.calibration))
+    arrays = {name: np.asarray(graph.arrays[name]) for unit in units for name in unit.names}
     for unit in units:  # else each of them would be blamed for predictions that are not finite
         for name in unit.names:
-            check_finite(name, unit.layout.matrix(graph.weights[name]))
+            check_finite(name, unit.layout.matrix(arrays[name]))
     stats = observe(graph, context.calibration, progress=context.progress).inputs
     alone = method if isinstance(method, WeightMethod) and method.statistics != "gram" else Search()
     divergence, found = Divergence(graph, batches), []
@@ -79,8 +80,9 @@ def measure(
         for i in _nearest_first(unit, schemes, bits):
             scheme = schemes[i]
             assert scheme is not None
-            rounded = {n: _rounded(graph, n, Encode(n, unit.layout, scheme, alone, stats[n])) for n in unit.names}
-            costs[i] = sum(_products_error(graph, unit, n, each, stats[n]) for n, each in rounded.items())
+            makers = {name: Encode(name, unit.layout, scheme, alone, stats[name]) for name in unit.names}
+            rounded = {name: _rounded(arrays[name], make) for name, make in makers.items()}
+            costs[i] = sum(_products_error(unit, each, arrays[n], stats[n]) for n, each in rounded.items())
             if costs[i] and nats is None:
                 nats = divergence(rounded) / costs[i]
                 if not math.isfinite(nats):
@@ -101,15 +103,14 @@ def _nearest_first(unit: Unit, schemes: Sequence[Scheme | None], bits: float) ->
     return sorted(far, key=lambda i: far[i])
 
 
-def _rounded(graph: Graph, name: str, make: Encode) -> np.ndarray:
+def _rounded(weight: np.ndarray, make: Encode) -> np.ndarray:
     """Returns what a rounded weight stands for, in its own shape and dtype."""
-    weight = graph.weights[name]
-    return dataclasses.replace(make, made=make.make(weight)).value(np.shape(weight), weight.dtype)
+    return dataclasses.replace(make, made=make.make(weight)).value(weight.shape, weight.dtype)
 
 
-def _products_error(graph: Graph, unit: Unit, name: str, rounded: np.ndarray, stats: InputStats) -> float:
+def _products_error(unit: Unit, rounded: np.ndarray, weight: np.ndarray, stats: InputStats) -> float:
     """Returns the squared error of the products with all tokens seen, as if columns of x were independent."""
-    difference = unit.layout.matrix(rounded).astype(np.float64) - unit.layout.matrix(graph.weights[name])
+    difference = unit.layout.matrix(rounded).astype(np.float64) - unit.layout.matrix(weight)
     return float(np.square(difference).sum(0) @ stats.sum_squares)
 
 
@@ -125,7 +126,7 @@ class Divergence:
 
         @jax.jit
         def total(arrays: Mapping[str, Any], batch: Mapping[str, Any], base: jax.Array) -> jax.Array:
-            return divergences(base, graph.evaluate(graph.jaxpr, arrays, batch)[0]).sum()
+            return divergences(base, graph.logits(arrays, batch)).sum()
 
         self._total = total
 

@@ -6,32 +6,22 @@
 // register width, so a row's result has the same bits whatever it was computed with; `portable` alone differs, in the
 // last bits, by its rounding.
 
+#include "round_block.h"
+
 constexpr int kA8Registers = kA8Blocks / Lanes::kWidth;  // that hold one result's totals
 
 // Rounds a row to 8 bits a block of 32; the largest magnitude becomes 127, ties go to even.
 inline void round_row(const float* x, int64_t k, const RoundedRow& row) {
   for (int64_t b = 0; b < k / kBlock; ++b) {
-    const float* block = x + b * kBlock;
-    uint32_t bits[kBlock], largest_bits = 0;  // of magnitudes: NaN is above infinity, and that above all others
-    __builtin_memcpy(bits, block, sizeof bits);
-    for (int i = 0; i < kBlock; ++i) {
-      const uint32_t magnitude = bits[i] & 0x7FFFFFFFu;
-      largest_bits = magnitude > largest_bits ? magnitude : largest_bits;
-    }
-    float largest;
-    __builtin_memcpy(&largest, &largest_bits, sizeof largest);
-    const float inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;
-    float shifted[kBlock];  // by 1.5 * 2**23, where floats are whole numbers and the last 8 bits are the code's
-    for (int i = 0; i < kBlock; ++i) shifted[i] = block[i] * inverse + 0x1.8p23f;
-    __builtin_memcpy(bits, shifted, sizeof bits);
+    int32_t whole[kBlock];
+    row.step[b] = round_block<127>(x + b * kBlock, whole);
     int8_t* even = row.codes + b / 2 * 64 + b % 2 * 16;
     int32_t sum = 0;
     for (int i = 0; i < kBlock / 2; ++i) {
-      even[i] = static_cast<int8_t>(bits[2 * i]);
-      even[i + 32] = static_cast<int8_t>(bits[2 * i + 1]);
+      even[i] = static_cast<int8_t>(whole[2 * i]);
+      even[i + 32] = static_cast<int8_t>(whole[2 * i + 1]);
       sum += even[i] + even[i + 32];
     }
-    row.step[b] = largest * (1.0f / 127);
     row.sum[b] = sum;
   }
 }

@@ -11,7 +11,7 @@ from tests.graphs import graph_of, traced
 from tests.passes.decoding import fused
 from tests.variants import DECODERS
 from xlathe.errors import OptionError, PassError
-from xlathe.graph import Graph, Weights
+from xlathe.graph import Graph
 from xlathe.passes import PASSES
 from xlathe.passes.quantize import Budget, Quantize
 from xlathe.passes.quantize.rtn import Rtn
@@ -56,11 +56,6 @@ def kl(graph: Graph, other: Graph, batches: list[np.ndarray]) -> float:
     return float(np.mean(found))
 
 
-def with_weights(graph: Graph, changed: dict[str, np.ndarray]) -> Graph:
-    kept = graph.weights.prepare(list(graph.names("weight", "const")))
-    return graph.replace(weights=Weights({**kept, **changed}))
-
-
 @pytest.mark.parametrize("shift", [1e-3, 1.0, 30.0, 90.0, 400.0])
 def test_divergences_near_and_far(shift: float) -> None:
     """Expected: float64, also where the other model is sure of what the first one has as good as excluded."""
@@ -93,7 +88,7 @@ def test_divergence_is_that_of_the_definition(graph: Graph, context: Context, si
     noise = np.random.default_rng(3).normal(size=(WIDTH, WIDTH)).astype(np.float32) * size
     changed = {"loud": np.asarray(graph.weights["loud"]) + noise}
     found = Divergence(graph, [graph.check_batch(batch) for batch in context.calibration])
-    expected = kl(graph, with_weights(graph, changed), list(context.calibration))
+    expected = kl(graph, graph.with_weights(changed), list(context.calibration))
     assert found(changed) == pytest.approx(expected, rel=2e-3)
     assert found({}) == 0
 
@@ -207,7 +202,7 @@ def test_without_text_or_with_broken_weights_it_says_so(graph: Graph, context: C
     broken = np.array(graph.weights["quiet"])
     broken[0, 0] = np.inf
     with pytest.raises(PassError, match="not finite"):
-        Budget(bits=5.0, schemes=SCHEMES)(with_weights(graph, {"quiet": broken}), context)
+        Budget(bits=5.0, schemes=SCHEMES)(graph.with_weights({"quiet": broken}), context)
 
 
 @pytest.mark.breadth

@@ -10,7 +10,7 @@ import pytest
 
 from tests.graphs import graph_of, traced
 from xlathe.errors import OptionError, PassError
-from xlathe.graph import Graph, Weights
+from xlathe.graph import Graph
 from xlathe.passes import PASSES
 from xlathe.passes.canonicalize import Canonicalize
 from xlathe.passes.observe import observe
@@ -49,16 +49,11 @@ def test_activations_that_are_no_numbers_are_refused_by_name(graph: Graph, schem
     broken[0, 0] = np.nan
     quantize = Quantize(scheme, rules=(("first|shared", "none"),), method=method)
     with pytest.raises(PassError, match=r"(second|head): the activations of the calibration are not all finite"):
-        quantize(with_weights(graph, {"first": broken}), Context(batches()))
+        quantize(graph.with_weights({"first": broken}), Context(batches()))
 
 
 def batches(count: int = 3) -> list[np.ndarray]:
     return [np.random.default_rng(seed).integers(0, WIDTH, (2, 16)) for seed in range(count)]
-
-
-def with_weights(graph: Graph, changed: dict[str, np.ndarray]) -> Graph:
-    kept = graph.weights.prepare(list(graph.names("weight", "const")))
-    return graph.replace(weights=Weights({**kept, **changed}))
 
 
 @final
@@ -72,7 +67,7 @@ class Halved(WeightMethod):
     changed: dict[str, np.ndarray]
 
     def __call__(self, name: str, weight: np.ndarray, stored: Format, stats: InputStats | None) -> Any:
-        expected = observe(with_weights(self.graph, self.changed), batches(), gram=True).inputs[name]
+        expected = observe(self.graph.with_weights(self.changed), batches(), gram=True).inputs[name]
         assert stats is not None and stats.count == expected.count == (192 if name == "shared" else 96)
         if "shared" not in self.changed:  # its first product was with the weight as it was
             np.testing.assert_allclose(stats.gram, expected.gram, atol=1e-4 * np.abs(expected.gram).max())
