@@ -1,13 +1,14 @@
 """`xlathe compile`: a graph directory, or the demo's model, becomes a bundle; or a plan of what one would take."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
 
 from xlathe.errors import OptionError
-from xlathe.tools.command import Options, UsageError, Verb
+from xlathe.tools.command import Options, UsageError, Verb, output_file
 from xlathe.tools.console import bar, make_console
 from xlathe.tools.source import define_pipeline, find_pipeline, open_graph, open_shapes
 
@@ -46,13 +47,13 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(options: Options, source: str, destination: str) -> None:
-    console = make_console()
+    console, file = make_console(), output_file(options, "json")
     memory = _bytes(options["memory"])
     if options["shapes_only"]:
         plan = _plan(options, source, memory, console)
-        _show(plan, (destination, options["json"]), console)
+        _show(plan, [Path(destination), *([file] if file else [])], console)
         return
-    _build(options, source, destination, memory, console)
+    _build(options, source, destination, memory, file, console)
 
 
 def _plan(options: Options, source: str, memory: int | None, console: "Console") -> "MemoryPlan":
@@ -67,7 +68,9 @@ def _plan(options: Options, source: str, memory: int | None, console: "Console")
         return plan_for(to_step(graph), buckets, target, memory=memory)
 
 
-def _build(options: Options, source: str, destination: str, memory: int | None, console: "Console") -> None:
+def _build(
+    options: Options, source: str, destination: str, memory: int | None, file: Path | None, console: "Console"
+) -> None:
     import dataclasses
 
     from xlathe.errors import XlatheError
@@ -82,7 +85,7 @@ def _build(options: Options, source: str, destination: str, memory: int | None, 
             target=options["target"],
         )
     plan = program.memory if memory is None else dataclasses.replace(program.memory, memory=memory)
-    _show(plan, (options["json"],), console)
+    _show(plan, [file] if file else [], console)
     if not plan.fits:
         raise XlatheError(plan.shortage)
     with bar(console, "save"):
@@ -110,9 +113,9 @@ def _shaped(options: Options, source: str, console: "Console") -> "Graph":
         return pipeline(graph, calibration=find_calibration(options, source, graph), progress=progress)
 
 
-def _show(plan: "MemoryPlan", files: tuple[str | None, ...], console: "Console") -> None:
-    for file in filter(None, files):
-        Path(file).write_text(plan.to_json(), encoding="utf-8")
+def _show(plan: "MemoryPlan", files: Sequence[Path], console: "Console") -> None:
+    for file in files:
+        file.write_text(plan.to_json(), encoding="utf-8")
     console.print(plan.to_text(), soft_wrap=True)
 
 

@@ -16,7 +16,7 @@ from xlathe.pipeline import Pipeline
 from xlathe.tools.command import Options
 from xlathe.tools.console import make_console
 from xlathe.tools.protocol import LLAMA_CPP
-from xlathe.tools.source import DEMO
+from xlathe.tools.source import CALIBRATION_ROWS, DEMO
 from xlathe.tools.sweep import sweep
 from xlathe.tools.sweep_report import HEADINGS, Report, caption, cells, front
 from xlathe.tools.sweep_rows import GGUF, IMATRIX, Row
@@ -122,7 +122,13 @@ def in_readme(text: str) -> str:
 
 def update(folder: Path) -> None:
     """Measures what is not in the folder yet, and writes the table."""
-    options: Options = {"text": None, "calibration": None, "protocol": LLAMA_CPP.name, "context": None}
+    options: Options = {
+        "text": None,
+        "calibration": None,
+        "calibration_rows": CALIBRATION_ROWS,
+        "protocol": LLAMA_CPP.name,
+        "context": None,
+    }
     report = sweep(options, DEMO, folder, {entry.name: entry.way for entry in ENTRIES}, make_console())
     before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
     README.write_text(before + BEGIN + markdown(report) + END + rest.partition(END)[2], encoding="utf-8")

@@ -21,16 +21,29 @@ if TYPE_CHECKING:
 
 DEMO = "demo"
 DEMO_LENGTH = 512  # xlathe.models.demo.files.CONTEXT, without loading JAX
+CALIBRATION_ROWS = 8
 
 
 def define_pipeline(values: flags.FlagValues) -> None:
-    """Adds the flags that `find_pipeline` and `xlathe.tools.text.find_calibration` read."""
+    """Adds the flags that `find_pipeline` reads, and those of calibration."""
     flags.DEFINE_string(
         "passes", None, "a pipeline, 'canonicalize,quantize{scheme=int8}'", flag_values=values
     )
     flags.DEFINE_string("config", None, "a pipeline by the name of its preset, int8", flag_values=values)
+    define_calibration(values)
+
+
+def define_calibration(values: flags.FlagValues) -> None:
+    """Adds the flags that `xlathe.tools.text.find_calibration` reads."""
     flags.DEFINE_string(
         "calibration", None, "file of the text that passes calibrate on; the demo has its own", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "calibration_rows",
+        CALIBRATION_ROWS,
+        "the most rows of it, each as long as the model reads at once",
+        lower_bound=1,
+        flag_values=values,
     )
 
 

@@ -16,7 +16,7 @@ from xlathe.tools.command import Options, UsageError, Verb
 from xlathe.tools.console import bar, make_console
 from xlathe.tools.eval import define_protocol
 from xlathe.tools.protocol import Protocol, beginning, cut, find_protocol
-from xlathe.tools.source import DEMO, DEMO_LENGTH, open_graph, parse_passes, preset
+from xlathe.tools.source import DEMO, DEMO_LENGTH, define_calibration, open_graph, parse_passes, preset
 from xlathe.tools.text import encode, find_calibration, held_out_windows, read_text
 
 if TYPE_CHECKING:
@@ -41,9 +41,7 @@ def define(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_string("text", None, "file of the text that is predicted; the demo has its own", flag_values=values)
-    flags.DEFINE_string(
-        "calibration", None, "file of the text that passes calibrate on; the demo has its own", flag_values=values
-    )
+    define_calibration(values)
     define_protocol(values)
 
 
@@ -67,7 +65,7 @@ def sweep(
     before anything is measured.
 
     Rows that were measured before stand in the folder and are not measured again. options: `text`, `calibration`,
-    `protocol` and `context`.
+    `calibration_rows`, `protocol` and `context`.
     """
     from xlathe.tools.sweep_report import Report, write_report
 

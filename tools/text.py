@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING
 
 from xlathe.errors import OptionError
 from xlathe.tools.command import Options
-from xlathe.tools.source import DEMO, DEMO_LENGTH
+from xlathe.tools.source import CALIBRATION_ROWS, DEMO, DEMO_LENGTH
 
 if TYPE_CHECKING:
     import numpy as np
     from tokenizers import Tokenizer
 
     from xlathe.graph import Graph
-
-CALIBRATION_ROWS = 8
 
 
 def read_text(path: Path) -> str:
@@ -33,9 +31,13 @@ def encode(text: str, tokenizer: "Tokenizer | None", source: str, purpose: str) 
 
 
 def find_calibration(options: Options, source: str, graph: "Graph") -> "list[np.ndarray]":
-    """Returns the batches int32 [1, length] that passes calibrate on: of --calibration, or the demo's own, or none."""
+    """Returns the batches int32 [1, length] that passes calibrate on: of --calibration, or the demo's own, or none.
+
+    They are the first of the text, --calibration_rows of them where it has as many.
+    """
+    count = options["calibration_rows"]
     if options["calibration"] is None:
-        return [] if source != DEMO else list(training_rows().tokens[:, None])
+        return [] if source != DEMO else list(training_rows(count).tokens[:, None])
     import numpy as np
 
     text = read_text(Path(options["calibration"]))
@@ -43,7 +45,7 @@ def find_calibration(options: Options, source: str, graph: "Graph") -> "list[np.
     if not ids.size:
         raise OptionError(f"--calibration={options['calibration']}: the text has no tokens")
     length = min(graph.max_len, ids.size)
-    return list(ids[: ids.size // length * length].reshape(-1, 1, length)[:CALIBRATION_ROWS])
+    return list(ids[: ids.size // length * length].reshape(-1, 1, length)[:count])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +56,8 @@ class TrainingRows:
     tokens: "np.ndarray"
 
 
-def training_rows() -> TrainingRows:
-    """Returns up to CALIBRATION_ROWS of them, from long files of this Python's library that are not held out."""
+def training_rows(count: int = CALIBRATION_ROWS) -> TrainingRows:
+    """Returns up to `count` of them, from long files of this Python's library that are not held out."""
     import numpy as np
 
     from xlathe.models import demo
@@ -64,7 +66,7 @@ def training_rows() -> TrainingRows:
     library = Path(sysconfig.get_path("stdlib"))
     trained_on = set(corpus.training_files([library]))
     long = [(path, text) for path, text in corpus.source_files(library) if text in trained_on and len(text) > 20_000]
-    chosen = [long[i] for i in np.linspace(0, len(long) - 1, CALIBRATION_ROWS).astype(int)] if long else []
+    chosen = [long[i] for i in np.linspace(0, len(long) - 1, min(count, len(long))).astype(int)]
     rows = {str(path): corpus.encode_files([text], demo.tokenizer())[:DEMO_LENGTH] for path, text in chosen}
     rows = {name: row for name, row in rows.items() if len(row) == DEMO_LENGTH}
     return TrainingRows(tuple(rows), np.array(list(rows.values()), np.int32).reshape(-1, DEMO_LENGTH))

@@ -34,5 +34,16 @@ DECODERS: tuple[Variant, ...] = (
     *met.DECODERS,
 )
 REFUSED: tuple[Variant, ...] = (*refused.REFUSED, *experts.REFUSED, *softmax.REFUSED, *masks.REFUSED)
+# What an older JAX is tested with: all that goes through libraries or scans, and one of each other kind.
+FEW = frozenset(
+    variant.name
+    for kind in (
+        libraries.DECODERS,
+        stacked.DECODERS,
+        *(module.DECODERS[:1] for module in (attention, softmax, masks, positions, blocks, experts, latent, models)),
+        *(module.REFUSED[:1] for module in (refused, experts, softmax, masks)),
+    )
+    for variant in kind
+)
 
-__all__ = ["DECODERS", "REFUSED", "Variant", "as_function", "forward"]
+__all__ = ["DECODERS", "FEW", "REFUSED", "Variant", "as_function", "forward"]
