@@ -1,0 +1,1 @@
+"""Distillation: a smaller graph learns what a larger one predicts."""

@@ -1,0 +1,66 @@
+"""Where the residual streams of a student and its teacher are compared: after each layer."""
+
+import dataclasses
+from typing import final
+
+from xlathe import jaxpr as ir
+from xlathe.errors import OptionError
+from xlathe.graph import Graph
+from xlathe.sections import layers
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """What pruning kept of the teacher in the student.
+
+    removed: numbers of the teacher's layers that are gone; width: which features of the residual stream are left,
+    ascending, or None for all.
+    """
+
+    removed: tuple[int, ...] = ()
+    width: tuple[int, ...] | None = None
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Values [b, t, width] of a student and of its teacher that stand for each other, and the features that do."""
+
+    student: tuple[ir.Var, ...] = ()
+    teacher: tuple[ir.Var, ...] = ()
+    width: tuple[int, ...] | None = None
+
+
+def pair_features(student: Graph, teacher: Graph, kept: Kept) -> Pairs:
+    """Returns the ends of layers that both have. A layer whose successors are gone ends where the next kept one begins.
+
+    Raises OptionError where layers are not found or do not correspond: more or fewer of them, or other widths, than
+    `kept` explains.
+    """
+    own, others = _ends(student, "student"), _ends(teacher, "teacher")
+    left = [i for i in range(len(others)) if i not in kept.removed]
+    if len(left) != len(own):
+        raise OptionError(
+            f"features: the student has {len(own)} layers and {len(left)} of the teacher's {len(others)} are kept; the "
+            "pruning plan says which correspond: --plan=FILE"
+        )
+    last = [nxt - 1 for nxt in [*left[1:], len(others)]]  # what is removed in between belongs to the layer before
+    pairs = Pairs(tuple(own), tuple(others[i] for i in last), kept.width)
+    narrow, wide = (int(each[0].aval.shape[-1]) for each in (own, others))
+    if narrow != (wide if kept.width is None else len(kept.width)):
+        raise OptionError(
+            f"features: the student's residual stream has {narrow} features, the teacher's {wide}; the pruning plan "
+            "says which were kept: --plan=FILE"
+        )
+    return pairs
+
+
+def _ends(graph: Graph, whose: str) -> list[ir.Var]:
+    found = [end for _, end in layers(graph)]
+    if not found:
+        raise OptionError(
+            f"features: found no repeated layers in the {whose}; fuse_attention finds the attention that they are told "
+            "by, and other terms of the loss need none"
+        )
+    return found
