@@ -1,0 +1,137 @@
+"""Training a student: what a step is, how it goes on, and over how many devices."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.passes.distill.models import student, teacher, tokens
+from xlathe.errors import OptionError
+from xlathe.graph import Graph
+from xlathe.passes.distill import train
+from xlathe.passes.distill.features import Kept, pair_features
+from xlathe.passes.distill.objective import Objective
+from xlathe.passes.distill.rows import Rows
+from xlathe.passes.distill.step import Lesson, Settings
+from xlathe.passes.distill.stored import store_teacher
+from xlathe.passes.distill.train import Moment, distill
+
+ROWS = Rows.cut(tokens(), 8)
+
+
+def lesson(text: str = "forward_kl") -> Lesson:
+    return Lesson(Objective.parse(text), teacher())
+
+
+def weights(graph: Graph) -> dict[str, np.ndarray]:
+    return {name: np.asarray(graph.weights[name]) for name in graph.names("weight")}
+
+
+def assert_same(found: Graph, expected: Graph) -> None:
+    for name, array in weights(expected).items():
+        np.testing.assert_array_equal(found.weights[name], array, err_msg=name)
+
+
+def farthest(found: Graph, expected: Graph) -> float:
+    a, b = weights(found), weights(expected)
+    return max(float(np.abs(a[name] - b[name]).max() / np.abs(b[name]).max()) for name in b)
+
+
+def test_the_student_comes_closer_to_its_teacher_and_only_its_weights_change() -> None:
+    before = student()
+    after, losses = distill(before, ROWS, lesson(), Settings(20 * 32))
+    assert losses.shape == (20,) and losses[-4:].mean() < 0.8 * losses[0]
+    assert after.jaxpr is before.jaxpr and after.names("weight") == before.names("weight")
+    assert after.history[-1].name == "distill" and "forward_kl" in after.report()
+
+
+def test_a_student_that_is_its_teacher_stays() -> None:
+    _, losses = distill(teacher(), ROWS, lesson("forward_kl,reverse_kl,jsd,top_k"), Settings(32))
+    assert float(np.abs(losses).max()) < 1e-5
+
+
+def test_pieces_of_a_step_are_the_whole_step() -> None:
+    whole, _ = distill(student(), ROWS, lesson(), Settings(4 * 64, rows=8))
+    pieces, _ = distill(student(), ROWS, lesson(), Settings(4 * 64, rows=2, accumulate=4))
+    assert farthest(pieces, whole) < 1e-4
+
+
+def test_padding_changes_no_step() -> None:
+    """A row of which only a part is there beside the same rows with other tokens in what is not."""
+    ids, mask = ROWS.tokens.copy(), np.arange(8) < np.arange(len(ROWS.tokens))[:, None] % 8 + 1
+    short = Rows(ids, mask)
+    ids = np.where(np.pad(mask, ((0, 0), (1, 0)), constant_values=True), ids, 7)
+    expected, losses = distill(student(), short, lesson("forward_kl,cross_entropy"), Settings(64))
+    found, other = distill(student(), Rows(ids, mask), lesson("forward_kl,cross_entropy"), Settings(64))
+    np.testing.assert_array_equal(other, losses)
+    assert_same(found, expected)
+
+
+class _Stop(Exception):
+    pass
+
+
+def test_interrupted_and_gone_on_is_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(6 * 32)
+    expected, losses = distill(student(), ROWS, lesson(), settings)
+    monkeypatch.setattr(train, "CHECKPOINT_EVERY", 0.0)
+    taken: list[int] = []
+
+    def stop(moment: Moment) -> None:
+        taken.append(moment.step)
+        if moment.step == 3:
+            raise _Stop
+
+    with pytest.raises(_Stop):
+        distill(student(), ROWS, lesson(), settings, workdir=tmp_path, report=stop)
+    found, gone_on = distill(student(), ROWS, lesson(), settings, workdir=tmp_path, report=stop)
+    assert taken == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_array_equal(gone_on, losses)
+    assert_same(found, expected)
+    assert_same(distill(student(), ROWS, lesson(), settings, workdir=tmp_path, report=stop)[0], expected)
+    assert len(taken) == 6
+    distill(student(), ROWS, lesson("reverse_kl"), Settings(32), workdir=tmp_path, report=stop)
+    assert taken[6:] == [1]  # another run
+
+
+def test_stored_logits_teach_as_those_of_the_step(tmp_path: Path) -> None:
+    stored = store_teacher(teacher(), ROWS, 61, 2.0, tmp_path)
+    objective = Objective.parse("top_k{k=61,temperature=2.0}")
+    _, expected = distill(student(), ROWS, Lesson(objective, teacher()), Settings(4 * 32))
+    _, found = distill(student(), ROWS, Lesson(objective, stored=stored), Settings(4 * 32))
+    np.testing.assert_allclose(found, expected, atol=2e-3)  # float16 logarithms, to half a unit of 2^-8
+
+
+def test_features_after_each_layer_come_closer() -> None:
+    pairs = pair_features(student(), teacher(), Kept())
+    features = Lesson(Objective.parse("features"), teacher(), pairs)
+    _, losses = distill(student(), ROWS, features, Settings(20 * 32))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_two_devices_make_what_one_does(tmp_path: Path) -> None:
+    expected, losses = distill(student(), ROWS, lesson(), Settings(4 * 32))
+    script = (
+        "import jax, numpy as np\n"
+        "from tests.passes.distill.test_train import ROWS, lesson, student, weights, distill, Settings\n"
+        "assert jax.device_count() == 2\n"
+        "graph, losses = distill(student(), ROWS, lesson(), Settings(4 * 32))\n"
+        f"np.savez({str(tmp_path / 'found.npz')!r}, losses=losses, **weights(graph))\n"
+    )
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+    found = np.load(tmp_path / "found.npz")
+    np.testing.assert_allclose(found["losses"], losses, rtol=1e-5)
+    for name, array in weights(expected).items():
+        np.testing.assert_allclose(found[name], array, atol=1e-4 * np.abs(array).max())
+
+
+def test_what_cannot_be_trained() -> None:
+    with pytest.raises(OptionError, match="tokens must be a positive whole number, got 0"):
+        Settings(0)
+    with pytest.raises(OptionError, match="learning_rate must be a positive number"):
+        Settings(8, learning_rate=-1.0)

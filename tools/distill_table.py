@@ -1,0 +1,164 @@
+"""Distillation beside its alternatives, on the demo's target: pruning alone, and training the same shape from nothing.
+
+`python -m xlathe.tools.distill_table WORKDIR [TOKENS [PASSES ...]]`: prunes by each of PASSES, trains what is left in each
+of the ways of `WAYS` on TOKENS of the training side of this Python's library, and measures all on held-out text. Writes
+table.md, curves.json and page.html to WORKDIR after each; what is there is not trained again.
+"""
+
+import dataclasses
+import json
+import sys
+import sysconfig
+from html import escape
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from xlathe.graph import Graph
+from xlathe.models import demo
+from xlathe.models.demo import corpus
+from xlathe.passes.distill.features import Kept, Pairs, pair_features
+from xlathe.passes.distill.objective import Objective
+from xlathe.passes.distill.rows import Rows
+from xlathe.passes.distill.step import Lesson, Settings
+from xlathe.passes.distill.train import Moment, distill
+from xlathe.report import count_parameters
+from xlathe.tools.console import bar, make_console
+from xlathe.tools.measure import qualities
+from xlathe.tools.page import document, section
+from xlathe.tools.quality import Quality
+from xlathe.tools.results import Sheet, estimate_text
+from xlathe.tools.source import DEMO, DEMO_LENGTH, open_graph, parse_passes
+from xlathe.tools.stages import machine
+from xlathe.tools.text import held_out_windows, training_rows
+
+TOKENS: Final = 3 << 17
+HELD_OUT: Final = 1 << 15
+PASSES: Final = ("prune_structured{heads=0.5,neurons=0.625,score=activation}",)
+HEADINGS: Final = ("parameters", "perplexity", "KL from\nthe target", "same\ntop-1 %")
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How weights of a pruned shape are found; objective None trains nothing, fresh begins with drawn weights."""
+
+    name: str
+    objective: str | None
+    learning_rate: float = 2e-3
+    fresh: bool = False
+
+
+# The rates are the best of 1e-3, 2e-3 and 4e-3 after 48 steps; those of 5e-3 and 1e-2 for drawn weights.
+WAYS: Final = (
+    Way("pruned alone", None),
+    Way("the shape from nothing", "cross_entropy", 1e-2, fresh=True),
+    Way("pruned, then the text", "cross_entropy"),
+    Way("pruned, then logits", "forward_kl"),
+    Way("pruned, then logits and features", "forward_kl,features"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One way to a pruned shape: its quality beside the target's, and the loss of each step."""
+
+    passes: str
+    name: str
+    parameters: int
+    quality: Quality
+    losses: tuple[float, ...]
+
+    def cells(self) -> tuple[str, ...]:
+        found = self.quality
+        return (
+            self.name,
+            f"{self.parameters:,}",
+            estimate_text(found.perplexity),
+            estimate_text(found.kl),
+            estimate_text(found.same_top1, 100),
+        )
+
+
+def main(words: list[str]) -> None:
+    console, workdir = make_console(), Path(words[0])
+    tokens, passes = int(words[1]) if len(words) > 1 else TOKENS, words[2:] or PASSES
+    workdir.mkdir(parents=True, exist_ok=True)
+    teacher = parse_passes("canonicalize,fuse_attention")(open_graph(DEMO))
+    calibration = list(training_rows().tokens[:, None])
+    library = Path(sysconfig.get_path("stdlib"))
+    rows = Rows.cut(corpus.encode_files(corpus.training_files([library]), demo.tokenizer()), DEMO_LENGTH)
+    windows, found = held_out_windows(HELD_OUT), list[Row]()
+    for text in passes:
+        pruned = parse_passes(text)(teacher, calibration=calibration)
+        for way in WAYS:
+            with bar(console, way.name) as progress:
+                graph, losses = _train(way, pruned, teacher, rows, tokens, workdir, progress)
+                quality = qualities(teacher, [graph], windows, progress)[0]
+            found.append(Row(text, way.name, count_parameters(graph), quality, tuple(losses.tolist())))
+            console.print(" | ".join(found[-1].cells()), soft_wrap=True)
+            _write(workdir, found, tokens)
+
+
+def _train(
+    way: Way, pruned: Graph, teacher: Graph, rows: Rows, tokens: int, workdir: Path, progress: Any
+) -> tuple[Graph, np.ndarray]:
+    """Returns the graph, and the loss of each step."""
+    if way.objective is None:
+        return pruned, np.zeros(0, np.float32)
+    objective = Objective.parse(way.objective)
+    pairs = pair_features(pruned, teacher, Kept()) if objective.needs_features else Pairs()
+    lesson = Lesson(objective, teacher if objective.needs_logits or objective.needs_features else None, pairs)
+
+    def report(moment: Moment) -> None:
+        text = f"{way.name}: loss {moment.loss:.3f}, {moment.tokens_per_second:,.0f} tokens/s"
+        progress(text, moment.step / moment.steps)
+
+    settings = Settings(tokens, learning_rate=way.learning_rate)
+    return distill(fresh(pruned) if way.fresh else pruned, rows, lesson, settings, workdir=workdir, report=report)
+
+
+def fresh(graph: Graph) -> Graph:
+    """Returns a graph of the demo's family with drawn weights, as `xlathe.models.demo.train` begins.
+
+    What a layer adds to the residual stream starts at zero, and scales at one.
+    """
+    draw, weights = np.random.default_rng(0), dict[str, np.ndarray]()
+    for name in graph.names("weight"):
+        shape = graph.aval(name).shape
+        summed = shape[-1] if name.startswith("embedding") else shape[0]
+        if len(shape) == 1:
+            weights[name] = np.ones(shape, np.float32)
+        elif "/output/" in name or "/down/" in name:
+            weights[name] = np.zeros(shape, np.float32)
+        else:
+            weights[name] = (draw.normal(size=shape) / np.sqrt(summed)).astype(np.float32)
+    return graph.with_weights(weights)
+
+
+def _write(workdir: Path, found: list[Row], tokens: int) -> None:
+    sheets = [
+        Sheet(
+            passes,
+            f"{tokens:,} training tokens each; {HELD_OUT:,} held-out tokens, ± standard error over windows of "
+            f"{DEMO_LENGTH}; KL divergence in nats a token; {machine()}",
+            HEADINGS,
+            tuple(row.cells() for row in found if row.passes == passes),
+        )
+        for passes in dict.fromkeys(row.passes for row in found)
+    ]
+    rows = [dataclasses.asdict(row) for row in found]
+    (workdir / "curves.json").write_text(json.dumps({"tokens": tokens, "rows": rows}, indent=1) + "\n")
+    (workdir / "table.md").write_text("\n\n".join(map(_markdown, sheets)) + "\n")
+    page = document("Distillation", ["<h1>Distillation</h1>", *(section(sheet, escape(sheet.title)) for sheet in sheets)])
+    (workdir / "page.html").write_text(page, encoding="utf-8")
+
+
+def _markdown(sheet: Sheet) -> str:
+    headings = " | ".join(heading.replace("\n", " ") for heading in sheet.headings)
+    lines = [f"`{sheet.title}`: {sheet.caption}", "", f"| | {headings} |", "|---" * (len(sheet.headings) + 1) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in sheet.rows)])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
