@@ -10,7 +10,10 @@ from xlathe.errors import XlatheError, did_you_mean
 from xlathe.tools.command import UsageError, Verb
 
 # In the order in which a newcomer meets them, each a module of its own. A verb imports JAX when it runs: help is quick.
-VERBS = ("demo", "compile", "generate", "chat", "eval", "sweep", "opt", "convert", "merge", "inspect", "passes")
+VERBS = (
+    *("demo", "compile", "generate", "chat", "eval", "sweep", "opt", "distill", "convert", "merge", "inspect"),
+    "passes",
+)
 HELP = ("help", "--help", "-h")
 
 

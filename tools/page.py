@@ -31,6 +31,7 @@ svg { width: 100%; height: auto; font: 13px system-ui, sans-serif; fill: var(--i
 .error { stroke: var(--hue); stroke-width: 2 }
 .point, .bar { fill: var(--hue) }
 .front { fill: none; stroke: var(--mark); stroke-width: 1.5; stroke-dasharray: 4 3 }
+.curve { fill: none; stroke: var(--hue); stroke-width: 1.5 }
 .marked { fill: var(--mark) }
 .mark { stroke: var(--mark); stroke-width: 3 }
 pre { overflow-x: auto; padding: .75rem 1rem; border: 1px solid var(--rule); border-radius: .4rem; line-height: 1.35 }

@@ -79,6 +79,40 @@ def scatter(name: str, title: str, x_label: str, y_label: str, points: Sequence[
     return _svg(name, title, "; ".join(p.text for p in points), height, parts)
 
 
+def curves(
+    name: str, title: str, x_label: str, y_label: str, series: Sequence[tuple[str, float, Sequence[float]]]
+) -> str:
+    """Returns lines over a linear axis from 0, their values on a logarithmic one.
+
+    series: a name, the distance from one value to the next, and the values, which are positive; the first lies one
+    distance from 0.
+    """
+    left, bottom = 70, 290.0
+    every = [value for _, _, values in series for value in values]
+    last = max(apart * len(values) for _, apart, values in series)
+    y = LogScale(min(every) / 1.1, max(every) * 1.1, bottom, 30)
+    unit = (WIDTH - 20 - left) / last
+    parts = []
+    for tick in y.ticks():
+        parts += [_line(left, y(tick), WIDTH - 20, y(tick), "grid"), _text(left - 8, y(tick) + 4, f"{tick:g}", "end")]
+    for tick in (last / 2, last):
+        at = left + unit * tick
+        parts += [_line(at, 30, at, bottom, "grid"), _text(at, bottom + 18, f"{tick:,.0f}", "end")]
+    for number, (_, apart, values) in enumerate(series):
+        places = " ".join(f"{left + unit * apart * i:.1f},{y(value):.1f}" for i, value in enumerate(values, 1))
+        parts.append(f'<polyline class="curve" style="stroke-dasharray: {2 * number} {number}" points="{places}"/>')
+    parts += [_text((left + WIDTH) / 2, bottom + 40, x_label, "middle"), _text(8, 16, y_label, "start")]
+    parts += _names([(each, y(values[-1])) for each, _, values in series if each])
+    told = "; ".join(f"{each}: {values[0]:.4g} to {values[-1]:.4g}" for each, _, values in series)
+    return _svg(name, title, told, bottom + 50, parts)
+
+
+def _names(places: Sequence[tuple[str, float]]) -> list[str]:
+    """Returns names at the right end of curves, none above another."""
+    spread = _spread([place - 6 for _, place in places])
+    return [_text(WIDTH - 24, place, name, "end") for (name, _), place in zip(places, spread, strict=True)]
+
+
 def bars(name: str, title: str, groups: Sequence[tuple[str, Sequence[Bar]]], most: float | None = None) -> str:
     """Returns horizontal bars from 0, one below the other; a group with a name begins with it.
 

@@ -72,6 +72,15 @@ def training_rows(count: int = CALIBRATION_ROWS) -> TrainingRows:
     return TrainingRows(tuple(rows), np.array(list(rows.values()), np.int32).reshape(-1, DEMO_LENGTH))
 
 
+def training_tokens() -> "np.ndarray":
+    """Returns all tokens of this Python's library that are not held out, int32 [n]."""
+    from xlathe.models import demo
+    from xlathe.models.demo import corpus
+
+    texts = corpus.training_files([Path(sysconfig.get_path("stdlib"))])
+    return corpus.encode_files(texts, demo.tokenizer())
+
+
 def held_out_windows(count: int) -> "np.ndarray":
     """Returns int32 [count // DEMO_LENGTH, DEMO_LENGTH] of held-out text, spread evenly over all of it.
 

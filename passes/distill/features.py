@@ -1,11 +1,12 @@
 """Where the residual streams of a student and its teacher are compared: after each layer."""
 
 import dataclasses
-from typing import final
+from typing import Final, final
 
 from xlathe import jaxpr as ir
 from xlathe.errors import OptionError
 from xlathe.graph import Graph
+from xlathe.passes.prune.plan import PrunePlan
 from xlathe.sections import layers
 
 
@@ -21,6 +22,11 @@ class Kept:
     removed: tuple[int, ...] = ()
     width: tuple[int, ...] | None = None
 
+    @staticmethod
+    def of(plan: PrunePlan) -> "Kept":
+        """Returns what a plan kept of the residual stream."""
+        return Kept(plan.layers)
+
 
 @final
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +36,9 @@ class Pairs:
     student: tuple[ir.Var, ...] = ()
     teacher: tuple[ir.Var, ...] = ()
     width: tuple[int, ...] | None = None
+
+
+NO_PAIRS: Final = Pairs()
 
 
 def pair_features(student: Graph, teacher: Graph, kept: Kept) -> Pairs:

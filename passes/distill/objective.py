@@ -1,4 +1,4 @@
-"""What a student is trained for: a weighted sum of terms, as text `forward_kl{temperature=2.0},features{weight=0.5}`."""
+"""What a student is trained for: a weighted sum of terms, `forward_kl{temperature=2.0},features{weight=0.5}`."""
 
 import abc
 import dataclasses
@@ -165,6 +165,10 @@ class Objective:
     def needs_logits(self) -> bool:
         """Whether a teacher's logits are asked for."""
         return any(isinstance(term, ForwardKL | ReverseKL | JSD | TopK) for term in self.terms)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.needs_logits or self.needs_features
 
     @property
     def needs_features(self) -> bool:

@@ -15,7 +15,7 @@ from xlathe import jaxpr as ir
 from xlathe.errors import OptionError
 from xlathe.graph import Graph
 from xlathe.passes.distill import losses
-from xlathe.passes.distill.features import Pairs
+from xlathe.passes.distill.features import NO_PAIRS, Pairs
 from xlathe.passes.distill.objective import Objective, Seen, Taught
 from xlathe.passes.distill.stored import StoredTeacher
 
@@ -63,7 +63,7 @@ class Lesson:
 
     objective: Objective
     teacher: Graph | None = None
-    pairs: Pairs = Pairs()
+    pairs: Pairs = NO_PAIRS
     stored: StoredTeacher | None = None
 
 

@@ -1,8 +1,8 @@
 """A teacher's likeliest tokens on disk: computed once for all students, epochs and restarts.
 
-A folder of `teacher-00000.safetensors` and so on, each with rows of `ids` [rows, length, k] (uint16 where the vocabulary
-allows, else int32), `log_probs` [rows, length, k] and `rest` [rows, length], float16, as `losses.TopK` has them: 4 k + 2
-bytes a token; and `teacher.json`, which says what of, and comes last.
+A folder of `teacher-00000.safetensors` and so on, each with rows of `ids` [rows, length, k] (uint16 where the
+vocabulary allows, else int32), `log_probs` [rows, length, k] and `rest` [rows, length], float16, as `losses.TopK` has
+them: 4 k + 2 bytes a token; and `teacher.json`, which says what of, and comes last.
 """
 
 import dataclasses
@@ -77,7 +77,9 @@ def store_teacher(
                 tokens = rows.tokens[start : min(start + AT_ONCE, first + SHARD_ROWS), :-1]
                 padded = np.resize(tokens, (AT_ONCE, rows.length))  # one shape, one compilation
                 found.append([np.asarray(each)[: len(tokens)] for each in see(teacher.arrays, {"tokens": padded})])
-            _write(new / SHARDS.replace("*", f"{shard:05}"), map(np.concatenate, zip(*found, strict=True)), teacher.vocab)
+            _write(
+                new / SHARDS.replace("*", f"{shard:05}"), map(np.concatenate, zip(*found, strict=True)), teacher.vocab
+            )
         index = {"format": FORMAT, "digest": digest, "k": k, "temperature": temperature, "rows": count}
         (new / INDEX).write_text(json.dumps(index | {"length": rows.length, "shards": -(-count // SHARD_ROWS)}) + "\n")
     return _open(folder, digest)
@@ -103,8 +105,8 @@ def _open(folder: Path, digest: str) -> StoredTeacher:
         raise CheckpointError(f"{folder / INDEX} is no index of a teacher: {type(error).__name__}: {error}") from None
     if found != digest:
         raise CheckpointError(
-            f"{folder} holds what a teacher said of something else: the teacher, the text, the length of rows, k or the "
-            "temperature differ; name another folder, or remove it"
+            f"{folder} holds what a teacher said of something else: the teacher, the text, the length of rows, k or "
+            "the temperature differ; name another folder, or remove it"
         )
     opened = tuple(read_safetensors(folder / SHARDS.replace("*", f"{shard:05}")) for shard in range(shards))
     for shard, parts in enumerate(opened):

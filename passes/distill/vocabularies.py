@@ -19,7 +19,7 @@ def check_vocabularies(student: Graph, teacher: Graph, shared: bool = False) -> 
     if own is not None and other is not None and own != other:
         differing = sum(other.get(token) != number for token, number in own.items())
         raise OptionError(
-            f"student and teacher have different tokenizers: {differing:,} of the student's {len(own):,} tokens are not "
-            f"the teacher's ({len(other):,}); a student of another vocabulary learns from texts that the teacher "
+            f"student and teacher have different tokenizers: {differing:,} of the student's {len(own):,} tokens are "
+            f"not the teacher's ({len(other):,}); a student of another vocabulary learns from texts that the teacher "
             "wrote: --loss=cross_entropy"
         )

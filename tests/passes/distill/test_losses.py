@@ -1,5 +1,7 @@
 """Losses of distillation against their formulas in NumPy, float64, and the laws that they follow."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,7 +95,7 @@ def test_top_k_and_one_bucket_of_all_others(k: int) -> None:
 def test_top_k_grows_to_the_whole_divergence() -> None:
     whole = losses.forward_kl(STUDENT, TEACHER)
     parts = [losses.top_k_kl(STUDENT, losses.top_k(TEACHER, k)) for k in (1, 2, 4, 8, 16, 32, 49, 50)]
-    for less, more in zip(parts, parts[1:], strict=False):
+    for less, more in itertools.pairwise(parts):
         assert np.all(np.asarray(less) <= np.asarray(more) + 1e-6)
     near(parts[-1], whole)
     gradient = jax.grad(lambda s: losses.top_k_kl(s, losses.top_k(TEACHER, 50)).sum())(STUDENT)
