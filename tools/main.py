@@ -11,7 +11,17 @@ from xlathe.tools.command import UsageError, Verb
 
 # In the order in which a newcomer meets them, each a module of its own. A verb imports JAX when it runs: help is quick.
 VERBS = (
-    *("demo", "compile", "generate", "chat", "eval", "sweep", "opt", "distill", "convert", "merge", "inspect"),
+    "demo",
+    "compile",
+    "generate",
+    "chat",
+    "eval",
+    "sweep",
+    "opt",
+    "distill",
+    "convert",
+    "merge",
+    "inspect",
     "passes",
 )
 HELP = ("help", "--help", "-h")

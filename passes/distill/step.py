@@ -53,7 +53,7 @@ class Settings:
 
 
 @final
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Lesson:
     """What is learned from whom.
 
@@ -81,7 +81,7 @@ class Total(NamedTuple):
 
     gradient: dict[str, jax.Array]
     loss: jax.Array
-    count: jax.Array
+    tokens: jax.Array
 
 
 class Piece(NamedTuple):
@@ -115,10 +115,10 @@ def make_step(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state: State, total: Total) -> State:
-        count = jnp.maximum(total.count, 1)
+        count = jnp.maximum(total.tokens, 1)
         gradient = jax.tree.map(lambda g: g / count, total.gradient)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.weights)
-        weights = optax.apply_updates(state.weights, updates)
+        weights: Any = optax.apply_updates(state.weights, updates)
         return State(state.step + 1, weights, optimizer_state, state.losses.at[state.step].set(total.loss / count))
 
     return add, update

@@ -6,6 +6,7 @@ them: 4 k + 2 bytes a token; and `teacher.json`, which says what of, and comes l
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -89,7 +90,9 @@ def _write(path: Path, arrays: Any, vocab: int) -> None:
     ids, log_probs, rest = arrays
     narrow = ids.astype(np.uint16 if vocab <= 1 << 16 else np.int32)
     parts = {"ids": narrow, "log_probs": log_probs.astype(np.float16), "rest": rest.astype(np.float16)}
-    tensors = {name: Tensor(array.shape, array.dtype, lambda array=array: array) for name, array in parts.items()}
+    tensors = {
+        name: Tensor(each.shape, each.dtype, functools.partial(np.asarray, each)) for name, each in parts.items()
+    }
     write_safetensors(path, tensors)
 
 

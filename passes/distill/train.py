@@ -112,7 +112,8 @@ class _Checkpoints:
         """Returns the last one; `state` is its like, and what training begins with where there is none."""
         if self.manager is None or (step := self.manager.latest_step()) is None:
             return state
-        found: State = self.manager.restore(step, args=ocp.args.StandardRestore(state))
+        found = self.manager.restore(step, args=ocp.args.StandardRestore(state))
+        assert isinstance(found, State)
         return found
 
     def save(self, state: State, step: int, last: bool) -> None:
