@@ -68,7 +68,8 @@ def run(options: Options, source: str, destination: str) -> None:
     files = {name: output_file(options, name) for name in ("json", "html")}
     student = fused(open_graph(source, changing=True))
     teacher = fused(open_graph(options["teacher"])) if options["teacher"] else None
-    rows = find_rows(options, source, student, settings)
+    mine = DEMO in (source, options["teacher"])
+    rows = find_rows(student, source, options["text"], options["context"], settings, demo=mine)
     workdir = Path(options["workdir"] or destination + UNFINISHED)
     with bar(console, "distill") as progress:
         lesson = _lesson(options, objective, student, teacher, rows, progress)
@@ -86,26 +87,28 @@ def fused(graph: "Graph") -> "Graph":
     return parse_passes("canonicalize,fuse_attention")(graph)
 
 
-def find_rows(options: Options, source: str, student: "Graph", settings: "Settings") -> "Rows":
-    """Returns the text of --text, or the demo's own, as rows; OptionError where it is less than one step takes."""
+def find_rows(
+    student: "Graph", source: str, text: str | None, context: int, settings: "Settings", *, demo: bool
+) -> "Rows":
+    """Returns the text of a file, or the demo's own, as rows; OptionError where it is less than one step takes."""
     import numpy as np
 
     from xlathe.passes.distill.rows import Rows
     from xlathe.tools.text import encode, read_text, training_tokens
 
-    if options["text"] is not None:
-        text = read_text(Path(options["text"]))
-        tokens = np.asarray(encode(text, student.tokenizer, source, "training on a text"), np.int32)
-    elif DEMO in (source, options["teacher"]):
+    if text is not None:
+        ids = encode(read_text(Path(text)), student.tokenizer, source, "training on a text")
+        tokens = np.asarray(ids, np.int32)
+    elif demo:
         tokens = training_tokens()
     else:
         raise UsageError("which text? --text=FILE")
-    length = min(options["context"], student.max_len)
+    length = min(context, student.max_len)
     step = settings.rows * settings.accumulate * length
     if tokens.size <= step:
         raise OptionError(
             f"--text: expected more than the {step:,} tokens of one step ({settings.rows} rows x {settings.accumulate} "
-            f"x {length}), found {tokens.size:,}; give more text, or lower --rows, --accumulate or --context"
+            f"x {length}), found {tokens.size:,}; give more text, or fewer rows a step or tokens a row"
         )
     return Rows.cut(tokens, length)
 
@@ -118,7 +121,7 @@ def _lesson(
     rows: "Rows",
     progress: Callable[[str, float], None],
 ) -> "Lesson":
-    from xlathe.passes.distill.features import NO_PAIRS, Kept, pair_features
+    from xlathe.passes.distill.features import NO_PAIRS, Kept, count_layers, pair_features
     from xlathe.passes.distill.objective import TopK
     from xlathe.passes.distill.step import Lesson
     from xlathe.passes.distill.stored import store_teacher
@@ -128,7 +131,7 @@ def _lesson(
     if teacher is None:
         return Lesson(objective)
     check_vocabularies(student, teacher, options["shared_vocab"] and options["teacher_logits"] is None)
-    kept = Kept.of(PrunePlan.load(options["plan"])) if options["plan"] else Kept()
+    kept = Kept().then(PrunePlan.load(options["plan"]), count_layers(teacher)) if options["plan"] else Kept()
     pairs = pair_features(student, teacher, kept) if objective.needs_features else NO_PAIRS
     if options["teacher_logits"] is None:
         return Lesson(objective, teacher, pairs)

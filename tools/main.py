@@ -19,6 +19,7 @@ VERBS = (
     "sweep",
     "opt",
     "distill",
+    "shrink",
     "convert",
     "merge",
     "inspect",

@@ -60,7 +60,7 @@ def preset(name: str) -> "Pipeline":
     """Returns the pipeline of the preset `name`; OptionError for an unknown one."""
     from xlathe import configs
 
-    known = [module.name for module in pkgutil.iter_modules(configs.__path__)]
+    known = [module.name for module in pkgutil.iter_modules(configs.__path__) if not module.ispkg]
     if name not in known:
         raise OptionError(f"no config {name!r}{did_you_mean(name, known)}")
     return parse_passes(importlib.import_module(f"xlathe.configs.{name}").get_config().passes)

@@ -22,10 +22,10 @@ class Kept:
     removed: tuple[int, ...] = ()
     width: tuple[int, ...] | None = None
 
-    @staticmethod
-    def of(plan: PrunePlan) -> "Kept":
-        """Returns what a plan kept of the residual stream."""
-        return Kept(plan.layers)
+    def then(self, plan: PrunePlan, count: int) -> "Kept":
+        """Returns what is left of a teacher of `count` layers after a further plan, of what was kept before."""
+        left = [i for i in range(count) if i not in self.removed]
+        return dataclasses.replace(self, removed=tuple(sorted((*self.removed, *(left[i] for i in plan.layers)))))
 
 
 @final
@@ -63,6 +63,11 @@ def pair_features(student: Graph, teacher: Graph, kept: Kept) -> Pairs:
             "says which were kept: --plan=FILE"
         )
     return pairs
+
+
+def count_layers(graph: Graph) -> int:
+    """Returns the number of layers that `pair_features` would find."""
+    return len(layers(graph))
 
 
 def _ends(graph: Graph, whose: str) -> list[ir.Var]:

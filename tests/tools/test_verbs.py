@@ -195,6 +195,6 @@ def test_every_preset_is_a_pipeline():
     from xlathe import configs
     from xlathe.tools.source import preset
 
-    for module in pkgutil.iter_modules(configs.__path__):
+    for module in (each for each in pkgutil.iter_modules(configs.__path__) if not each.ispkg):
         pipeline = preset(module.name)
         assert str(xl.Pipeline.parse(str(pipeline), PASSES)) == str(pipeline)

@@ -1,0 +1,1 @@
+"""Recipes of `xlathe shrink`, found by name."""

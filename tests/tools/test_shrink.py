@@ -1,0 +1,100 @@
+"""`xlathe shrink`: rounds of pruning and healing, what is not done twice, and recipes that are refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from flax import nnx
+
+import xlathe as xl
+from xlathe.errors import OptionError
+from xlathe.models import demo
+from xlathe.models.llama import Llama, LlamaConfig
+from xlathe.report import count_parameters
+from xlathe.tools.main import main
+from xlathe.tools.shrink_recipe import find_recipe, read_recipe
+
+SIZES = LlamaConfig(vocab=4096, width=16, layers=3, query_heads=4, key_value_heads=4, head_dim=16, hidden=512)
+TEXT = "def read_file(path):\n    with open(path) as file:\n        return file.read()\n" * 8
+RECIPE = {
+    "rounds": ["prune_structured{heads=0.25,neurons=0.25}", "prune_structured{heads=0.34,layers=1}"],
+    "tokens": 64,
+    "loss": "forward_kl,features",
+    "rows": 2,
+    "context": 16,
+    "quantize": "quantize{scheme=int8}",
+}
+
+
+def words(folder: Path, **changes: object) -> list[str]:
+    """Writes the recipe and the texts; returns the command line."""
+    (folder / "recipe.json").write_text(json.dumps(RECIPE | changes))
+    (folder / "text").write_text(TEXT)
+    texts = [f"--{flag}={folder / 'text'}" for flag in ("text", "eval_text")]
+    return ["shrink", str(folder / "model"), str(folder / "out"), f"--config={folder / 'recipe.json'}", *texts]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    graph = xl.trace(Llama(SIZES, rngs=nnx.Rngs(0)), max_len=32, tokenizer=demo.tokenizer())
+    graph.save(tmp_path / "model")
+    return tmp_path
+
+
+def test_rounds_end_in_a_bundle_and_are_not_done_twice(folder, capsys):
+    assert main(words(folder)) == 0
+    out = capsys.readouterr().out
+    judged = [line.partition(" ")[2].split()[0] for line in out.splitlines() if "parameters" in line and "KL" in line]
+    assert len(judged) == 5
+    stages = folder / "out.stages"
+    (first,), (second,) = (list(stages.glob(f"{number}-healed-*/")) for number in (1, 2))
+    sizes = [count_parameters(xl.load_graph(each)) for each in (folder / "model", first, second)]
+    assert sizes[0] > sizes[1] > sizes[2] and sizes[1] >= sizes[0] * 2 / 3 and sizes[2] >= sizes[1] * 2 / 3
+    assert len(xl.load(folder / "out").generate("def", max_tokens=2)[0].tokens) <= 2
+    made = {path: path.stat().st_mtime_ns for path in stages.rglob("*") if path.is_file()}
+    assert main(words(folder)) == 0
+    again = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line[:2] in ("1:", "2:")] == [
+        line for line in again.splitlines() if line[:2] in ("1:", "2:")
+    ]
+    assert {path: path.stat().st_mtime_ns for path in stages.rglob("*") if path.is_file()} == made
+
+
+def test_a_round_removes_at_most_a_third(folder, capsys):
+    rounds = ["prune_structured{heads=0.75,neurons=0.9}"]
+    assert main(words(folder, rounds=rounds)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "round 1 removes" in line and "at most a third" in line
+    assert not (folder / "out").exists()
+
+
+def test_presets_are_recipes():
+    recipe = find_recipe("half")
+    assert len(recipe.rounds) == 2 and recipe.prune(0).heads == 0.25
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"round": []}, "no key 'round'; did you mean 'rounds'"),
+        ({"rounds": []}, "rounds is empty"),
+        ({"rounds": ["quantize{scheme=int8}"]}, r"round 1: expected prune_structured\{...\}"),
+        ({"tokens": "many"}, "tokens is not int: 'many'"),
+        ({"quantize": "quantise"}, "did you mean 'quantize'"),
+    ],
+)
+def test_recipes_that_are_none(changes, message):
+    with pytest.raises(OptionError, match=message):
+        read_recipe(RECIPE | changes, "here")
+
+
+def test_names_that_are_none(tmp_path, capsys):
+    with pytest.raises(OptionError, match="no recipe 'hlaf'; did you mean 'half'"):
+        find_recipe("hlaf")
+    (tmp_path / "a.json").write_text("[]")
+    with pytest.raises(OptionError, match="expected an object, got list"):
+        find_recipe(str(tmp_path / "a.json"))
+    with pytest.raises(OptionError, match="no tokens"):
+        read_recipe({"rounds": RECIPE["rounds"]}, "here")
+    assert main(["shrink", "demo", str(tmp_path / "out")]) == 2
+    assert "which recipe? --config=half" in capsys.readouterr().err
