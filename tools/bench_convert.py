@@ -50,14 +50,14 @@ class Measured:
     converting: float
 
 
-def random_llama(config: dict[str, object]) -> Checkpoint:
+def random_llama(config: dict[str, object], seed: int = 0) -> Checkpoint:
     """Returns a Llama of bfloat16 weights, each made when it is read."""
     width, hidden, vocab, layers, heads, few = (
         int(str(config[key]))
         for key in ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers",
                     "num_attention_heads", "num_key_value_heads")
     )  # fmt: skip
-    numbers = np.random.default_rng(0).normal(size=1 << 22).astype(BFLOAT16)
+    numbers = np.random.default_rng(seed).normal(size=1 << 22).astype(BFLOAT16)
     narrow = width // heads * few
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, width), "model.norm.weight": (width,)}
     for b in range(layers):
