@@ -47,8 +47,8 @@ def without_outliers(delta: jax.Array, *, density: float, gamma: float = 0.01, r
 
     Where gamma is less than one number, none is dropped, nor more than the density leaves.
     """
-    count = kept_count(delta.size, density)
-    return _ranked(delta, count, min(int(gamma * delta.size), delta.size - count), density, rescale)
+    top, count = places(delta.size, density, gamma)
+    return _ranked(delta, count, top, density, rescale)
 
 
 @functools.partial(jax.jit, static_argnames="rescale")
@@ -57,6 +57,13 @@ def _ranked(delta: jax.Array, count: int, top: int, density: float, rescale: Res
     magnitude = jnp.abs(delta)
     kept = jnp.where(largest(magnitude, top + count) & ~largest(magnitude, top), delta, 0)
     return _rescaled(delta, kept, density, rescale)
+
+
+@functools.partial(jax.jit, static_argnames="rescale")
+def within(delta: jax.Array, least: float, most: float, *, density: float, rescale: Rescale = "none") -> jax.Array:
+    """Keeps numbers of a magnitude from `least` to `most`, both included: what was found of a whole model (`scope`)."""
+    magnitude = jnp.abs(delta)
+    return _rescaled(delta, jnp.where((magnitude >= least) & (magnitude <= most), delta, 0), density, rescale)
 
 
 @functools.partial(jax.jit, static_argnames="rescale")
@@ -86,6 +93,12 @@ def by_chance_and_size(
 def kept_count(size: int, density: float) -> int:
     """Returns how many of `size` numbers a density keeps, at least one."""
     return max(int(density * size), 1)
+
+
+def places(size: int, density: float, gamma: float) -> tuple[int, int]:
+    """Returns how many of `size` numbers are outliers, and how many of the others a density keeps."""
+    count = kept_count(size, density)
+    return min(int(gamma * size), size - count), count
 
 
 def _rescaled(delta: jax.Array, kept: jax.Array, chance: float | jax.Array, rescale: Rescale) -> jax.Array:

@@ -4,9 +4,11 @@ Nothing but headers and settings is read before the whole merge is known to fit.
 """
 
 import dataclasses
+import functools
+import math
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +19,8 @@ from xlathe.errors import CheckpointError, OptionError, XlatheError
 from xlathe.models.checkpoint import Checkpoint
 from xlathe.passes.merge.methods import METHODS, REQUIRED, Group, Method, check_value
 from xlathe.passes.merge.recipe import Choice, Parameters, Recipe, Slice, Source
+from xlathe.passes.merge.scope import Band, Change, check_shares, find_bands
+from xlathe.passes.merge.tasks import change
 from xlathe.safetensors_file import Tensor
 
 _LAYER = re.compile(r"(?<![^.])(\d+)(?![^.])")
@@ -47,6 +51,21 @@ class Part:
     place: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one tensor of the result is made of: the base's tensor, the other models', and the method's parameters."""
+
+    part: Part
+    base: Tensor | None
+    others: tuple[tuple[Source, Tensor], ...]
+    each: Mapping[str, Sequence[Any]]
+    shared: Mapping[str, Any]
+
+    @property
+    def first(self) -> Tensor:
+        return self.base or self.others[0][1]
+
+
 def merge(recipe: Recipe, opened: Mapping[str, Checkpoint], seed: int = 0) -> Checkpoint:
     """Returns the merged checkpoint; its tensors are merged in float32 when they are read, and rounded at the end.
 
@@ -61,8 +80,11 @@ def merge(recipe: Recipe, opened: Mapping[str, Checkpoint], seed: int = 0) -> Ch
         _check_alike(recipe, model, opened)
     for each in recipe.slices:
         _check_layers(recipe, each, opened)
-    parts = list(_parts(recipe, opened))
-    tensors = {part.name: _merged(part, recipe, method, opened, seed) for part in parts}
+    works = [_work(part, recipe, method, opened) for part in _parts(recipe, opened)]
+    changes = [each for work in works for each in _ranked_together(work)]
+    check_shares(changes)
+    bands = functools.cache(lambda: find_bands(changes))
+    tensors = {work.part.name: _merged(work, recipe, method, bands, seed) for work in works}
     config = dict(first.card.config) | _layers(recipe, first)
     if recipe.out_dtype is not None:
         config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": recipe.out_dtype}
@@ -163,7 +185,7 @@ def _layers(recipe: Recipe, first: Checkpoint) -> dict[str, Any]:
     return {key: count for key in COUNTS if key in config}
 
 
-def _merged(part: Part, recipe: Recipe, method: Method, opened: Mapping[str, Checkpoint], seed: int) -> Tensor:
+def _work(part: Part, recipe: Recipe, method: Method, opened: Mapping[str, Checkpoint]) -> Work:
     found = [(source, _find(opened, source.model, name, part)) for source, name in part.sources]
     base = _base(part, recipe, method, opened)
     others = [pair for pair in found if method.base == "none" or pair[0].model != recipe.base]
@@ -174,26 +196,46 @@ def _merged(part: Part, recipe: Recipe, method: Method, opened: Mapping[str, Che
                 f"{part.name} is {list(shape)} in {recipe.models[0]} and {list(tensor.shape)} in {source.model}"
                 + (": the vocabularies differ" if _LAYER.search(part.name) is None and len(shape) == 2 else "")
             )
-    each, shared = _values(part, recipe, method, [source for source, _ in others])
-    first = base or others[0][1]
+    return Work(part, base, tuple(others), *_values(part, recipe, method, [source for source, _ in others]))
+
+
+def _ranked_together(work: Work) -> Iterator[Change]:
+    """Yields a tensor's changes by each model, where ranks are over whole models."""
+    if work.shared.get("scope") != "model" or not jnp.issubdtype(work.first.dtype, jnp.floating):
+        return
+    for (source, tensor), density in zip(work.others, work.each["density"], strict=True):
+        assert work.base is not None
+
+        def read(tensor: Tensor = tensor, base: Tensor = work.base) -> jax.Array:
+            return change(jnp.asarray(tensor.read()), jnp.asarray(base.read()))
+
+        gamma = work.shared.get("gamma", 0)
+        yield Change(source.model, work.part.name, math.prod(tensor.shape), read, density, gamma)
+
+
+def _merged(work: Work, recipe: Recipe, method: Method, bands: Callable[[], Mapping[str, Band]], seed: int) -> Tensor:
+    name, first = work.part.name, work.first
     if not jnp.issubdtype(first.dtype, jnp.floating):
         return first
     dtype = np.dtype(jnp.dtype(recipe.out_dtype or first.dtype))
 
     def read() -> np.ndarray:
-        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(part.name.encode()))
-        arrays = [jnp.asarray(tensor.read()) for _, tensor in others]
-        group = Group(arrays, None if base is None else jnp.asarray(base.read()), each, shared, key)
+        kept = None
+        if work.shared.get("scope") == "model":
+            kept = [bands()[source.model] for source, _ in work.others]
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+        arrays = [jnp.asarray(tensor.read()) for _, tensor in work.others]
+        base = None if work.base is None else jnp.asarray(work.base.read())
         try:
             with np.errstate(over="ignore"):  # told below
-                result = np.asarray(method.merge(group)).astype(dtype)
+                result = np.asarray(method.merge(Group(arrays, base, work.each, work.shared, key, kept))).astype(dtype)
         except XlatheError as error:
-            raise CheckpointError(f"{recipe.method} of {part.name}: {error}") from None
+            raise CheckpointError(f"{recipe.method} of {name}: {error}") from None
         if not np.isfinite(result).all():
-            raise CheckpointError(f"{recipe.method} of {part.name}: the result holds NaN or infinite numbers")
+            raise CheckpointError(f"{recipe.method} of {name}: the result holds NaN or infinite numbers")
         return result
 
-    return Tensor(shape, dtype, read)
+    return Tensor(first.shape, dtype, read)
 
 
 def _find(opened: Mapping[str, Checkpoint], model: str, name: str, part: Part) -> Tensor:
@@ -242,5 +284,3 @@ def _values(
 
 def _first(choices: Sequence[Choice], name: str) -> Choice | None:
     return next((c for c in choices if c.filter is None or c.filter in name), None)
-
-

@@ -12,6 +12,7 @@ import numpy as np
 from xlathe.errors import OptionError, PassError
 from xlathe.passes.merge import masks, spheres, tasks
 from xlathe.passes.merge.combine import combine, gram
+from xlathe.passes.merge.scope import Band
 
 REQUIRED = object()
 """In the place of a default, where there is none."""
@@ -23,6 +24,7 @@ class Group:
 
     tensors: of the models in their order, but for the base; base: its tensor, None where the method has none. each: a
     value a model, shared: one value, by the names of parameters. key: of what is drawn by chance, this tensor's own.
+    bands: which magnitudes of each model's changes are kept, where that was found of whole models.
     """
 
     tensors: Sequence[jax.Array]
@@ -30,6 +32,7 @@ class Group:
     each: Mapping[str, Sequence[Any]]
     shared: Mapping[str, Any]
     key: jax.Array
+    bands: Sequence[Band] | None = None
 
     @property
     def weights(self) -> list[float]:
@@ -108,6 +111,10 @@ def _task(group: Group, keep: Callable[..., jax.Array] | None, *, elect: bool, c
         options |= {"rescale": group.shared["rescale"]} if "rescale" in group.shared else {}
         kept = []
         for i, (delta, density) in enumerate(zip(deltas, group.each["density"], strict=True)):
+            if group.bands is not None:
+                band, rescale = group.bands[i], group.shared["rescale"]
+                kept.append(masks.within(delta, band.least, band.most, density=float(density), rescale=rescale))
+                continue
             key = [jax.random.fold_in(group.key, i)] if chance else []
             kept.append(keep(*key, delta, density=float(density), **options))
         deltas = kept
@@ -139,7 +146,7 @@ def _passthrough(group: Group) -> jax.Array:
 
 WEIGHT, DENSITY = {"weight": REQUIRED}, {"density": 1.0}
 TASK = {"lambda": 1.0, "normalize": False}
-_KEEP_PROB, _NONE = {"rescale": "keep_prob"}, {"rescale": "none"}
+_KEEP_PROB, _RANKED = {"rescale": "keep_prob"}, {"rescale": "none", "scope": "tensor"}
 
 
 def _sum_of(keep: Any, elect: bool, chance: bool = False) -> Callable[[Group], jax.Array]:
@@ -149,22 +156,18 @@ def _sum_of(keep: Any, elect: bool, chance: bool = False) -> Callable[[Group], j
 METHODS: Mapping[str, Method] = {
     "linear": Method(_linear, WEIGHT, {"normalize": True}),
     "slerp": Method(_slerp, {}, {"t": REQUIRED}, "needed", (1, 1)),
-    "nuslerp": Method(
-        _nuslerp, WEIGHT, {"nuslerp_flatten": True, "nuslerp_row_wise": False}, "optional", (2, 2)
-    ),
+    "nuslerp": Method(_nuslerp, WEIGHT, {"nuslerp_flatten": True, "nuslerp_row_wise": False}, "optional", (2, 2)),
     "multislerp": Method(_multislerp, WEIGHT, {}, "optional"),
     "karcher": Method(_karcher, {}, {"max_iter": 100, "tol": 1e-9}, "optional"),
     "task_arithmetic": Method(_sum_of(None, False), WEIGHT, TASK, "needed"),
-    "ties": Method(
-        _sum_of(masks.by_size, True), WEIGHT | DENSITY, TASK | _NONE | {"normalize": True}, "needed"
-    ),
+    "ties": Method(_sum_of(masks.by_size, True), WEIGHT | DENSITY, TASK | _RANKED | {"normalize": True}, "needed"),
     "dare_linear": Method(_sum_of(masks.by_chance, False, True), WEIGHT | DENSITY, TASK | _KEEP_PROB, "needed"),
     "dare_ties": Method(_sum_of(masks.by_chance, True, True), WEIGHT | DENSITY, TASK | _KEEP_PROB, "needed"),
     "breadcrumbs": Method(
-        _sum_of(masks.without_outliers, False), WEIGHT | DENSITY, TASK | _NONE | {"gamma": 0.01}, "needed"
+        _sum_of(masks.without_outliers, False), WEIGHT | DENSITY, TASK | _RANKED | {"gamma": 0.01}, "needed"
     ),
     "breadcrumbs_ties": Method(
-        _sum_of(masks.without_outliers, True), WEIGHT | DENSITY, TASK | _NONE | {"gamma": 0.01}, "needed"
+        _sum_of(masks.without_outliers, True), WEIGHT | DENSITY, TASK | _RANKED | {"gamma": 0.01}, "needed"
     ),
     "della_linear": Method(
         _sum_of(masks.by_chance_and_size, False, True),
@@ -185,6 +188,7 @@ METHODS: Mapping[str, Method] = {
 }
 """By their names in mergekit's recipes, whose parameters they take; `passes/merge/README.md` says where they differ."""
 
+SCOPES = ("tensor", "model")
 _FLAGS = ("normalize", "nuslerp_flatten", "nuslerp_row_wise", "filter_wise")
 _RESCALES = {True: "l1", False: "none"} | {name: name for name in ("none", "keep_prob", "l1")}
 
@@ -202,6 +206,10 @@ def check_value(name: str, value: Any, others: Mapping[str, Any]) -> Any:
         if not isinstance(value, bool | str) or value not in _RESCALES:
             raise OptionError(f"rescale: expected one of {', '.join(map(str, _RESCALES))}, found {value!r}")
         return _RESCALES[value]
+    if name == "scope":
+        if value not in SCOPES:
+            raise OptionError(f"scope: expected {' or '.join(SCOPES)}, found {value!r}")
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
         raise OptionError(f"{name}: expected a number, found {value!r}")
     if name in ("density", "select_topk") and not 0 < value <= 1:

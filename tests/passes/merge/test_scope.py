@@ -1,0 +1,90 @@
+"""Ranks over all tensors of a model, beside NumPy on the concatenated vector."""
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import yaml
+
+from tests.passes.merge.test_merge import arrays, merged, recipe_of
+from xlathe.errors import OptionError
+from xlathe.passes.merge import scope
+from xlathe.passes.merge.scope import at_ranks
+
+RNG = np.random.default_rng(0)
+ARRAYS = [RNG.normal(size=shape).astype(np.float32) for shape in [(40, 50), (3,), (7, 2, 100), ()]]
+EXTREME = [np.array([0, -0.0, 1e-45, -3e38, 5.0, -5.0], np.float32), np.array([np.inf], np.float32)]
+
+
+@pytest.mark.parametrize("values", [ARRAYS, [np.round(a) for a in ARRAYS], EXTREME], ids=["many", "few", "extreme"])
+def test_the_number_at_a_rank_is_that_of_a_sort(values: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Expected in any order and cut anywhere."""
+    monkeypatch.setattr(scope, "CHUNK", 64)
+    whole = np.sort(np.abs(np.concatenate([v.reshape(-1) for v in values])))[::-1]
+    ranks = sorted({0, 1, 2, len(whole) // 3, len(whole) // 2, len(whole) - 1})
+    assert at_ranks(lambda: iter(values), ranks) == [float(whole[rank]) for rank in ranks]
+    assert at_ranks(lambda: iter(values[::-1]), ranks) == [float(whole[rank]) for rank in ranks]
+
+
+def expected_change(model: str, density: float, gamma: float) -> dict[str, np.ndarray]:
+    """A model's changes without those that ranks over all of them leave out."""
+    base, given = arrays("base"), arrays(model)
+    changes = {name: given[name] - base[name] for name in base}
+    whole = np.sort(np.abs(np.concatenate([change.reshape(-1) for change in changes.values()])))[::-1]
+    top, count = int(gamma * len(whole)), int(density * len(whole))
+    low, high = whole[top + count - 1], whole[top]
+    return {name: np.where((np.abs(c) >= low) & (np.abs(c) <= high), c, 0) for name, c in changes.items()}
+
+
+@pytest.mark.parametrize(("method", "gamma"), [("ties", 0.0), ("breadcrumbs", 0.1), ("breadcrumbs_ties", 0.1)])
+def test_ranks_of_whole_models(method: str, gamma: float) -> None:
+    given: dict[str, Any] = {"density": 0.3, "scope": "model"} | ({"gamma": gamma} if gamma else {})
+    text = recipe_of(method, ["a", "b"]) | {"parameters": given}
+    found, by_tensor = merged(yaml.safe_dump(text)), merged(yaml.safe_dump(text | {"parameters": {"density": 0.3}}))
+    base, kept = arrays("base"), [expected_change(model, 0.3, gamma) for model in ("a", "b")]
+    differing = False
+    for name, array in found.items():
+        a, b = (0.5 * change[name] for change in kept)
+        if method == "breadcrumbs":
+            total = a + b
+        else:
+            sign = np.where(a + b < 0, -1, 1)
+            agree = [a * sign > 0, b * sign > 0]
+            total = np.where(agree[0], a, 0) + np.where(agree[1], b, 0)
+            if method == "ties":
+                total = total / np.maximum(0.5 * agree[0] + 0.5 * agree[1], 0.5)
+        np.testing.assert_allclose(array, base[name] + total, atol=1e-6, err_msg=name)
+        differing |= not np.array_equal(array, by_tensor[name])
+    assert differing
+
+
+def test_numbers_that_are_equal_to_the_last_are_all_kept() -> None:
+    """So that the result does not depend on the order of tensors: changes of bfloat16 weights often are."""
+    steps = np.array([1, 1, 1, 2], ml_dtypes.bfloat16)
+    (kept,) = at_ranks(lambda: iter([steps.astype(np.float32)]), [1])
+    assert kept == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scope": "layer"}, "scope: expected tensor or model, found 'layer'"),
+        (
+            {"scope": "model", "density": [0.1, 0.9]},
+            "scope=model takes one density and gamma for all tensors of a; found 0.1, 0 for model.embed_",
+        ),
+    ],
+)
+def test_shares_of_which_no_threshold_is_made(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        merged(yaml.safe_dump(recipe_of("ties", ["a", "b"]) | {"parameters": changes}))
+
+
+def test_some_tensors_may_be_ranked_by_themselves() -> None:
+    text = recipe_of("ties", ["a"]) | {"parameters": {"density": 0.3}}
+    mixed = [{"filter": "mlp", "value": "model"}, "tensor"]
+    found = merged(yaml.safe_dump(text | {"parameters": {"density": 0.3, "scope": mixed}}))
+    alone = merged(yaml.safe_dump(text))
+    differing = [name for name, array in found.items() if not np.array_equal(array, alone[name])]
+    assert differing and all("mlp" in name for name in differing)
