@@ -29,6 +29,20 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     return read_gguf(path)
 
 
+def open_adapted(source: str) -> Checkpoint:
+    """Opens `base`, or `base+adapter`: a checkpoint and the directory, or the hub's name, of a LoRA adapter on it.
+
+    Raises CheckpointError as `open_checkpoint` and `fold_adapter` do.
+    """
+    base, plus, adapter = source.rpartition("+")
+    if not plus or Path(source).exists():
+        return open_checkpoint(source)
+    from xlathe.models.formats.adapter import fold_adapter
+
+    folder = Path(adapter)
+    return fold_adapter(open_checkpoint(base), folder if folder.exists() else _download(adapter))
+
+
 def _download(name: str) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise CheckpointError(f"{name} does not exist")

@@ -39,7 +39,8 @@ Parameters = Mapping[str, tuple[Choice, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A model, and the layers of it that are taken, from the first to before the last; None: all."""
+    """A model, `base+adapter` with an adapter folded into it, and the layers of it that are taken, from the first to
+    before the last; None: all."""
 
     model: str
     layers: tuple[int, int] | None
@@ -126,12 +127,14 @@ def _slice(found: Any, where: str, method: Method) -> Slice:
 
 
 def _source(found: Any, where: str, method: Method, *, layers: bool) -> Source:
-    each = _object(found, where, ("model", "parameters", *(["layer_range"] if layers else [])))
+    each = _object(found, where, ("model", "lora", "parameters", *(["layer_range"] if layers else [])))
     model, taken = each.get("model"), each.get("layer_range")
     if not isinstance(model, str):
         raise OptionError(f"{where}: model: expected a directory, a file or a name, found {model!r}")
-    range_ = _layers(taken, where) if layers else None
-    return Source(model, range_, _parameters(each, where, method))
+    range_, lora = _layers(taken, where) if layers else None, each.get("lora")
+    if not isinstance(lora, str | None):
+        raise OptionError(f"{where}: lora: expected an adapter's directory or name, found {lora!r}")
+    return Source(model if lora is None else f"{model}+{lora}", range_, _parameters(each, where, method))
 
 
 def _layers(found: Any, where: str) -> tuple[int, int]:

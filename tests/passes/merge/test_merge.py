@@ -112,6 +112,13 @@ def test_one_filter_for_all_and_the_last_number_after_the_layers() -> None:
     assert merged(text.replace('filter: "*", ', "")).keys() == found.keys()
 
 
+def test_adapters_are_part_of_a_models_name() -> None:
+    """Expected: the same of a key of its own and of mergekit's `base+adapter`."""
+    listed = [{"model": "a", "lora": "x"}, {"model": "b+y"}]
+    recipe = parse_recipe({"merge_method": "linear", "models": listed}, "recipe")
+    assert recipe.models == ("a+x", "b+y")
+
+
 @pytest.mark.parametrize("row_wise", [True, False])
 def test_the_vectors_of_nuslerp(row_wise: bool) -> None:
     """Rows, or columns: each goes along an arc of its own."""
@@ -261,6 +268,7 @@ def test_sums_are_float32_and_rounded_once() -> None:
         ({"models": [{"model": "a"}]}, "ties needs weight, and model.embed_tokens.weight has none"),
         ({"models": []}, "models: expected a list"),
         ({"models": [{"model": 3}]}, r"models\[0\]: model: expected a directory"),
+        ({"models": [{"model": "a", "lora": 3}]}, "lora: expected an adapter's directory or name, found 3"),
         ({"models": [{"model": "a", "layer_range": [0, 2]}]}, "no key 'layer_range'"),
         ({"slices": []}, "expected either models or slices"),
         ({"base_model": None}, "ties needs a base_model"),
