@@ -1,39 +1,31 @@
 """Which numbers of a change are kept: by size, by chance, or by chance that depends on size. float32 throughout."""
 
 import functools
-from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+
+from xlathe.passes.merge.ranks import edge
 
 Rescale = Literal["none", "keep_prob", "l1"]
 """How what is kept makes up for what is not: not at all; divided by the probability to be kept, so that the mean
 stays; or times what restores the sum of magnitudes."""
 
 
-def largest(magnitude: jax.Array, count: int | jax.Array) -> jax.Array:
-    """Marks the `count` largest of float32 magnitudes [...], of equal ones those that come first: bool [...].
-
-    The count-th largest is found bit by bit: 31 passes and no sort. NaN is larger than all.
-    """
-    bits = jax.lax.bitcast_convert_type(magnitude, jnp.int32).reshape(-1)
-    least = _greatest(lambda value: (bits >= value).sum() >= count, 31)
-    left = count - (bits > least).sum()
-    places = jnp.arange(bits.size, dtype=jnp.int32)
-    end = _greatest(lambda place: ((bits == least) & (places < place)).sum() <= left, 31)
-    kept = (bits > least) | ((bits == least) & (places < end))
-    return (kept & (count > 0)).reshape(magnitude.shape)
+def largest(magnitude: jax.Array, count: int) -> jax.Array:
+    """Marks the `count` largest of float32 magnitudes [...], of equal ones those that come first: bool [...]. NaN is
+    larger than all."""
+    if count == 0:
+        return jnp.zeros(magnitude.shape, bool)
+    return _from_edge(magnitude, *edge(magnitude, count))
 
 
-def _greatest(holds: Callable[[jax.Array], jax.Array], bits: int) -> jax.Array:
-    """Returns the greatest whole number of so many bits for which `holds`, which holds up to some number."""
-
-    def step(i: jax.Array, found: jax.Array) -> jax.Array:
-        candidate = found | (jnp.int32(1) << (bits - 1 - i))
-        return jnp.where(holds(candidate), candidate, found)
-
-    return jax.lax.fori_loop(0, bits, step, jnp.int32(0))
+@jax.jit
+def _from_edge(magnitude: jax.Array, least: int, end: int) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(magnitude, jnp.int32)
+    places = jnp.arange(bits.size, dtype=jnp.int32).reshape(bits.shape)
+    return (bits > least) | ((bits == least) & (places < end))
 
 
 def by_size(delta: jax.Array, *, density: float, rescale: Rescale = "none") -> jax.Array:
@@ -51,12 +43,16 @@ def without_outliers(delta: jax.Array, *, density: float, gamma: float = 0.01, r
     return _ranked(delta, count, top, density, rescale)
 
 
-@functools.partial(jax.jit, static_argnames="rescale")
 def _ranked(delta: jax.Array, count: int, top: int, density: float, rescale: Rescale) -> jax.Array:
     """Keeps the `count` numbers of largest magnitude after the `top` largest."""
     magnitude = jnp.abs(delta)
-    kept = jnp.where(largest(magnitude, top + count) & ~largest(magnitude, top), delta, 0)
-    return _rescaled(delta, kept, density, rescale)
+    marked = largest(magnitude, top + count)
+    return _marked(delta, marked & ~largest(magnitude, top) if top else marked, density, rescale)
+
+
+@functools.partial(jax.jit, static_argnames="rescale")
+def _marked(delta: jax.Array, marked: jax.Array, density: float, rescale: Rescale) -> jax.Array:
+    return _rescaled(delta, jnp.where(marked, delta, 0), density, rescale)
 
 
 @functools.partial(jax.jit, static_argnames="rescale")

@@ -21,6 +21,7 @@ from xlathe.passes.merge.methods import METHODS, REQUIRED, Group, Method, check_
 from xlathe.passes.merge.recipe import Choice, Parameters, Recipe, Slice, Source
 from xlathe.passes.merge.scope import Band, Change, check_shares, find_bands
 from xlathe.passes.merge.tasks import change
+from xlathe.passes.merge.vocabulary import unite
 from xlathe.safetensors_file import Tensor
 
 _LAYER = re.compile(r"(?<![^.])(\d+)(?![^.])")
@@ -75,6 +76,8 @@ def merge(recipe: Recipe, opened: Mapping[str, Checkpoint], seed: int = 0) -> Ch
     tensor is missing or two shapes differ, naming the first; OptionError for parameters that are missing or have no
     meaning. A tensor that is read raises CheckpointError, naming it, where the method has no result for it.
     """
+    if recipe.vocabulary is not None:
+        opened = unite(recipe.vocabulary, recipe.models, opened, recipe.where)
     method, first = METHODS[recipe.method], opened[recipe.models[0]]
     for model in recipe.models[1:]:
         _check_alike(recipe, model, opened)
@@ -112,9 +115,10 @@ def _check_alike(recipe: Recipe, model: str, opened: Mapping[str, Checkpoint]) -
         words = [each.tokenizer.get_vocab() for each in (ours, theirs)]
         if words[0] != words[1]:
             other = min(words[0].items() ^ words[1].items())[0]
-            ids = [each.get(other, "none") for each in words]
+            ids, sizes = [each.get(other, "none") for each in words], [len(each) for each in words]
             raise CheckpointError(
-                f"{recipe.where}: the vocabularies differ, first in {other!r}: {ids[0]} in {first}, {ids[1]} in {model}"
+                f"{recipe.where}: the vocabularies differ, {sizes[0]} tokens in {first} and {sizes[1]} in {model}, "
+                f"first in {other!r}: {ids[0]} and {ids[1]}; tokenizer_source: union, base or a model merges them"
             )
     if recipe.slices[0].sources[0].layers is None:
         for name in [*ours.tensors, *theirs.tensors]:

@@ -10,11 +10,12 @@ import yaml
 
 from xlathe.errors import OptionError, did_you_mean
 from xlathe.passes.merge.methods import METHODS, Method
+from xlathe.passes.merge.vocabulary import Row, Vocabulary
 
 DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 TOP = (
     *("merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source"),
-    *("name",),
+    *("name", "tokenizer"),
 )
 
 
@@ -57,7 +58,8 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """out_dtype: of what is written, None: as the base has it, or the first model."""
+    """out_dtype: of what is written, None: as the base has it, or the first model. vocabulary: None: all have the same.
+    """
 
     method: str
     base: str | None
@@ -65,6 +67,7 @@ class Recipe:
     parameters: Parameters
     out_dtype: str | None
     where: str
+    vocabulary: Vocabulary | None = None
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -94,11 +97,8 @@ def parse_recipe(found: Any, where: str) -> Recipe:
     if base is not None and not isinstance(base, str):
         raise OptionError(f"{where}: base_model: expected a model, found {base!r}")
     slices = _slices(top, where, method)
-    source = top.get("tokenizer_source", "base")
-    if source not in ("base", base or slices[0].sources[0].model):
-        raise OptionError(f"{where}: tokenizer_source={source!r}: expected base; other tokenizers are not merged yet")
     recipe = Recipe(
-        name, base, slices, _parameters(top, where, method), _dtype(top, where), where
+        name, base, slices, _parameters(top, where, method), _dtype(top, where), where, _vocabulary(top, where)
     )
     _check_models(recipe, method)
     return recipe
@@ -183,6 +183,47 @@ def _dtype(top: Mapping[str, Any], where: str) -> str | None:
     return None
 
 
+def _vocabulary(top: Mapping[str, Any], where: str) -> Vocabulary | None:
+    if "tokenizer" in top and "tokenizer_source" in top:
+        raise OptionError(f"{where}: expected either tokenizer or tokenizer_source")
+    if top.get("tokenizer_source") is not None:
+        return _vocabulary_of({"source": top["tokenizer_source"]}, where)
+    return None if top.get("tokenizer") is None else _vocabulary_of(top["tokenizer"], f"{where}: tokenizer")
+
+
+def _vocabulary_of(found: Any, where: str) -> Vocabulary:
+    each = _object(found, where, ("source", "tokens", "pad_to_multiple_of"))
+    source, multiple = each.get("source", "base"), each.get("pad_to_multiple_of") or 1
+    if not isinstance(source, str):
+        raise OptionError(f"{where}: source: expected union, base or a model, found {source!r}")
+    if type(multiple) is not int or multiple < 1:
+        raise OptionError(f"{where}: pad_to_multiple_of: expected a whole number of at least 1, found {multiple!r}")
+    tokens = _object_of_any(each.get("tokens") or {}, f"{where}: tokens")
+    rows = {token: _row(token, row, f"{where}: {token!r}") for token, row in tokens.items()}
+    return Vocabulary(source, rows, multiple)
+
+
+def _row(text: str, found: Any, where: str) -> Row:
+    """A token's row is another model's, of the same token or of another one, or zeros."""
+    each = _object(found, where, ("source", "force"))
+    source, force = each.get("source"), each.get("force", False)
+    if not isinstance(force, bool):
+        raise OptionError(f"{where}: force: expected true or false, found {force!r}")
+    if isinstance(source, str):
+        return Row(source, text, force)
+    given = _object(source, f"{where}: source", ("kind", "model", "token", "token_id"))
+    kind, model, token = given.get("kind"), given.get("model"), given.get("token", given.get("token_id"))
+    if kind == "zero" and given.keys() == {"kind"}:
+        return Row(None, None, force)
+    named = isinstance(token, str) if "token" in given else type(token) is int and token >= 0
+    if kind != "model_token" or not isinstance(model, str) or not named or len(given) != 3:
+        raise OptionError(
+            f"{where}: source: expected a model, kind zero, or kind model_token with a model and its token or "
+            f"token_id, found {source!r}"
+        )
+    return Row(model, token, force)
+
+
 def _check_models(recipe: Recipe, method: Method) -> None:
     if method.base == "needed" and recipe.base is None:
         raise OptionError(f"{recipe.where}: {recipe.method} needs a base_model")
@@ -193,6 +234,12 @@ def _check_models(recipe: Recipe, method: Method) -> None:
             wanted = f"{fewest}" if fewest == most else f"at least {fewest}"
             beside = "" if method.base == "none" else " beside the base"
             raise OptionError(f"{recipe.where}: {recipe.method} takes {wanted} models{beside}, found {len(others)}")
+
+
+def _object_of_any(found: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise OptionError(f"{where}: expected an object, found {found!r}")
+    return found
 
 
 def _object(found: Any, where: str, known: Sequence[str]) -> Mapping[str, Any]:

@@ -1,22 +1,15 @@
 """Ranks over a whole model: which magnitudes of its changes are kept, where one share is taken of all tensors together.
 
-The numbers at a rank are found exactly, by two passes that count: once the upper 15 bits of magnitudes, float32 without
-their signs, then the lower 16 of those that share them. Counts add up, so neither order nor shards matter.
-"""
+Ranks are exact, and depend neither on the order of tensors nor on shards."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
-import numpy as np
 
 from xlathe.errors import OptionError
 from xlathe.passes.merge.masks import places
-
-CHUNK = 1 << 20
-"""Numbers that are counted at a time."""
-LOW, HIGH = 16, 15
-"""Bits."""
+from xlathe.passes.merge.ranks import at_ranks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,35 +53,3 @@ def find_bands(changes: Sequence[Change]) -> dict[str, Band]:
         most, least = at_ranks(lambda own=own: (each.read() for each in own), [top, top + count - 1])  # type: ignore[misc]
         found[model] = Band(least, most)
     return found
-
-
-def at_ranks(read: Callable[[], Iterable[jax.Array | np.ndarray]], ranks: Sequence[int]) -> list[float]:
-    """Returns the magnitudes at these ranks, 0 for the largest, of all numbers of all arrays.
-
-    read: called twice, yields the same float32 arrays [...], in any order.
-    """
-    upper = np.zeros(1 << HIGH, np.int64)
-    for bits in _chunks(read()):
-        upper += np.bincount(bits >> LOW, minlength=1 << HIGH)
-    bins = [_bin(upper, rank) for rank in ranks]
-    lower = {at: np.zeros(1 << LOW, np.int64) for at, _ in bins}
-    for bits in _chunks(read()):
-        for at, counts in lower.items():
-            counts += np.bincount(bits[bits >> LOW == at] & (1 << LOW) - 1, minlength=1 << LOW)
-    whole = [at << LOW | _bin(lower[at], left)[0] for at, left in bins]
-    return [float(value) for value in np.array(whole, np.int32).view(np.float32)]
-
-
-def _chunks(arrays: Iterable[jax.Array | np.ndarray]) -> Iterator[np.ndarray]:
-    """Yields the bits of magnitudes, int32 [at most CHUNK]: as integers in the same order as the numbers."""
-    for array in arrays:
-        bits = np.asarray(array, np.float32).reshape(-1).view(np.int32)
-        for start in range(0, bits.size, CHUNK):
-            yield bits[start : start + CHUNK] & np.int32(0x7FFFFFFF)
-
-
-def _bin(counts: np.ndarray, rank: int) -> tuple[int, int]:
-    """Returns the bin that holds the number of a rank, counted from the last bin, and its rank there."""
-    reached = np.cumsum(counts[::-1])
-    i = int(np.searchsorted(reached, rank, side="right"))
-    return len(reached) - 1 - i, rank - (int(reached[i - 1]) if i else 0)

@@ -45,14 +45,22 @@ def _elected(deltas: Sequence[jax.Array], weights: jax.Array, normalize: bool) -
     return merged / jnp.where(count > 0, count, 1)
 
 
-@functools.partial(jax.jit, static_argnames=("select",))
 def sce(deltas: Sequence[jax.Array], *, select: float = 1.0) -> jax.Array:
     """Selects the share of numbers that vary most between models, weighs each model by the mean square of its changes
     there, and erases those against the sign of the sum (SCE: Wan et al. 2024, arXiv 2408.07990)."""
     count = kept_count(deltas[0].size, select)
+    everything = jnp.ones(deltas[0].shape, bool)
+    return _weighed(list(deltas), largest(_variance(list(deltas)), count) if count < deltas[0].size else everything)
+
+
+@jax.jit
+def _variance(deltas: Sequence[jax.Array]) -> jax.Array:
     mean = add(deltas) / len(deltas)
-    variance = add((d - mean) ** 2 for d in deltas) / len(deltas)
-    chosen = largest(variance, count) if count < deltas[0].size else jnp.ones(deltas[0].shape, bool)
+    return add((d - mean) ** 2 for d in deltas) / len(deltas)
+
+
+@jax.jit
+def _weighed(deltas: Sequence[jax.Array], chosen: jax.Array) -> jax.Array:
     kept = [jnp.where(chosen, d, 0) for d in deltas]
     energy = jnp.stack([(d * d).mean() for d in kept])
     total = energy.sum()

@@ -22,6 +22,11 @@ def test_the_largest_are_those_of_a_stable_sort(count: int) -> None:
         np.testing.assert_array_equal(largest(jnp.asarray(values), count), expected.reshape(values.shape))
 
 
+def test_what_is_no_number_is_larger_than_all() -> None:
+    values = np.array([1.0, np.nan, np.inf, -np.nan, 2.0], np.float32)
+    np.testing.assert_array_equal(largest(jnp.abs(values), 3), [False, True, True, True, False])
+
+
 @pytest.mark.parametrize("density", [1.0, 0.5, 0.2, 1e-9])
 def test_a_density_keeps_at_least_one_number(density: float) -> None:
     kept = np.asarray(by_size(DELTA, density=density))

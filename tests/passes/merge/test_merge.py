@@ -222,17 +222,87 @@ def test_a_model_merged_with_itself_is_itself(method: str) -> None:
             np.testing.assert_allclose(found[name], expected, atol=1e-6, err_msg=name)
 
 
-CHANGED = ("task_arithmetic", "ties", "dare_ties", "breadcrumbs_ties", "sce", "della")
+ALONE = sorted(name for name, method in METHODS.items() if method.count[0] == 1)
+WHOLLY = {"density": 1.0, "epsilon": 0.0, "t": 1.0, "gamma": 0.0}
+"""With which one model's changes are all there."""
 
 
-@pytest.mark.parametrize("method", CHANGED)
-def test_one_model_with_all_its_changes_is_itself(method: str) -> None:
+@pytest.mark.parametrize("method", ALONE)
+def test_one_model_of_weight_1_is_itself(method: str) -> None:
     text = recipe_of(method, ["a"])
-    text["parameters"] |= {"density": 1.0} if "density" in METHODS[method].each else {}
-    text["parameters"] |= {"epsilon": 0.0} if method == "della" else {}
+    known = METHODS[method].each.keys() | METHODS[method].shared.keys()
+    text["parameters"] |= {name: value for name, value in WHOLLY.items() if name in known}
+    text["parameters"] |= {"t": 100.0} if method == "nearswap" else {}  # a distance that all are within
     found = merged(yaml.safe_dump(text))
     for name, expected in arrays("a").items():
         np.testing.assert_allclose(found[name], expected, atol=1e-6, err_msg=name)
+
+
+SYMMETRIC = sorted(name for name, method in METHODS.items() if method.count[1] > 1 and "dare" not in name and "della" not in name)
+
+
+@pytest.mark.parametrize("method", SYMMETRIC)
+def test_the_order_of_models_with_their_parameters_does_not_matter(method: str) -> None:
+    """But for methods that draw by chance, where each place has draws of its own."""
+    text = recipe_of(method, ["a", "b"] if METHODS[method].count[1] == 2 else ["a", "b", "c"])
+    for each, weight in zip(text["models"], (0.5, 0.3, 0.9), strict=False):
+        each["parameters"] = {name: weight for name in ("weight", "density") if name in METHODS[method].each}
+    found = merged(yaml.safe_dump(text))
+    turned = merged(yaml.safe_dump(text | {"models": text["models"][::-1]}))
+    for name, array in found.items():
+        np.testing.assert_allclose(array, turned[name], atol=2e-6, err_msg=name)
+
+
+def test_ties_of_changes_that_agree_is_the_weighted_mean() -> None:
+    """Where nothing is dropped: both models changed every number upwards."""
+    base = arrays("base")
+    changes = {"a": 0.5, "b": 2.0}
+    opened = {"base": MODELS["base"]} | {
+        model: dataclasses.replace(
+            MODELS[model],
+            tensors={n: Tensor(x.shape, x.dtype, lambda x=x, by=by: x + by * np.abs(x)) for n, x in base.items()},
+        )
+        for model, by in changes.items()
+    }
+    text = recipe_of("ties", ["a", "b"]) | {"parameters": {"density": 1.0}}
+    for each, weight in zip(text["models"], (0.6, 0.2), strict=True):
+        each["parameters"] = {"weight": weight}
+    for name, array in merged(yaml.safe_dump(text), opened).items():
+        mean = (0.6 * 0.5 + 0.2 * 2.0) / 0.8 * np.abs(base[name])
+        np.testing.assert_allclose(array, base[name] + mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "della_linear"])
+def test_chance_leaves_the_mean_of_seeds(method: str) -> None:
+    """Expected: task arithmetic, within five standard errors: kept with p, a number over p has the variance
+    (1 - p) / p of its square."""
+    shapes, count = {"w": (6, 50)}, 200
+    opened = {name: made(seed, shapes) for seed, name in enumerate(["base", "a"])}
+    text = recipe_of(method, ["a"]) | {"parameters": {"density": 0.5}}
+    draws = np.stack([merged(yaml.safe_dump(text), opened, seed)["w"] for seed in range(count)])
+    base, a = (opened[name].tensors["w"].read() for name in ("base", "a"))
+    least = 0.5 if method == "dare_linear" else 0.35
+    error = np.abs(a - base) * np.sqrt((1 - least) / least / count)
+    assert np.all(np.abs(draws.mean(axis=0) - a) <= 5 * error)
+
+
+@pytest.mark.parametrize("method", ["dare_ties", "ties"])
+def test_shards_do_not_matter(method: str, tmp_path: Path) -> None:
+    for name in ("base", "a"):
+        for shard in (1000, 10**9):
+            plain = tiny_checkpoint()
+            by = 1 if name == "base" else 2
+            tensors = {n: Tensor(t.shape, t.dtype, lambda t=t, by=by: by * t.read()) for n, t in plain.tensors.items()}
+            write_huggingface(dataclasses.replace(plain, tensors=tensors), tmp_path / f"{name}{shard}", shard=shard)
+    more = {"density": 0.4} | ({"scope": "model"} if method == "ties" else {})
+    text = yaml.safe_dump(recipe_of(method, ["a"]) | {"parameters": more})
+    whole, parts = (
+        merged(text, {name: read_huggingface(tmp_path / f"{name}{shard}") for name in ("base", "a")})
+        for shard in (10**9, 1000)
+    )
+    assert len(list((tmp_path / "a1000").glob("model-*.safetensors"))) > 3
+    for name, array in whole.items():
+        np.testing.assert_array_equal(array, parts[name])
 
 
 def test_sums_are_float32_and_rounded_once() -> None:
@@ -273,7 +343,11 @@ def test_sums_are_float32_and_rounded_once() -> None:
         ({"slices": []}, "expected either models or slices"),
         ({"base_model": None}, "ties needs a base_model"),
         ({"dtype": "float12"}, "dtype: no dtype 'float12'; did you mean"),
-        ({"tokenizer_source": "union"}, "tokenizer_source='union': expected base"),
+        ({"tokenizer_source": 3}, "source: expected union, base or a model, found 3"),
+        ({"tokenizer_source": "base", "tokenizer": {}}, "expected either tokenizer or tokenizer_source"),
+        ({"tokenizer": {"sorce": "base"}}, "recipe: tokenizer: no key 'sorce'; did you mean 'source'"),
+        ({"tokenizer": {"pad_to_multiple_of": -8}}, "pad_to_multiple_of: expected a whole number of at least 1"),
+        ({"tokenizer": {"tokens": {"x": {"source": {"kind": "one"}}}}}, "'x': source: expected a model, kind"),
     ],
 )
 def test_recipes_that_are_wrong(changes: dict[str, Any], message: str) -> None:

@@ -9,8 +9,8 @@ import yaml
 
 from tests.passes.merge.test_merge import arrays, merged, recipe_of
 from xlathe.errors import OptionError
-from xlathe.passes.merge import scope
-from xlathe.passes.merge.scope import at_ranks
+from xlathe.passes.merge import ranks as counting
+from xlathe.passes.merge.ranks import at_ranks
 
 RNG = np.random.default_rng(0)
 ARRAYS = [RNG.normal(size=shape).astype(np.float32) for shape in [(40, 50), (3,), (7, 2, 100), ()]]
@@ -20,7 +20,7 @@ EXTREME = [np.array([0, -0.0, 1e-45, -3e38, 5.0, -5.0], np.float32), np.array([n
 @pytest.mark.parametrize("values", [ARRAYS, [np.round(a) for a in ARRAYS], EXTREME], ids=["many", "few", "extreme"])
 def test_the_number_at_a_rank_is_that_of_a_sort(values: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
     """Expected in any order and cut anywhere."""
-    monkeypatch.setattr(scope, "CHUNK", 64)
+    monkeypatch.setattr(counting, "CHUNK", 64)
     whole = np.sort(np.abs(np.concatenate([v.reshape(-1) for v in values])))[::-1]
     ranks = sorted({0, 1, 2, len(whole) // 3, len(whole) // 2, len(whole) - 1})
     assert at_ranks(lambda: iter(values), ranks) == [float(whole[rank]) for rank in ranks]
