@@ -6,7 +6,6 @@ Nothing but headers and settings is read before the whole merge is known to fit.
 import dataclasses
 import functools
 import math
-import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,40 +17,18 @@ import numpy as np
 from xlathe.errors import CheckpointError, OptionError, XlatheError
 from xlathe.models.checkpoint import Checkpoint
 from xlathe.passes.merge.methods import METHODS, REQUIRED, Group, Method, check_value
-from xlathe.passes.merge.recipe import Choice, Parameters, Recipe, Slice, Source
+from xlathe.passes.merge.parts import LAYER, Part, check_layers, find_parts, layer_counts
+from xlathe.passes.merge.recipe import Choice, Parameters, Recipe, Source
 from xlathe.passes.merge.scope import Band, Change, check_shares, find_bands
 from xlathe.passes.merge.tasks import change
 from xlathe.passes.merge.vocabulary import unite
 from xlathe.safetensors_file import Tensor
 
-_LAYER = re.compile(r"(?<![^.])(\d+)(?![^.])")
-"""A layer's number in the name of a tensor: the first part that is a number; an expert's is a later one."""
-_FIRST = re.compile(r"embed|wte|wpe|embd", re.IGNORECASE)
-"""Tensors without a number that come before the layers; others come after them."""
-COUNTS = ("num_hidden_layers", "n_layer")
 MEANINGS = (
     *("model_type", "num_attention_heads", "n_head", "num_key_value_heads", "head_dim", "hidden_act"),
     *("hidden_activation", "activation_function", "num_experts_per_tok"),
 )
 """Settings without which equal shapes mean other things."""
-PER_LAYER = ("layer_types", "mlp_only_layers", "no_rope_layers")
-"""Settings with one entry a layer, which slices would have to rewrite."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """Where one tensor of the result comes from.
-
-    sources: of each model its tensor's name there; place: of the layer in its slice, 0 to 1; 0 before and 1 after all
-    layers.
-    """
-
-    name: str
-    slice: Slice
-    sources: tuple[tuple[Source, str], ...]
-    place: float
-
-
 @dataclasses.dataclass(frozen=True)
 class Work:
     """What one tensor of the result is made of: the base's tensor, the other models', and the method's parameters."""
@@ -82,13 +59,13 @@ def merge(recipe: Recipe, opened: Mapping[str, Checkpoint], seed: int = 0) -> Ch
     for model in recipe.models[1:]:
         _check_alike(recipe, model, opened)
     for each in recipe.slices:
-        _check_layers(recipe, each, opened)
-    works = [_work(part, recipe, method, opened) for part in _parts(recipe, opened)]
+        check_layers(recipe, each, opened)
+    works = [_work(part, recipe, method, opened) for part in find_parts(recipe, opened)]
     changes = [each for work in works for each in _ranked_together(work)]
     check_shares(changes)
     bands = functools.cache(lambda: find_bands(changes))
     tensors = {work.part.name: _merged(work, recipe, method, bands, seed) for work in works}
-    config = dict(first.card.config) | _layers(recipe, first)
+    config = dict(first.card.config) | layer_counts(recipe, first)
     if recipe.out_dtype is not None:
         config = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": recipe.out_dtype}
     card = dataclasses.replace(first.card, config=config)
@@ -127,68 +104,6 @@ def _check_alike(recipe: Recipe, model: str, opened: Mapping[str, Checkpoint]) -
                     raise CheckpointError(f"{lacks} has no tensor {name!r}, which {has} has")
 
 
-def _check_layers(recipe: Recipe, each: Slice, opened: Mapping[str, Checkpoint]) -> None:
-    for source in each.sources:
-        count = _layer_count(opened[source.model])
-        if source.layers is not None and source.layers[1] > count:
-            raise OptionError(
-                f"{recipe.where}: layer_range {list(source.layers)} of {source.model}, which has {count} layers"
-            )
-
-
-def _parts(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> Iterator[Part]:
-    """Yields the result's tensors: those before the layers, the layers of each slice in order, those after them."""
-    names = list(opened[recipe.slices[0].sources[0].model].tensors)
-    outside = [name for name in names if _LAYER.search(name) is None]
-    for name in (name for name in outside if _FIRST.search(name)):
-        yield _whole(recipe.slices[0], name, 0.0)
-    offset = 0
-    for each in recipe.slices:
-        count = _count(each, opened)
-        for i in range(count):
-            place = i / (count - 1) if count > 1 else 0.0
-            yield from _layer(each, opened, i, offset + i, place)
-        offset += count
-    for name in (name for name in outside if not _FIRST.search(name)):
-        yield _whole(recipe.slices[-1], name, 1.0)
-
-
-def _whole(each: Slice, name: str, place: float) -> Part:
-    return Part(name, each, tuple((source, name) for source in each.sources), place)
-
-
-def _count(each: Slice, opened: Mapping[str, Checkpoint]) -> int:
-    source = each.sources[0]
-    return _layer_count(opened[source.model]) if source.layers is None else source.layers[1] - source.layers[0]
-
-
-def _layer_count(checkpoint: Checkpoint) -> int:
-    found = (_LAYER.search(name) for name in checkpoint.tensors)
-    return max((int(match[1]) + 1 for match in found if match), default=0)
-
-
-def _layer(each: Slice, opened: Mapping[str, Checkpoint], i: int, to: int, place: float) -> Iterator[Part]:
-    starts = [source.layers[0] if source.layers else 0 for source in each.sources]
-    for name in opened[each.sources[0].model].tensors:
-        match = _LAYER.search(name)
-        if match is not None and int(match[1]) == starts[0] + i:
-            head, tail = name[: match.start()], name[match.end() :]
-            from_ = tuple((s, f"{head}{start + i}{tail}") for s, start in zip(each.sources, starts, strict=True))
-            yield Part(f"{head}{to}{tail}", each, from_, place)
-
-
-def _layers(recipe: Recipe, first: Checkpoint) -> dict[str, Any]:
-    """Returns the settings that count layers, where slices change their number."""
-    if recipe.slices[0].sources[0].layers is None:
-        return {}
-    config = first.card.config
-    for key in PER_LAYER:
-        if config.get(key):
-            raise OptionError(f"{recipe.where}: slices of a model whose config has {key} are not supported")
-    count = sum(s.sources[0].layers[1] - s.sources[0].layers[0] for s in recipe.slices if s.sources[0].layers)
-    return {key: count for key in COUNTS if key in config}
-
-
 def _work(part: Part, recipe: Recipe, method: Method, opened: Mapping[str, Checkpoint]) -> Work:
     found = [(source, _find(opened, source.model, name, part)) for source, name in part.sources]
     base = _base(part, recipe, method, opened)
@@ -198,7 +113,7 @@ def _work(part: Part, recipe: Recipe, method: Method, opened: Mapping[str, Check
         if tensor.shape != shape:
             raise CheckpointError(
                 f"{part.name} is {list(shape)} in {recipe.models[0]} and {list(tensor.shape)} in {source.model}"
-                + (": the vocabularies differ" if _LAYER.search(part.name) is None and len(shape) == 2 else "")
+                + (": the vocabularies differ" if LAYER.search(part.name) is None and len(shape) == 2 else "")
             )
     return Work(part, base, tuple(others), *_values(part, recipe, method, [source for source, _ in others]))
 

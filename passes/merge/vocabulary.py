@@ -103,30 +103,27 @@ def _check_rows(
 
 
 def _with_rows(model: str, tokenizer: Any, tables: _Tables, opened: Mapping[str, Checkpoint]) -> Checkpoint:
-    tensors = {}
-    for name, tensor in opened[model].tensors.items():
-        if BY_TOKEN.search(name) is None:
-            tensors[name] = tensor
-            continue
-        held = {each: opened[each].tensors[name] for each in opened if name in opened[each].tensors}
-        for each, words in tables.words.items():
-            if each not in held:
-                raise CheckpointError(f"{each} has no tensor {name!r}, which {model} has")
-            if 1 + max(words.values()) > held[each].shape[0]:
-                raise CheckpointError(
-                    f"{each} has {1 + max(words.values())} tokens, and {name} {held[each].shape[0]} rows"
-                )
-        shape = (tables.count(held[tables.owner].shape[0]), *tensor.shape[1:])
-        for each in held.values():
-            if each.shape[1:] != shape[1:]:
-                raise CheckpointError(
-                    f"{name} is {list(tensor.shape)} in {model} and {list(each.shape)} in another model"
-                )
-        read = functools.partial(_read_rows, model, shape, tables, held)
-        tensors[name] = Tensor(shape, tensor.dtype, read)
-    return dataclasses.replace(
-        opened[model], card=_card(model, tables, opened, tensors), tensors=tensors, tokenizer=tokenizer
-    )
+    tensors = {
+        name: tensor if BY_TOKEN.search(name) is None else _with_tokens(name, model, tables, opened)
+        for name, tensor in opened[model].tensors.items()
+    }
+    card = _card(model, tables, opened, tensors)
+    return dataclasses.replace(opened[model], card=card, tensors=tensors, tokenizer=tokenizer)
+
+
+def _with_tokens(name: str, model: str, tables: _Tables, opened: Mapping[str, Checkpoint]) -> Tensor:
+    own, held = opened[model].tensors[name], {}
+    for each, words in tables.words.items():
+        if name not in opened[each].tensors:
+            raise CheckpointError(f"{each} has no tensor {name!r}, which {model} has")
+        held[each], tokens = opened[each].tensors[name], 1 + max(words.values())
+        if tokens > held[each].shape[0]:
+            raise CheckpointError(f"{each} has {tokens} tokens, and {name} {held[each].shape[0]} rows")
+        if held[each].shape[1:] != own.shape[1:]:
+            found = list(held[each].shape)
+            raise CheckpointError(f"{name} is {list(own.shape)} in {model} and {found} in {each}: rows differ in width")
+    shape = (tables.count(held[tables.owner].shape[0]), *own.shape[1:])
+    return Tensor(shape, own.dtype, functools.partial(_read_rows, model, shape, tables, held))
 
 
 def _read_rows(model: str, shape: tuple[int, ...], tables: _Tables, held: Mapping[str, Tensor]) -> np.ndarray:

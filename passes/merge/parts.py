@@ -1,0 +1,95 @@
+"""Which tensors a merge has, and of which each is made: layers may be taken from several models and stacked anew."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from xlathe.errors import OptionError
+from xlathe.models.checkpoint import Checkpoint
+from xlathe.passes.merge.recipe import Recipe, Slice, Source
+
+LAYER = re.compile(r"(?<![^.])(\d+)(?![^.])")
+"""A layer's number in the name of a tensor: the first part that is a number; an expert's is a later one."""
+_FIRST = re.compile(r"embed|wte|wpe|embd", re.IGNORECASE)
+"""Tensors without a number that come before the layers; others come after them."""
+COUNTS = ("num_hidden_layers", "n_layer")
+PER_LAYER = ("layer_types", "mlp_only_layers", "no_rope_layers")
+"""Settings with one entry a layer, which slices would have to rewrite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Where one tensor of the result comes from.
+
+    sources: of each model its tensor's name there; place: of the layer in its slice, 0 to 1; 0 before and 1 after all
+    layers.
+    """
+
+    name: str
+    slice: Slice
+    sources: tuple[tuple[Source, str], ...]
+    place: float
+
+
+def check_layers(recipe: Recipe, each: Slice, opened: Mapping[str, Checkpoint]) -> None:
+    """Raises OptionError where a slice takes layers that a model does not have."""
+    for source in each.sources:
+        count = _layer_count(opened[source.model])
+        if source.layers is not None and source.layers[1] > count:
+            raise OptionError(
+                f"{recipe.where}: layer_range {list(source.layers)} of {source.model}, which has {count} layers"
+            )
+
+
+def find_parts(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> Iterator[Part]:
+    """Yields the result's tensors: those before the layers, the layers of each slice in order, those after them."""
+    names = list(opened[recipe.slices[0].sources[0].model].tensors)
+    outside = [name for name in names if LAYER.search(name) is None]
+    for name in (name for name in outside if _FIRST.search(name)):
+        yield _whole(recipe.slices[0], name, 0.0)
+    offset = 0
+    for each in recipe.slices:
+        count = _count(each, opened)
+        for i in range(count):
+            place = i / (count - 1) if count > 1 else 0.0
+            yield from _layer(each, opened, i, offset + i, place)
+        offset += count
+    for name in (name for name in outside if not _FIRST.search(name)):
+        yield _whole(recipe.slices[-1], name, 1.0)
+
+
+def _whole(each: Slice, name: str, place: float) -> Part:
+    return Part(name, each, tuple((source, name) for source in each.sources), place)
+
+
+def _count(each: Slice, opened: Mapping[str, Checkpoint]) -> int:
+    source = each.sources[0]
+    return _layer_count(opened[source.model]) if source.layers is None else source.layers[1] - source.layers[0]
+
+
+def _layer_count(checkpoint: Checkpoint) -> int:
+    found = (LAYER.search(name) for name in checkpoint.tensors)
+    return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def _layer(each: Slice, opened: Mapping[str, Checkpoint], i: int, to: int, place: float) -> Iterator[Part]:
+    starts = [source.layers[0] if source.layers else 0 for source in each.sources]
+    for name in opened[each.sources[0].model].tensors:
+        match = LAYER.search(name)
+        if match is not None and int(match[1]) == starts[0] + i:
+            head, tail = name[: match.start()], name[match.end() :]
+            from_ = tuple((s, f"{head}{start + i}{tail}") for s, start in zip(each.sources, starts, strict=True))
+            yield Part(f"{head}{to}{tail}", each, from_, place)
+
+
+def layer_counts(recipe: Recipe, first: Checkpoint) -> dict[str, Any]:
+    """Returns the settings that count layers, where slices change their number."""
+    if recipe.slices[0].sources[0].layers is None:
+        return {}
+    config = first.card.config
+    for key in PER_LAYER:
+        if config.get(key):
+            raise OptionError(f"{recipe.where}: slices of a model whose config has {key} are not supported")
+    count = sum(s.sources[0].layers[1] - s.sources[0].layers[0] for s in recipe.slices if s.sources[0].layers)
+    return {key: count for key in COUNTS if key in config}
