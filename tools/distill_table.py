@@ -2,7 +2,8 @@
 
 `python -m xlathe.tools.distill_table WORKDIR [TOKENS [PASSES ...]]`: prunes by each of PASSES, trains what is left in
 each of the ways of `WAYS` on TOKENS of the training side of this Python's library, and measures all on held-out text.
-Writes table.md, curves.json and page.html to WORKDIR after each; what is there is not trained again.
+Writes table.md, curves.json and page.html to WORKDIR after each, and the weights of row N to N.safetensors; what is
+there is not trained again.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 
 from xlathe.graph import Graph
+from xlathe.models.demo import files as demo_files
 from xlathe.passes.distill.features import NO_PAIRS, Kept, pair_features
 from xlathe.passes.distill.objective import Objective
 from xlathe.passes.distill.rows import Rows
@@ -91,6 +93,8 @@ def main(words: list[str]) -> None:
             with bar(console, way.name) as progress:
                 graph, losses = _train(way, pruned, teacher, rows, tokens, workdir, progress)
                 quality = qualities(teacher, [graph], windows, progress)[0]
+            weights = {name: graph.arrays[name] for name in graph.names("weight")}
+            demo_files.save(weights, workdir / f"{len(found)}.safetensors")
             found.append(Row(text, way.name, count_parameters(graph), quality, tuple(losses.tolist())))
             console.print(" | ".join(found[-1].cells()), soft_wrap=True)
             _write(workdir, found, tokens)

@@ -91,7 +91,7 @@ def open_graph(source: str, *, changing: bool = False, activations: str | None =
 
 
 def trace_demo(name: str) -> "Graph":
-    """Traces the demo's model `target` or `draft`."""
+    """Traces one of the demo's models, `target`, `draft` or `half`."""
     from xlathe.models import demo
     from xlathe.trace import trace
 

@@ -5,7 +5,7 @@ import datetime
 import os
 import platform
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -46,7 +46,8 @@ class Task:
     """What the demo does with every pipeline.
 
     graph, draft: as traced; windows: held-out int32 [n, length], 2 <= n, 4 <= length <= the graphs' max_len;
-    calibration: what passes may look at; prompt: completed by up to max_tokens tokens.
+    calibration: what passes may look at; prompt: completed by up to max_tokens tokens. others: what a pipeline begins
+    with instead of graph, by its name.
     """
 
     graph: Graph
@@ -55,6 +56,7 @@ class Task:
     calibration: TrainingRows
     prompt: str
     max_tokens: int
+    others: Mapping[str, Graph] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +106,8 @@ def machine() -> str:
 def _build(task: Task, name: str, pipeline: Pipeline, console: Console) -> Built:
     console.print(f"\n{name}: {pipeline}", style="bold", soft_wrap=True)
     with bar(console, "passes") as progress:
-        step = to_step(pipeline(task.graph, calibration=list(task.calibration.tokens[:, None]), progress=progress))
+        graph, calibration = task.others.get(name, task.graph), list(task.calibration.tokens[:, None])
+        step = to_step(pipeline(graph, calibration=calibration, progress=progress))
     for record in step.history:
         console.print(_told(record), soft_wrap=True)
     console.print(f"  cache: {len(step.names('state'))} derived arrays, {_cache_bytes(step):,.0f} bytes a token")

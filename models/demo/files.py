@@ -18,7 +18,7 @@ from xlathe.errors import OptionError, did_you_mean
 from xlathe.models.llama import Llama, LlamaConfig, describe
 
 FOLDER = Path(str(resources.files("xlathe.models.demo")))
-MODELS = ("target", "draft")
+MODELS = ("target", "draft", "half")  # half: the target with half its parameters, distilled
 TOKENIZER = FOLDER / "tokenizer.json"
 END_OF_TEXT = 0  # the token id that precedes every file
 CONTEXT = 512  # tokens in the rows that the models were trained on
@@ -30,7 +30,7 @@ def tokenizer() -> Tokenizer:
 
 
 def config(name: str) -> LlamaConfig:
-    """The sizes of the model `name`: "target" or "draft"."""
+    """The sizes of the model `name`, one of `MODELS`."""
     return LlamaConfig(**json.loads((FOLDER / f"{name}.json").read_text()))
 
 
@@ -56,7 +56,7 @@ def read(path: Path) -> dict[Any, Any]:
 
 
 def load(name: str) -> tuple[Llama, Tokenizer]:
-    """The trained model "target" or "draft", in float32, and its tokenizer. Any other name: `OptionError`."""
+    """One of the trained `MODELS`, in float32, and its tokenizer. Any other name: `OptionError`."""
     if name not in MODELS:
         raise OptionError(f"no demo model {name!r}{did_you_mean(name, MODELS)}")
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: Llama(config(name), rngs=nnx.Rngs(0))))

@@ -14,6 +14,7 @@ import xlathe as xl
 from xlathe.aot import to_step
 from xlathe.card import Card
 from xlathe.errors import OptionError
+from xlathe.graph import Record
 from xlathe.models import demo
 from xlathe.models.demo import corpus
 from xlathe.models.llama import Llama, LlamaConfig, describe
@@ -23,7 +24,7 @@ from xlathe.tools.mixes import find_mix
 from xlathe.tools.page import page
 from xlathe.tools.results import sheets
 from xlathe.tools.served import Served
-from xlathe.tools.source import DEMO_LENGTH
+from xlathe.tools.source import DEMO_LENGTH, preset
 from xlathe.tools.stages import Drafting, Task, run_stages
 from xlathe.tools.text import TrainingRows, held_out_windows, training_rows
 
@@ -134,6 +135,16 @@ def test_drafts_change_no_text(run):
         assert (found.same_text, found.prompts) == (3, 3)
         assert found.plain > 0 and found.decode > 0 and found.ratio > 0
         assert found.tokens_per_step >= 1 and all(0 <= share <= 1 for share in found.acceptance)
+
+
+def test_a_row_may_begin_with_another_model(tiny):
+    console = Console(file=io.StringIO(), width=80)
+    smaller = tiny.replace(history=(Record("distill", notes=("removed half the parameters, distilled",)),))
+    larger = xl.trace(Llama(WIDE, rngs=nnx.Rngs(0)), max_len=32, tokenizer=demo.tokenizer())
+    task = Task(larger, tiny, WINDOWS, CALIBRATION, prompt="def", max_tokens=2, others={"half": smaller})
+    first, half = run_stages(task, [(name, preset("float32")) for name in ("float32", "half")], [], console).results
+    assert half.removed == "half the parameters, distilled" and first.removed == ""
+    assert half.disk_bytes < first.disk_bytes and half.bits_per_weight < 32 == first.bits_per_weight
 
 
 def test_what_is_drafted_for_is_built():
