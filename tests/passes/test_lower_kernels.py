@@ -65,7 +65,5 @@ def test_sizes_must_be_known() -> None:
 
 
 def test_unknown_target() -> None:
-    with pytest.raises(
-        OptionError, match="no target 'cpux'; did you mean 'cpu'"
-    ):
+    with pytest.raises(OptionError, match="no target 'cpux'; did you mean 'cpu'"):
         LowerKernels("cpux")

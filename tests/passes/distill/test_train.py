@@ -1,5 +1,6 @@
 """Training a student: what a step is, how it goes on, and over how many devices."""
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -133,6 +134,26 @@ def test_features_after_each_layer_come_closer() -> None:
     features = Lesson(Objective.parse("features"), large, pair_features(small, large, Kept()))
     _, losses = distill(small, ROWS, features, Settings(20 * 32))
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_features_are_those_that_pruning_kept() -> None:
+    """A teacher whose stream is zero elsewhere, and a student that is the rest of it."""
+    kept = np.array([i for i in range(32) if i % 4])
+    large, sliced = dict(models.teacher().arrays), {}
+    for name in models.teacher().names("weight"):
+        axis = 1 if name.split("/")[-2] in ("embedding", "output", "down") else 0
+        is_scale = name.endswith("scale")
+        if axis:
+            large[name] = large[name] * np.isin(np.arange(32), kept)
+        sliced[name] = np.take(np.asarray(large[name]), kept, axis) * (np.sqrt(32 / 24) if is_scale else 1)  # of the mean square
+    narrow = models.teacher(width=24).with_weights({name: np.float32(array) for name, array in sliced.items()})
+    whole = models.teacher().with_weights({name: np.float32(large[name]) for name in sliced})
+    pairs = pair_features(narrow, whole, Kept(width=tuple(kept.tolist())))
+    _, losses = distill(narrow, ROWS, Lesson(Objective.parse("features"), whole, pairs), Settings(32))
+    assert float(losses[0]) < 1e-5
+    wrong = dataclasses.replace(pairs, width=tuple(range(24)))
+    _, losses = distill(narrow, ROWS, Lesson(Objective.parse("features"), whole, wrong), Settings(32))
+    assert float(losses[0]) > 0.1
 
 
 def test_two_devices_make_what_one_does(tmp_path: Path) -> None:

@@ -1,4 +1,3 @@
-
 """Runs that are interrupted, and runs that get their tokens and threads in other ways: always the same bytes."""
 
 import os
