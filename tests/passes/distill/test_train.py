@@ -142,10 +142,10 @@ def test_features_are_those_that_pruning_kept() -> None:
     large, sliced = dict(models.teacher().arrays), {}
     for name in models.teacher().names("weight"):
         axis = 1 if name.split("/")[-2] in ("embedding", "output", "down") else 0
-        is_scale = name.endswith("scale")
+        factor = np.sqrt(32 / 24) if name.endswith("scale") else 1  # of the mean square
         if axis:
             large[name] = large[name] * np.isin(np.arange(32), kept)
-        sliced[name] = np.take(np.asarray(large[name]), kept, axis) * (np.sqrt(32 / 24) if is_scale else 1)  # of the mean square
+        sliced[name] = np.take(np.asarray(large[name]), kept, axis) * factor
     narrow = models.teacher(width=24).with_weights({name: np.float32(array) for name, array in sliced.items()})
     whole = models.teacher().with_weights({name: np.float32(large[name]) for name in sliced})
     pairs = pair_features(narrow, whole, Kept(width=tuple(kept.tolist())))
