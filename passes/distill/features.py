@@ -28,14 +28,17 @@ class Kept:
         return dataclasses.replace(self, removed=tuple(sorted((*self.removed, *(left[i] for i in plan.layers)))))
 
 
+NOTHING_GONE: Final = Kept()
+
+
 @final
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Values [b, t, width] of a student and of its teacher that stand for each other, and the features that do."""
+    """Values [b, t, width] of a student and of its teacher that stand for each other, by what was kept."""
 
     student: tuple[ir.Var, ...] = ()
     teacher: tuple[ir.Var, ...] = ()
-    width: tuple[int, ...] | None = None
+    kept: Kept = NOTHING_GONE
 
 
 NO_PAIRS: Final = Pairs()
@@ -55,7 +58,7 @@ def pair_features(student: Graph, teacher: Graph, kept: Kept) -> Pairs:
             "pruning plan says which correspond: --plan=FILE"
         )
     last = [nxt - 1 for nxt in [*left[1:], len(others)]]  # what is removed in between belongs to the layer before
-    pairs = Pairs(tuple(own), tuple(others[i] for i in last), kept.width)
+    pairs = Pairs(tuple(own), tuple(others[i] for i in last), kept)
     narrow, wide = (int(each[0].aval.shape[-1]) for each in (own, others))
     if narrow != (wide if kept.width is None else len(kept.width)):
         raise OptionError(

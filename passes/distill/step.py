@@ -132,8 +132,8 @@ def _make_teacher(lesson: Lesson) -> Callable[[Arrays, Arrays], Taught]:
 
     def see(arrays: Arrays, batch: Arrays) -> Taught:
         logits, *features = teacher.evaluate(jaxpr, arrays, batch)
-        if pairs.width is not None:
-            features = [feature[..., np.asarray(pairs.width)] for feature in features]
+        if pairs.kept.width is not None:
+            features = [feature[..., np.asarray(pairs.kept.width)] for feature in features]
         return Taught(logits, None, tuple(features))
 
     return see

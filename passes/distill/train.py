@@ -71,7 +71,8 @@ def distill(
             state = update(state, total)
             checkpoints.save(state, step + 1, last=step + 1 == steps)
             report(clock.tick(step + 1, float(state.losses[step])))
-    return _put_back(student, state, lesson, settings), np.asarray(state.losses)
+    note = f"{lesson.objective}: {steps:,} steps of {clock.tokens:,} tokens at {settings.learning_rate:g}"
+    return _put_back(student, state, note, clock.seconds), np.asarray(state.losses)
 
 
 def _check(student: Graph, rows: Rows, settings: Settings) -> None:
@@ -94,10 +95,11 @@ def _piece(rows: Rows, lesson: Lesson, settings: Settings, number: int) -> Piece
     return Piece(tokens, mask, None if lesson.stored is None else lesson.stored.at(places))
 
 
-def _put_back(student: Graph, state: State, lesson: Lesson, settings: Settings) -> Graph:
+def _put_back(student: Graph, state: State, note: str, seconds: float) -> Graph:
+    """Returns the student with the weights of a state, and what was done in its history."""
     trained = {name: value.astype(student.aval(name).dtype) for name, value in state.weights.items()}
-    notes = (f"{lesson.objective}: {len(state.losses):,} steps, {settings}",)
-    record = Record("distill", hits={"weight": len(trained)}, notes=notes)
+    size = len(student.jaxpr.eqns)
+    record = Record("distill", {"weight": len(trained)}, notes=(note,), seconds=seconds, equations=(size, size))
     return student.with_weights(jax.device_get(trained)).replace(history=(*student.history, record))
 
 
@@ -137,8 +139,9 @@ def _checkpoints(
 
 def _digest(student: Graph, rows: Rows, lesson: Lesson, settings: Settings) -> str:
     """Returns what tells a run apart from all that would give other weights."""
-    texts, data = [str(lesson.objective), str(settings), str(lesson.pairs.width)], {"tokens": rows.tokens}
+    texts = [str(each) for each in (lesson.objective, settings, lesson.pairs.kept)]
     texts.append("none" if lesson.stored is None else lesson.stored.digest)
+    data = {"tokens": rows.tokens, "mask": rows.mask}
     for graph in (student, lesson.teacher):
         if graph is not None:
             texts.append(graph.structural_hash)
@@ -148,11 +151,20 @@ def _digest(student: Graph, rows: Rows, lesson: Lesson, settings: Settings) -> s
 
 @dataclasses.dataclass
 class _Clock:
-    """Measures the speed over the last steps."""
+    """Measures the speed over the last steps.
+
+    steps: in all, before a restart too; tokens: of a step.
+    """
 
     steps: int
     tokens: int
+    begun: float = dataclasses.field(default_factory=time.monotonic)
     times: list[float] = dataclasses.field(default_factory=lambda: [time.monotonic()])
+
+    @property
+    def seconds(self) -> float:
+        """Since it was made."""
+        return time.monotonic() - self.begun
 
     def tick(self, step: int, loss: float) -> Moment:
         self.times = [*self.times, time.monotonic()][-SPEED_OVER - 1 :]

@@ -63,7 +63,7 @@ def test_another_width_needs_a_plan() -> None:
     with pytest.raises(OptionError, match=r"stream has 32 features, the teacher's 48.*--plan=FILE"):
         pair_features(student(), teacher(width=48), Kept())
     pairs = pair_features(student(), teacher(width=48), Kept(width=tuple(range(8, 40))))
-    assert pairs.width == tuple(range(8, 40))
+    assert pairs.kept.width == tuple(range(8, 40))
 
 
 def test_vocabularies() -> None:

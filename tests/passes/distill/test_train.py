@@ -151,7 +151,7 @@ def test_features_are_those_that_pruning_kept() -> None:
     pairs = pair_features(narrow, whole, Kept(width=tuple(kept.tolist())))
     _, losses = distill(narrow, ROWS, Lesson(Objective.parse("features"), whole, pairs), Settings(32))
     assert float(losses[0]) < 1e-5
-    wrong = dataclasses.replace(pairs, width=tuple(range(24)))
+    wrong = dataclasses.replace(pairs, kept=Kept(width=tuple(range(24))))
     _, losses = distill(narrow, ROWS, Lesson(Objective.parse("features"), whole, wrong), Settings(32))
     assert float(losses[0]) > 0.1
 
