@@ -18,7 +18,7 @@ from xlathe.tools.command import Options, UsageError, Verb
 from xlathe.tools.console import bar, make_console
 from xlathe.tools.distill import find_rows, fused, teller
 from xlathe.tools.shrink_recipe import Recipe, find_recipe
-from xlathe.tools.source import DEMO, open_graph, parse_passes
+from xlathe.tools.source import DEMO, is_bundle, open_graph, parse_passes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,8 +106,13 @@ class Shrinking:
         passes = parse_passes(self.recipe.quantize)
         quantized = self._stage(folder, lambda: passes(graph, calibration=self._calibration))
         self._judge("quantized", quantized, folder.with_suffix(".quality"))
-        with bar(self.console, "compile"):
-            compile(quantized).save(destination)
+        written = folder.with_suffix(".written")  # says that the bundle is of this student
+        if not (written.exists() and is_bundle(str(destination))):
+            with bar(self.console, "compile"):
+                compile(quantized).save(destination)
+            for other in self.workdir.glob("*.written"):
+                other.unlink()
+            written.touch()
 
     def _begin(self) -> str:
         import numpy as np

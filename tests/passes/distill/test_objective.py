@@ -14,6 +14,7 @@ from xlathe.passes.distill.rows import Rows
 from xlathe.passes.distill.stored import INDEX, store_teacher
 from xlathe.passes.distill.vocabularies import check_vocabularies
 from xlathe.passes.prune.depth import without_layers
+from xlathe.passes.prune.plan import Cost, PrunePlan
 from xlathe.sections import layers
 
 RNG = np.random.default_rng(0)
@@ -28,6 +29,12 @@ def test_terms_are_added_up_times_their_weights() -> None:
     found = objective.values(Seen(jnp.array(OWN), (OWN, OTHER)), Taught(OTHER, None, (OTHER, OTHER)), NEXT)
     expected = 0.5 * losses.forward_kl(OWN, OTHER, 2.0) + 2 * losses.cross_entropy(OWN, NEXT)
     np.testing.assert_allclose(found, expected + losses.cosine_distance(OWN, OTHER) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn() -> None:
+    seen, taught = Seen(jnp.array(OWN), (OWN,)), Taught(OWN, None, (OWN,))
+    found = Objective.parse("forward_kl,reverse_kl,jsd,top_k{k=7},features").values(seen, taught, NEXT)
+    np.testing.assert_allclose(found, np.zeros((2, 5)), atol=1e-5)
 
 
 def test_ids_that_both_have_are_compared() -> None:
@@ -57,6 +64,12 @@ def test_layers_that_pruning_kept_are_compared() -> None:
     ends = [end for _, end in layers(whole)]
     assert pairs.teacher == (ends[1], ends[2], ends[3])
     assert pairs.student == tuple(end for _, end in layers(shallow))
+
+
+def test_what_is_kept_after_several_plans() -> None:
+    plan = PrunePlan((), (1,), (), Cost(1, 1, 1), Cost(1, 1, 1))
+    assert Kept().then(plan, 4) == Kept(removed=(1,))
+    assert Kept().then(plan, 4).then(plan, 4) == Kept(removed=(1, 2))  # the second of the layers 0, 2 and 3
 
 
 def test_another_width_needs_a_plan() -> None:

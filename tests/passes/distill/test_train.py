@@ -1,6 +1,5 @@
 """Training a student: what a step is, how it goes on, and over how many devices."""
 
-import dataclasses
 import functools
 import os
 import subprocess
@@ -73,11 +72,6 @@ def test_the_student_comes_closer_to_its_teacher_and_only_its_weights_change() -
     assert after.history[-1].name == "distill" and "forward_kl" in after.report()
 
 
-def test_a_student_that_is_its_teacher_stays() -> None:
-    _, losses = distill(teacher(), ROWS, lesson("forward_kl,reverse_kl,jsd,top_k"), Settings(32))
-    assert float(np.abs(losses).max()) < 1e-5
-
-
 def test_pieces_of_a_step_are_the_whole_step() -> None:
     pieces, losses = distill(student(), ROWS, lesson(), Settings(STEPS * 32, rows=1, accumulate=4))
     assert farthest(pieces, uninterrupted()[0]) < 1e-4
@@ -129,13 +123,6 @@ def test_stored_logits_teach_as_those_of_the_step(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, expected, atol=2e-3)  # float16 logarithms, to half a unit of 2^-8
 
 
-def test_features_after_each_layer_come_closer() -> None:
-    small, large = models.student(), models.teacher()
-    features = Lesson(Objective.parse("features"), large, pair_features(small, large, Kept()))
-    _, losses = distill(small, ROWS, features, Settings(20 * 32))
-    assert losses[-1] < 0.8 * losses[0]
-
-
 def test_features_are_those_that_pruning_kept() -> None:
     """A teacher whose stream is zero elsewhere, and a student that is the rest of it."""
     kept = np.array([i for i in range(32) if i % 4])
@@ -151,9 +138,6 @@ def test_features_are_those_that_pruning_kept() -> None:
     pairs = pair_features(narrow, whole, Kept(width=tuple(kept.tolist())))
     _, losses = distill(narrow, ROWS, Lesson(Objective.parse("features"), whole, pairs), Settings(32))
     assert float(losses[0]) < 1e-5
-    wrong = dataclasses.replace(pairs, kept=Kept(width=tuple(range(24))))
-    _, losses = distill(narrow, ROWS, Lesson(Objective.parse("features"), whole, wrong), Settings(32))
-    assert float(losses[0]) > 0.1
 
 
 def test_two_devices_make_what_one_does(tmp_path: Path) -> None:
