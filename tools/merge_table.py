@@ -31,7 +31,7 @@ from xlathe.passes.merge.statistics import fisher
 from xlathe.safetensors_file import Tensor
 
 PLAN: Final = Plan(steps=100, decay_steps=50, rows=4, context=256, learning_rate=2e-3)
-SCORED: Final = 16_384  # held-out tokens of each domain
+SCORED: Final = 8_192  # held-out tokens of each domain
 SAMPLES: Final = 16  # rows of training text that Fisher information is taken from
 HALF: Final = {"weight": 0.5}
 WHOLE: Final = {"weight": 1.0}

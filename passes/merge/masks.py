@@ -6,7 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from xlathe.passes.merge.ranks import edge
+from xlathe.passes.merge.ranks import Band, find_band
 
 Rescale = Literal["none", "keep_prob", "l1"]
 """How what is kept makes up for what is not: not at all; divided by the probability to be kept, so that the mean
@@ -14,18 +14,23 @@ stays; or times what restores the sum of magnitudes."""
 
 
 def largest(magnitude: jax.Array, count: int) -> jax.Array:
-    """Marks the `count` largest of float32 magnitudes [...], of equal ones those that come first: bool [...]. NaN is
-    larger than all."""
-    if count == 0:
-        return jnp.zeros(magnitude.shape, bool)
-    return _from_edge(magnitude, *edge(magnitude, count))
+    """Marks the `count` largest of float32 magnitudes [...], at least one, of equal ones those that come first: bool
+    [...]. NaN is larger than all."""
+    return marks(magnitude, find_band(lambda: [magnitude], 0, count))
+
+
+def marks(values: jax.Array, band: Band, start: int = 0) -> jax.Array:
+    """Says which numbers have a magnitude in the band: bool [...]. start: the place of the first one in all."""
+    end, begin = (min(max(place - start, 0), (1 << 31) - 1) for place in (band.end, band.start))
+    return _marks(values, band.least, end, band.most, begin)
 
 
 @jax.jit
-def _from_edge(magnitude: jax.Array, least: int, end: int) -> jax.Array:
-    bits = jax.lax.bitcast_convert_type(magnitude, jnp.int32)
-    places = jnp.arange(bits.size, dtype=jnp.int32).reshape(bits.shape)
-    return (bits > least) | ((bits == least) & (places < end))
+def _marks(values: jax.Array, least: int, end: int, most: int, begin: int) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(values, jnp.int32) & 0x7FFFFFFF
+    place = jnp.arange(bits.size, dtype=jnp.int32).reshape(bits.shape)
+    low = (bits > least) | ((bits == least) & (place < end))
+    return low & ~((bits > most) | ((bits == most) & (place < begin)))
 
 
 def by_size(delta: jax.Array, *, density: float, rescale: Rescale = "none") -> jax.Array:
@@ -45,21 +50,12 @@ def without_outliers(delta: jax.Array, *, density: float, gamma: float = 0.01, r
 
 def _ranked(delta: jax.Array, count: int, top: int, density: float, rescale: Rescale) -> jax.Array:
     """Keeps the `count` numbers of largest magnitude after the `top` largest."""
-    magnitude = jnp.abs(delta)
-    marked = largest(magnitude, top + count)
-    return _marked(delta, marked & ~largest(magnitude, top) if top else marked, density, rescale)
+    return _marked(delta, marks(delta, find_band(lambda: [delta], top, count)), density, rescale)
 
 
 @functools.partial(jax.jit, static_argnames="rescale")
 def _marked(delta: jax.Array, marked: jax.Array, density: float, rescale: Rescale) -> jax.Array:
     return _rescaled(delta, jnp.where(marked, delta, 0), density, rescale)
-
-
-@functools.partial(jax.jit, static_argnames="rescale")
-def within(delta: jax.Array, least: float, most: float, *, density: float, rescale: Rescale = "none") -> jax.Array:
-    """Keeps numbers of a magnitude from `least` to `most`, both included: what was found of a whole model (`scope`)."""
-    magnitude = jnp.abs(delta)
-    return _rescaled(delta, jnp.where((magnitude >= least) & (magnitude <= most), delta, 0), density, rescale)
 
 
 @functools.partial(jax.jit, static_argnames="rescale")

@@ -18,9 +18,9 @@ from xlathe.errors import CheckpointError, OptionError, XlatheError
 from xlathe.models.checkpoint import Checkpoint
 from xlathe.passes.merge.methods import METHODS, REQUIRED, Group, Method, check_value
 from xlathe.passes.merge.parts import LAYER, Part, check_layers, find_parts, layer_counts
+from xlathe.passes.merge.ranks import Band
 from xlathe.passes.merge.recipe import Choice, Parameters, Recipe, Source
-from xlathe.passes.merge.scope import Band, Change, check_shares, find_bands
-from xlathe.passes.merge.tasks import change
+from xlathe.passes.merge.scope import BLOCK, Change, Kept, blocks, check_shares, find_bands, keep
 from xlathe.passes.merge.vocabulary import unite
 from xlathe.safetensors_file import Tensor
 
@@ -73,11 +73,13 @@ def merge(recipe: Recipe, opened: Mapping[str, Checkpoint], seed: int = 0) -> Ch
 
 
 def peak_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
-    """Returns about the most bytes that are held while a merge is written, mapped files not counted: the tensor that is
-    read from most models, in float32, its changes, and the result."""
-    models = max(len(each.sources) for each in recipe.slices)
-    held = models + (2 if METHODS[recipe.method].base == "none" else 1 + models)
-    return max(4 * held * int(np.prod(tensor.shape)) for tensor in checkpoint.tensors.values())
+    """Returns about the most bytes that are held while a merge is written, mapped files not counted: the largest
+    result, and the tensors that it is read from with their changes, in float32; or blocks of these."""
+    models, method = max(len(each.sources) for each in recipe.slices), METHODS[recipe.method]
+    held = models + (2 if method.base == "none" else 1 + models)
+    sizes = [math.prod(tensor.shape) for tensor in checkpoint.tensors.values()]
+    results = max(tensor.nbytes for tensor in checkpoint.tensors.values())
+    return results + max(4 * held * (min(size, BLOCK) if method.blocks else size) for size in sizes)
 
 
 def _check_alike(recipe: Recipe, model: str, opened: Mapping[str, Checkpoint]) -> None:
@@ -118,43 +120,61 @@ def _work(part: Part, recipe: Recipe, method: Method, opened: Mapping[str, Check
     return Work(part, base, tuple(others), *_values(part, recipe, method, [source for source, _ in others]))
 
 
-def _ranked_together(work: Work) -> Iterator[Change]:
-    """Yields a tensor's changes by each model, where ranks are over whole models."""
-    if work.shared.get("scope") != "model" or not jnp.issubdtype(work.first.dtype, jnp.floating):
-        return
-    for (source, tensor), density in zip(work.others, work.each["density"], strict=True):
-        assert work.base is not None
-
-        def read(tensor: Tensor = tensor, base: Tensor = work.base) -> jax.Array:
-            return change(jnp.asarray(tensor.read()), jnp.asarray(base.read()))
-
-        gamma = work.shared.get("gamma", 0)
-        yield Change(source.model, work.part.name, math.prod(tensor.shape), read, density, gamma)
+def _changes(work: Work) -> list[Change]:
+    """Returns a tensor's changes by each model, where ranks say what is kept of them."""
+    if "scope" not in work.shared or work.base is None:
+        return []
+    return [
+        Change(source.model, work.part.name, tensor, work.base, float(density), float(work.shared.get("gamma", 0)))
+        for (source, tensor), density in zip(work.others, work.each["density"], strict=True)
+    ]
 
 
-def _merged(work: Work, recipe: Recipe, method: Method, bands: Callable[[], Mapping[str, Band]], seed: int) -> Tensor:
+def _ranked_together(work: Work) -> list[Change]:
+    whole = work.shared.get("scope") == "model" and jnp.issubdtype(work.first.dtype, jnp.floating)
+    return _changes(work) if whole else []
+
+
+def _kept(work: Work, bands: Callable[[], Mapping[str, Band]]) -> list[Kept] | None:
+    whole = work.shared.get("scope") == "model"
+    changes = [(each, (lambda model=each.model: bands()[model]) if whole else None) for each in _changes(work)]
+    return [keep(each, work.shared["rescale"], band) for each, band in changes] or None
+
+
+def _merged(
+    work: Work, recipe: Recipe, method: Method, bands: Callable[[], Mapping[str, Band]], seed: int
+) -> Tensor:
     name, first = work.part.name, work.first
     if not jnp.issubdtype(first.dtype, jnp.floating):
         return first
     dtype = np.dtype(jnp.dtype(recipe.out_dtype or first.dtype))
 
     def read() -> np.ndarray:
-        kept = None
-        if work.shared.get("scope") == "model":
-            kept = [bands()[source.model] for source, _ in work.others]
-        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
-        arrays = [jnp.asarray(tensor.read()) for _, tensor in work.others]
-        base = None if work.base is None else jnp.asarray(work.base.read())
+        result, start = np.empty(math.prod(first.shape), dtype), 0
         try:
-            with np.errstate(over="ignore"):  # told below
-                result = np.asarray(method.merge(Group(arrays, base, work.each, work.shared, key, kept))).astype(dtype)
+            for group in _groups(work, method, _kept(work, bands), seed):
+                with np.errstate(over="ignore"):  # told below
+                    merged = np.asarray(method.merge(group)).reshape(-1).astype(dtype)
+                result[start : start + merged.size] = merged
+                start += merged.size
         except XlatheError as error:
             raise CheckpointError(f"{recipe.method} of {name}: {error}") from None
         if not np.isfinite(result).all():
             raise CheckpointError(f"{recipe.method} of {name}: the result holds NaN or infinite numbers")
-        return result
+        return result.reshape(first.shape)
 
     return Tensor(first.shape, dtype, read)
+
+
+def _groups(work: Work, method: Method, kept: list[Kept] | None, seed: int) -> Iterator[Group]:
+    """Yields what a method merges at a time: whole tensors, or blocks of them in order."""
+    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(work.part.name.encode()))
+    tensors = [*([] if work.base is None else [work.base]), *(tensor for _, tensor in work.others)]
+    start, whole = 0, ([jnp.asarray(tensor.read())] for tensor in tensors)
+    for arrays in zip(*(map(blocks, tensors) if method.blocks else whole), strict=True):
+        base, others = (None, arrays) if work.base is None else (arrays[0], arrays[1:])
+        yield Group(list(others), base, work.each, work.shared, key, kept, start)
+        start += arrays[0].size
 
 
 def _find(opened: Mapping[str, Checkpoint], model: str, name: str, part: Part) -> Tensor:

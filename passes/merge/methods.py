@@ -12,7 +12,7 @@ import numpy as np
 from xlathe.errors import OptionError, PassError
 from xlathe.passes.merge import masks, spheres, tasks
 from xlathe.passes.merge.combine import combine, gram
-from xlathe.passes.merge.scope import Band
+from xlathe.passes.merge.scope import Kept
 
 REQUIRED = object()
 """In the place of a default, where there is none."""
@@ -24,7 +24,8 @@ class Group:
 
     tensors: of the models in their order, but for the base; base: its tensor, None where the method has none. each: a
     value a model, shared: one value, by the names of parameters. key: of what is drawn by chance, this tensor's own.
-    bands: which magnitudes of each model's changes are kept, where that was found of whole models.
+    kept: what ranks keep of each model's changes, where there are any. start: the place of the tensors' first number,
+    where they are blocks.
     """
 
     tensors: Sequence[jax.Array]
@@ -32,7 +33,8 @@ class Group:
     each: Mapping[str, Sequence[Any]]
     shared: Mapping[str, Any]
     key: jax.Array
-    bands: Sequence[Band] | None = None
+    kept: Sequence[Kept] | None = None
+    start: int = 0
 
     @property
     def weights(self) -> list[float]:
@@ -51,13 +53,15 @@ class Group:
 @dataclasses.dataclass(frozen=True)
 class Method:
     """merge: of a group, float32. each, shared: parameters and their defaults. base: whether there must be one.
-    count: the fewest and the most models beside the base."""
+    count: the fewest and the most models beside the base. blocks: whether a number of the result depends on those of
+    its place alone, beside what `Group.kept` says, so that a tensor may be merged in parts."""
 
     merge: Callable[[Group], jax.Array]
     each: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     base: Literal["none", "needed", "optional"] = "none"
     count: tuple[int, int] = (1, 1 << 20)
+    blocks: bool = False
 
 
 def _normalized(weights: Sequence[float]) -> np.ndarray:
@@ -103,21 +107,21 @@ def _karcher(group: Group) -> jax.Array:
     return _on_sphere(group, [1.0] * len(group.tensors), steps=steps, tolerance=tolerance)
 
 
-def _task(group: Group, keep: Callable[..., jax.Array] | None, *, elect: bool, chance: bool = False) -> jax.Array:
-    """Drops numbers of each change, and adds what is left to the base."""
+def _in_band(delta: jax.Array, kept: Kept, start: int) -> jax.Array:
+    return jnp.where(masks.marks(delta, kept.band, start), delta, 0) * kept.factor
+
+
+def _task(group: Group, keep: Callable[..., jax.Array] | None, *, elect: bool) -> jax.Array:
+    """Drops numbers of each change, by ranks or by chance, and adds what is left to the base."""
     deltas = group.deltas
+    if group.kept is not None:
+        deltas = [_in_band(delta, kept, group.start) for delta, kept in zip(deltas, group.kept, strict=True)]
     if keep is not None:
-        options = {name: float(group.shared[name]) for name in ("gamma", "epsilon") if name in group.shared}
-        options |= {"rescale": group.shared["rescale"]} if "rescale" in group.shared else {}
-        kept = []
-        for i, (delta, density) in enumerate(zip(deltas, group.each["density"], strict=True)):
-            if group.bands is not None:
-                band, rescale = group.bands[i], group.shared["rescale"]
-                kept.append(masks.within(delta, band.least, band.most, density=float(density), rescale=rescale))
-                continue
-            key = [jax.random.fold_in(group.key, i)] if chance else []
-            kept.append(keep(*key, delta, density=float(density), **options))
-        deltas = kept
+        options = {"epsilon": float(group.shared["epsilon"])} if "epsilon" in group.shared else {}
+        options |= {"rescale": group.shared["rescale"]}
+        keys = [jax.random.fold_in(group.key, i) for i in range(len(deltas))]
+        densities = map(float, group.each["density"])
+        deltas = [keep(*given, density=p, **options) for *given, p in zip(keys, deltas, densities, strict=True)]
     add, normalize = tasks.elected if elect else tasks.summed, bool(group.shared["normalize"])
     if normalize and not elect:
         _normalized(group.weights)
@@ -149,42 +153,42 @@ TASK = {"lambda": 1.0, "normalize": False}
 _KEEP_PROB, _RANKED = {"rescale": "keep_prob"}, {"rescale": "none", "scope": "tensor"}
 
 
-def _sum_of(keep: Any, elect: bool, chance: bool = False) -> Callable[[Group], jax.Array]:
-    return functools.partial(_task, keep=keep, elect=elect, chance=chance)
+def _sum_of(keep: Any, elect: bool) -> Callable[[Group], jax.Array]:
+    return functools.partial(_task, keep=keep, elect=elect)
 
 
 METHODS: Mapping[str, Method] = {
-    "linear": Method(_linear, WEIGHT, {"normalize": True}),
+    "linear": Method(_linear, WEIGHT, {"normalize": True}, blocks=True),
     "slerp": Method(_slerp, {}, {"t": REQUIRED}, "needed", (1, 1)),
     "nuslerp": Method(_nuslerp, WEIGHT, {"nuslerp_flatten": True, "nuslerp_row_wise": False}, "optional", (2, 2)),
     "multislerp": Method(_multislerp, WEIGHT, {}, "optional"),
     "karcher": Method(_karcher, {}, {"max_iter": 100, "tol": 1e-9}, "optional"),
-    "task_arithmetic": Method(_sum_of(None, False), WEIGHT, TASK, "needed"),
-    "ties": Method(_sum_of(masks.by_size, True), WEIGHT | DENSITY, TASK | _RANKED | {"normalize": True}, "needed"),
-    "dare_linear": Method(_sum_of(masks.by_chance, False, True), WEIGHT | DENSITY, TASK | _KEEP_PROB, "needed"),
-    "dare_ties": Method(_sum_of(masks.by_chance, True, True), WEIGHT | DENSITY, TASK | _KEEP_PROB, "needed"),
+    "task_arithmetic": Method(_sum_of(None, False), WEIGHT, TASK, "needed", blocks=True),
+    "ties": Method(_sum_of(None, True), WEIGHT | DENSITY, TASK | _RANKED | {"normalize": True}, "needed", blocks=True),
+    "dare_linear": Method(_sum_of(masks.by_chance, False), WEIGHT | DENSITY, TASK | _KEEP_PROB, "needed"),
+    "dare_ties": Method(_sum_of(masks.by_chance, True), WEIGHT | DENSITY, TASK | _KEEP_PROB, "needed"),
     "breadcrumbs": Method(
-        _sum_of(masks.without_outliers, False), WEIGHT | DENSITY, TASK | _RANKED | {"gamma": 0.01}, "needed"
+        _sum_of(None, False), WEIGHT | DENSITY, TASK | _RANKED | {"gamma": 0.01}, "needed", blocks=True
     ),
     "breadcrumbs_ties": Method(
-        _sum_of(masks.without_outliers, True), WEIGHT | DENSITY, TASK | _RANKED | {"gamma": 0.01}, "needed"
+        _sum_of(None, True), WEIGHT | DENSITY, TASK | _RANKED | {"gamma": 0.01}, "needed", blocks=True
     ),
     "della_linear": Method(
-        _sum_of(masks.by_chance_and_size, False, True),
+        _sum_of(masks.by_chance_and_size, False),
         WEIGHT | {"density": 0.7},
         TASK | _KEEP_PROB | {"epsilon": 0.15},
         "needed",
     ),
     "della": Method(
-        _sum_of(masks.by_chance_and_size, True, True),
+        _sum_of(masks.by_chance_and_size, True),
         WEIGHT | {"density": 0.7},
         TASK | _KEEP_PROB | {"epsilon": 0.15, "normalize": True},
         "needed",
     ),
     "sce": Method(_sce, {}, {"select_topk": 1.0}, "needed"),
     "model_stock": Method(_model_stock, {}, {"filter_wise": False}, "needed", (2, 1 << 20)),
-    "nearswap": Method(_nearswap, {}, {"t": REQUIRED}, "needed", (1, 1)),
-    "passthrough": Method(_passthrough, {"scale": 1.0}, {}, "none", (1, 1)),
+    "nearswap": Method(_nearswap, {}, {"t": REQUIRED}, "needed", (1, 1), blocks=True),
+    "passthrough": Method(_passthrough, {"scale": 1.0}, {}, "none", (1, 1), blocks=True),
 }
 """By their names in mergekit's recipes, whose parameters they take; `passes/merge/README.md` says where they differ."""
 

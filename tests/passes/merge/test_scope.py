@@ -2,15 +2,16 @@
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 import yaml
 
 from tests.passes.merge.test_merge import arrays, merged, recipe_of
 from xlathe.errors import OptionError
-from xlathe.passes.merge import ranks as counting
-from xlathe.passes.merge.ranks import at_ranks
+from xlathe.passes.merge import ranks, scope
+from xlathe.passes.merge.masks import by_size, marks
+from xlathe.passes.merge.methods import METHODS
+from xlathe.passes.merge.ranks import find_band, find_whole_band
 
 RNG = np.random.default_rng(0)
 ARRAYS = [RNG.normal(size=shape).astype(np.float32) for shape in [(40, 50), (3,), (7, 2, 100), ()]]
@@ -18,13 +19,26 @@ EXTREME = [np.array([0, -0.0, 1e-45, -3e38, 5.0, -5.0], np.float32), np.array([n
 
 
 @pytest.mark.parametrize("values", [ARRAYS, [np.round(a) for a in ARRAYS], EXTREME], ids=["many", "few", "extreme"])
-def test_the_number_at_a_rank_is_that_of_a_sort(values: list[np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Expected in any order and cut anywhere."""
-    monkeypatch.setattr(counting, "CHUNK", 64)
-    whole = np.sort(np.abs(np.concatenate([v.reshape(-1) for v in values])))[::-1]
-    ranks = sorted({0, 1, 2, len(whole) // 3, len(whole) // 2, len(whole) - 1})
-    assert at_ranks(lambda: iter(values), ranks) == [float(whole[rank]) for rank in ranks]
-    assert at_ranks(lambda: iter(values[::-1]), ranks) == [float(whole[rank]) for rank in ranks]
+@pytest.mark.parametrize("top", [0, 2])
+def test_what_a_band_keeps_is_that_of_a_stable_sort(
+    values: list[np.ndarray], top: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Expected wherever the arrays are cut; of a whole model's, all that are equal to the ends, in any order."""
+    monkeypatch.setattr(ranks, "CHUNK", 64)
+    whole = np.abs(np.concatenate([v.reshape(-1) for v in values]))
+    order = np.argsort(-whole, kind="stable")
+    for count in sorted({1, len(whole) // 3, len(whole) - top}):
+        band, start, found = find_band(lambda: iter(values), top, count), 0, []
+        for array in values:
+            found.append(np.asarray(marks(array, band, start)).reshape(-1))
+            start += array.size
+        expected = np.zeros(len(whole), bool)
+        expected[order[top : top + count]] = True
+        np.testing.assert_array_equal(np.concatenate(found), expected)
+        least, most = whole[order[[top + count - 1, top]]]
+        turned = find_whole_band(lambda: iter(values[::-1]), top, count)
+        found = [np.asarray(marks(array, turned)).reshape(-1) for array in values]
+        np.testing.assert_array_equal(np.concatenate(found), (whole >= least) & (whole <= most))
 
 
 def expected_change(model: str, density: float, gamma: float) -> dict[str, np.ndarray]:
@@ -59,11 +73,27 @@ def test_ranks_of_whole_models(method: str, gamma: float) -> None:
     assert differing
 
 
-def test_numbers_that_are_equal_to_the_last_are_all_kept() -> None:
-    """So that the result does not depend on the order of tensors: changes of bfloat16 weights often are."""
-    steps = np.array([1, 1, 1, 2], ml_dtypes.bfloat16)
-    (kept,) = at_ranks(lambda: iter([steps.astype(np.float32)]), [1])
-    assert kept == 1.0
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "breadcrumbs_ties", "nearswap", "passthrough"])
+def test_blocks_of_a_tensor_are_merged_as_the_whole(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = min(METHODS[method].count[1], 2)
+    text = recipe_of(method, ["a", "b"][:count])
+    for name, value in {"density": 0.4, "gamma": 0.1, "rescale": "l1"}.items():
+        if name in METHODS[method].each.keys() | METHODS[method].shared.keys():
+            text["parameters"][name] = value
+    whole = merged(yaml.safe_dump(text))
+    monkeypatch.setattr(scope, "BLOCK", 7)
+    for name, array in merged(yaml.safe_dump(text)).items():
+        np.testing.assert_allclose(array, whole[name], rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("rescale", ["none", "keep_prob", "l1"])
+def test_what_makes_up_for_what_ranks_leave_out(rescale: str) -> None:
+    """Expected: as the function of a whole array does."""
+    text = recipe_of("ties", ["a"]) | {"parameters": {"density": 0.4, "rescale": rescale}}
+    base, a = arrays("base"), arrays("a")
+    for name, array in merged(yaml.safe_dump(text)).items():
+        change = by_size(a[name] - base[name], density=0.4, rescale=rescale)
+        np.testing.assert_allclose(array, base[name] + change, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from xlathe.models.checkpoint import Checkpoint
 from xlathe.models.formats.huggingface import read_huggingface, write_huggingface
 from xlathe.passes.merge.merge import merge
 from xlathe.passes.merge.recipe import parse_recipe
+from xlathe.passes.merge.united import united
 from xlathe.safetensors_file import Tensor
 
 WIDTH = 4
@@ -86,6 +87,14 @@ def test_texts_give_the_tokens_of_all() -> None:
     assert tokenizer.encode("<s>ab<|turn|>c").tokens == ["<s>", "ab", "<|turn|>", "c"]
     assert tokenizer.decode(tokenizer.encode("<|turn|>abcab").ids) == "abcab"  # what is special stays so
     assert BASE.encode("abc").tokens == ["ab", "c"]
+
+
+def test_tokens_of_the_first_are_made_as_it_makes_them() -> None:
+    """Another's way to one of its tokens would change texts that it reads already."""
+    first = byte_pairs(["a", "b", "c", "ab", "bc", "abc"], [("b", "c"), ("a", "b"), ("ab", "c")])
+    other = byte_pairs(["a", "b", "c", "bc", "abc", "d"], [("b", "c"), ("a", "bc")])
+    tokenizer = united(first, {"other": other})
+    assert tokenizer.encode("abcd").tokens == [*first.encode("abc").tokens, "d"] == ["a", "bc", "d"]
 
 
 def test_one_models_vocabulary() -> None:
