@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,7 +41,9 @@ class Measured:
     allowed: int
 
 
-def measure(config: dict[str, object], folder: Path, mergekit: str | None, methods: Sequence[str]) -> list[Measured]:
+def measure(
+    config: dict[str, object], folder: Path, mergekit: str | None, methods: Sequence[str]
+) -> Iterator[Measured]:
     """Writes three random checkpoints and merges them by each method, by both programs in turn."""
     checkpoints = {name: random_llama(config, seed) for seed, name in enumerate(("base", "a", "b"))}
     for name, checkpoint in checkpoints.items():
@@ -54,15 +56,13 @@ def measure(config: dict[str, object], folder: Path, mergekit: str | None, metho
         "merge",
     ]
     programs = {"xlathe": ours} | ({"mergekit": [mergekit]} if mergekit else {})
-    found = []
     for method in methods:
         recipe = folder / f"{method}.yaml"
         recipe.write_text(yaml.safe_dump(_recipe(method, folder)))
         for name, words in programs.items():
             result = _run([*words, recipe.name, "out"], folder)
-            found.append(Measured(method, name, *result, COPIES * largest + BESIDE))
             shutil.rmtree(folder / "out")
-    return found
+            yield Measured(method, name, *result, COPIES * largest + BESIDE)
 
 
 def _recipe(method: str, folder: Path) -> dict[str, Any]:
@@ -90,10 +90,11 @@ def _run(words: Sequence[str], folder: Path) -> tuple[float, int, int]:
 
 
 def main(mergekit: str | None, config: dict[str, object], methods: Sequence[str] = METHODS) -> None:
+    found = []
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(config, Path(folder), mergekit, methods)
-    for each in found:
-        print(json.dumps(dataclasses.asdict(each)))
+        for each in measure(config, Path(folder), mergekit, methods):
+            print(json.dumps(dataclasses.asdict(each)), flush=True)
+            found.append(each)
     for method in methods if mergekit else ():
         ours, theirs = (each.seconds for each in found if each.method == method)
         print(f"{method}: xlathe takes {ours / theirs:.2f} of mergekit's time")

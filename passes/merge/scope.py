@@ -85,7 +85,7 @@ def keep(given: Change, rescale: Rescale, whole: Callable[[], Band] | None) -> K
 
 def _band(given: Change) -> Band:
     top, count = places(given.size, given.density, given.gamma)
-    return Band() if count == given.size else find_band(given.read, top, count)
+    return Band() if count >= given.size else find_band(given.read, top, count)
 
 
 def _of_equal_sum(given: Change, band: Band) -> float:
