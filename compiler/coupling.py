@@ -17,7 +17,7 @@ from xlathe.axes import Einsum, grouped_sum
 from xlathe.dimensions import Conflict, Dimensions, Label, Labels
 from xlathe.graph import Graph
 from xlathe.layout_rules import ELEMENTWISE
-from xlathe.values import is_zero
+from xlathe.values import is_zero, uniform_value
 
 _ZERO_IF_ANY = frozenset({"mul", "and"})
 _ZERO_IF_ALL = frozenset({"add", "sub", "max", "min", "or", "add_any", "select_n"})
@@ -25,6 +25,8 @@ _ZERO_IF_FIRST = frozenset({"div", "rem", "integer_pow"})
 _ZERO_AT_ZERO = frozenset({"neg", "abs", "sign", "tanh", "sin", "sinh", "asin", "asinh", "atan", "atanh", "erf", "sqrt",
                            "cbrt", "floor", "ceil", "round", "expm1", "log1p", "square", "convert_element_type", "copy",
                            "copy_p", "stop_gradient", "name", "reduce_precision"})  # fmt: skip
+_SPREADS = frozenset({"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "convert_element_type"})
+_SAME_COUNT = 2**-8  # the last place of a bfloat16, in which one over a number of terms may be written
 _ALONG_AN_AXIS = {"cumsum": "axis", "cumprod": "axis", "cummax": "axis", "cummin": "axis", "cumlogsumexp": "axis",
                   "sort": "dimension", "unstack": "axis"}  # fmt: skip
 
@@ -39,18 +41,23 @@ class Coupled:
 
 @dataclasses.dataclass(frozen=True)
 class Coupling:
-    """What `couple` found: labels of every value; `heads`: the key-value heads of each attention, in order."""
+    """What `couple` found: labels of every value.
+
+    heads: the key-value heads of each attention, in order; means: values that are a sum divided by a number of terms,
+    and the axes that were summed over, in one label. A mean over fewer terms is divided by fewer.
+    """
 
     dimensions: Dimensions
     values: dict[ir.Var, Coupled]
     heads: tuple[Label, ...]
+    means: dict[ir.Var, Label]
 
 
 def couple(graph: Graph) -> Coupling:
     """Labels every value of a graph that `separate` has prepared."""
     flow = _Flow(graph)
     flow.run()
-    return Coupling(flow.dims, flow.values, tuple(flow.heads))
+    return Coupling(flow.dims, flow.values, tuple(flow.heads), flow.means)
 
 
 def separate(graph: Graph) -> Graph:
@@ -95,6 +102,7 @@ class _Flow:
         self.dims = Dimensions()
         self.values: dict[ir.Var, Coupled] = {}
         self.heads: list[Label] = []
+        self.means: dict[ir.Var, Label] = {}
 
     def run(self) -> None:
         for item, var in zip(self.graph.inputs, self.jaxpr.invars, strict=True):
@@ -152,9 +160,30 @@ class _Flow:
     def _elementwise(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
         if eqn.primitive.name == "optimization_barrier":
             return operands
+        summed = self._mean_over(eqn)
+        if summed is not None:
+            self.means[eqn.outvars[0]] = summed
         whole = [o.labels for o in operands if len(o.labels) == eqn.outvars[0].aval.ndim]
         labels = tuple(self._united(eqn, [ls for ls in axis if ls]) for axis in zip(*whole, strict=True))
         return [Coupled(labels, tuple(sorted(self._zero_elementwise(eqn, operands))))]
+
+    def _mean_over(self, eqn: ir.JaxprEqn) -> Label | None:
+        """What was summed over, where a sum is divided by the number of its terms, or multiplied by one over it."""
+        name = eqn.primitive.name
+        if name not in ("div", "mul") or not isinstance(eqn.invars[1], ir.Literal):
+            return None
+        factor, source = uniform_value(eqn.invars[1], self.producer), self.producer.get(eqn.invars[0])
+        while source is not None and source.primitive.name in _SPREADS:
+            source = self.producer.get(source.invars[0])
+        if factor is None or source is None or source.primitive.name != "reduce_sum":
+            return None
+        labels = self.values[source.invars[0]].labels
+        summed = tuple(a for i in source.params["axes"] for a in labels[i])
+        count = self.dims.size(summed)
+        if ir.is_symbolic(count) or count == 1:
+            return None
+        terms = float(factor) if name == "div" else 1 / float(factor) if factor else 0.0
+        return summed if abs(terms - int(count)) < _SAME_COUNT * int(count) else None
 
     def _united(self, eqn: ir.JaxprEqn, labels: Sequence[Label]) -> Label:
         """Makes one axis of those that an elementwise operation puts side by side; axes of size 1 are spread."""

@@ -1,7 +1,7 @@
 """Trace a graph again with some dimensions smaller.
 
 Sizes are written into a program's parameters (`reshape`, `broadcast_in_dim`, slices); each is computed anew from the
-labels of the value that it describes. Weights and constants become smaller by recipes that take what stays.
+labels of the value that it describes, and so is the number of terms that a mean divides by. Weights and constants become smaller by recipes that take what stays.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ def shrink(graph: Graph, coupling: Coupling, kept: Kept) -> Graph:
 class _Shrinker:
     def __init__(self, graph: Graph, coupling: Coupling, kept: Kept) -> None:
         self.graph, self.kept = graph, kept
-        self.dims, self.values = coupling.dimensions, coupling.values
+        self.dims, self.values, self.means = coupling.dimensions, coupling.values, coupling.means
 
     def run(self) -> Graph:
         jaxpr = self.graph.jaxpr
@@ -66,6 +66,8 @@ class _Shrinker:
         if ir.is_op(eqn):
             op = next(op for op in OPS if op.primitive is eqn.primitive)
             return [op(*operands, **ir.attributes(eqn))]
+        if result in self.means:
+            return self._mean(eqn, operands)
         if name == "reshape":
             return ir.bind(eqn, operands, new_sizes=self._shape(result))
         if name in ("broadcast_in_dim", "iota"):
@@ -81,6 +83,15 @@ class _Shrinker:
             whole = tuple(n if ir.same_dim(s, m) else s for s, m, n in zip(sizes, shape, new, strict=True))
             return ir.bind(eqn, operands, slice_sizes=whole)
         return None
+
+    def _mean(self, eqn: ir.JaxprEqn, operands: list[Any]) -> list[Any] | None:
+        """The number of terms is a literal, or one over it is."""
+        label = self.means[eqn.outvars[0]]
+        count = self.dims.size_of(label, self.kept)
+        if ir.same_dim(count, self.dims.size(label)):
+            return None
+        number = float(count) if eqn.primitive.name == "div" else 1 / float(count)
+        return ir.bind(eqn, [operands[0], jnp.full((), number, eqn.invars[1].aval.dtype)])
 
     def _slice(self, eqn: ir.JaxprEqn, operands: list[Any]) -> list[Any]:
         starts, limits = [], []

@@ -25,7 +25,11 @@ class Kept:
     def then(self, plan: PrunePlan, count: int) -> "Kept":
         """Returns what is left of a teacher of `count` layers after a further plan, of what was kept before."""
         left = [i for i in range(count) if i not in self.removed]
-        return dataclasses.replace(self, removed=tuple(sorted((*self.removed, *(left[i] for i in plan.layers)))))
+        width = plan.width
+        if width is not None and self.width is not None:
+            width = tuple(self.width[i] for i in width)
+        removed = tuple(sorted((*self.removed, *(left[i] for i in plan.layers))))
+        return Kept(removed, self.width if width is None else width)
 
 
 NOTHING_GONE: Final = Kept()

@@ -1,14 +1,15 @@
 """What a graph costs, counted from shapes alone, also for shapes that it does not have yet."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import jax.numpy as jnp
+import numpy as np
 
 from xlathe import jaxpr as ir
 from xlathe.axes import Einsum
 from xlathe.coupling import Coupling
-from xlathe.dimensions import Kept, Label
+from xlathe.dimensions import Dimensions, Kept, Label
 from xlathe.graph import Graph
 from xlathe.passes.prune.plan import Cost
 
@@ -41,3 +42,22 @@ def cost(graph: Graph, coupling: Coupling, kept: Kept) -> Cost:
             summed = math.prod(size(coupling.values[left].labels[i]) for i in SUMS[eqn.primitive.name](eqn))
             flops += 2 * summed * math.prod(size(label) for label in coupling.values[out].labels)
     return Cost(parameters, stored, flops)
+
+
+def weight_counts(graph: Graph, coupling: Coupling, counts: Mapping[int, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the parameters of each weight when `counts` of each atom stay, int64 [n] as each of the counts."""
+    return {
+        item.name: np.prod([_count(coupling.dimensions, label, counts) for label in coupling.values[var].labels], axis=0)
+        for item, var in zip(graph.inputs, graph.jaxpr.invars, strict=True)
+        if item.kind == "weight"
+    }
+
+
+def _count(dims: Dimensions, label: Label, counts: Mapping[int, np.ndarray]) -> np.ndarray:
+    total = np.ones_like(next(iter(counts.values())))
+    for atom in dims.resolve(label):
+        if atom in dims.parts:
+            total = total * sum(_count(dims, part, counts) for part in dims.parts[atom])
+        else:
+            total = total * counts.get(atom, int(dims.sizes[atom]))
+    return total

@@ -1,18 +1,14 @@
-"""The groups of a graph that can be pruned, and how much each index of them matters."""
+"""The groups of a graph that can be pruned, and what stays of them."""
 
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
 from xlathe import jaxpr as ir
 from xlathe.coupling import couple
-from xlathe.errors import OptionError
 from xlathe.graph import Graph
-from xlathe.passes.observe import observe
-from xlathe.passes.prune.plan import Group
-from xlathe.passes.quantize.uses import plan_weights
-from xlathe.pipeline import Context
+from xlathe.passes.prune.plan import Group, Kind
 from xlathe.sections import cut_points
 
 
@@ -29,12 +25,14 @@ class Groups:
                 for atom in self.dims.atoms(label):
                     self.axes.setdefault(atom, []).append((item.name, axis))
         heads = {a for label in self.coupling.heads for a in self.dims.resolve(label)}
-        other = self._inside_attention() | self._residual()
-        self.kinds: dict[int, Literal["heads", "neurons"]] = {}
+        other, stream = self._inside_attention() | self._residual(), self._stream()
+        self.kinds: dict[int, Kind] = {}
         for atom in self.dims.leaves():
             fixed = atom in self.dims.blocked or ir.is_symbolic(self.dims.sizes[atom]) or atom not in self.axes
             if not fixed and atom in heads:
                 self.kinds[atom] = "heads"
+            elif not fixed and atom in stream:
+                self.kinds[atom] = "hidden"
             elif not fixed and atom not in other:
                 self.kinds[atom] = "neurons"
 
@@ -45,6 +43,11 @@ class Groups:
 
     def _residual(self) -> set[int]:
         return {a for v in cut_points(self.graph) for a in self._atoms(v)}
+
+    def _stream(self) -> set[int]:
+        """The features of the residual stream, where they are one axis and no result."""
+        labels = {self.dims.resolve(self.coupling.values[v].labels[-1]) for v in cut_points(self.graph)}
+        return {label[0] for label in labels if len(label) == 1}
 
     def _atoms(self, var: ir.Var) -> set[int]:
         return {a for label in self.coupling.values[var].labels for a in self.dims.atoms(label)}
@@ -60,38 +63,7 @@ class Groups:
             if atom in self.dims.blocked:
                 yield f"{axes[0][0]} axis {axes[0][1]}: {self.dims.blocked[atom]}"
 
-    def weight_scores(self) -> dict[int, np.ndarray]:
-        """L2 norm over all elements of the weights that go with an index."""
-        squares: dict[str, np.ndarray] = {}
-        scores = {}
-        for atom in self.kinds:
-            total = np.zeros(int(self.dims.sizes[atom]))
-            for name, axis in self.axes[atom]:
-                if name not in squares:
-                    squares[name] = np.square(np.asarray(self.graph.weights[name], np.float64))
-                others = tuple(i for i in range(squares[name].ndim) if i != axis)
-                self._add(total, squares[name].sum(axis=others), [self.label(name, axis)], atom)
-            scores[atom] = np.sqrt(total)
-        return scores
-
-    def activation_scores(self, context: Context) -> dict[int, np.ndarray]:
-        """L2 norm over calibration tokens of what an index feeds to the weights that sum over it."""
-        if not len(context.calibration):
-            raise OptionError(
-                "score='activation' needs calibration tokens: pipeline(graph, calibration=batches) "
-                "or --calibration=FILE"
-            )
-        stats = observe(self.graph, context.calibration, progress=context.progress).inputs
-        layouts, _ = plan_weights(self.graph, list(self.graph.names("weight")))
-        scores = {atom: np.zeros(int(self.dims.sizes[atom])) for atom in self.kinds}
-        for name, found in stats.items():
-            labels = [self.label(name, axis) for axis in layouts[name].contracted]
-            for atom in scores:
-                if any(atom in self.dims.atoms(label) for label in labels):
-                    self._add(scores[atom], found.sum_squares, labels, atom)
-        return {atom: np.sqrt(total) for atom, total in scores.items()}
-
-    def _add(self, total: np.ndarray, values: np.ndarray, labels: list[Any], atom: int) -> None:
+    def add(self, total: np.ndarray, values: np.ndarray, labels: list[Any], atom: int) -> None:
         """Adds values, one an index of the axes with these labels, to the totals of the atom's indices."""
         owner = self.dims.index(tuple(a for label in labels for a in label), atom)
         np.add.at(total, owner[owner >= 0], values[owner >= 0])
@@ -99,3 +71,30 @@ class Groups:
     def label(self, name: str, axis: int) -> tuple[int, ...]:
         var = next(v for v, i in zip(self.graph.jaxpr.invars, self.graph.inputs, strict=True) if i.name == name)
         return self.coupling.values[var].labels[axis]
+
+
+MULTIPLE = 32
+"""Widths are kept in multiples of this where they were one: group-wise formats and vector units want it."""
+
+
+def choose(
+    found: Groups, scores: Mapping[int, np.ndarray], removed: Mapping[Kind, float]
+) -> tuple[list[Group], dict[int, np.ndarray]]:
+    """Returns the groups that shrink when a fraction of each kind goes, the lowest scores first, and what stays."""
+    groups, kept = [], {}
+    for atom, kind in found.kinds.items():
+        size = int(found.dims.sizes[atom])
+        count = count_kept(kind, size, removed.get(kind, 0.0))
+        if count == size:
+            continue
+        kept[atom] = np.sort(np.argsort(-scores[atom], kind="stable")[:count])
+        axes = tuple(found.axes[atom])
+        groups.append(Group(kind, size, axes, tuple(kept[atom].tolist()), tuple(scores[atom].tolist())))
+    return groups, kept
+
+
+def count_kept(kind: Kind, size: int, fraction: float) -> int:
+    """Returns how many of `size` stay: at least one, and a multiple where the size was one."""
+    multiple = 1 if kind == "heads" else MULTIPLE
+    count = max(1, size - round(size * fraction))
+    return -(-count // multiple) * multiple if size % multiple == 0 else count

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,8 @@ from xlathe.errors import OptionError
 
 FORMAT = "xlathe prune plan 1"
 UNITS = ("parameters", "bytes", "flops")
+Kind = Literal["heads", "neurons", "hidden"]
+WORDS: Mapping[Kind, str] = {"heads": "key-value heads", "neurons": "neurons", "hidden": "features of the stream"}
 SHOWN = 5  # numbers in a message
 
 
@@ -17,12 +20,13 @@ SHOWN = 5  # numbers in a message
 class Group:
     """Axes of weights that shrink together.
 
-    kind: `neurons`, or `heads` (a key-value head with all query heads that share it). axes: (weight, axis) of every
+    kind: `neurons`, `heads` (a key-value head with all query heads that share it) or `hidden` (features of the
+    residual stream). axes: (weight, axis) of every
     weight concerned, in the graph's order; an axis may hold more than this group, as a fused projection does.
     kept: indices that stay, ascending; scores: of all indices, the higher the more is lost by removing one.
     """
 
-    kind: Literal["heads", "neurons"]
+    kind: Kind
     size: int
     axes: tuple[tuple[str, int], ...]
     kept: tuple[int, ...]
@@ -49,6 +53,7 @@ class PrunePlan:
     """What `PruneStructured` will do; prints as a table.
 
     layers: removed layers, by number; influence: of every layer, 1 - cosine between its input and output, or empty.
+    tried: what a search measured: what a candidate removes, and its KL in nats a token, best first.
     """
 
     groups: tuple[Group, ...]
@@ -56,12 +61,18 @@ class PrunePlan:
     influence: tuple[float, ...]
     before: Cost
     after: Cost
+    tried: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def width(self) -> tuple[int, ...] | None:
+        """Which features of the residual stream stay, ascending; None where all do."""
+        return next((group.kept for group in self.groups if group.kind == "hidden"), None)
 
     @property
     def removed(self) -> str:
         """What goes, in words: `6 of 24 key-value heads, 576 of 6,144 neurons`; a head goes with its queries."""
         parts = []
-        for kind, what in (("heads", "key-value heads"), ("neurons", "neurons")):
+        for kind, what in WORDS.items():
             groups = [group for group in self.groups if group.kind == kind]
             size = sum(group.size for group in groups)
             parts += [f"{size - sum(len(group.kept) for group in groups):,} of {size:,} {what}"] if groups else []
@@ -85,6 +96,7 @@ class PrunePlan:
         lines += [f"{g.kind:8} {len(g.kept):>5} of {g.size:<4} {g.name}" for g in self.groups]
         if self.layers:
             lines.append(f"{'layers':8} {'removed':>12}  {', '.join(map(str, self.layers))}")
+        lines += [f"KL {kl:<9.4g} without {what}" for what, kl in self.tried]
         for unit in UNITS:
             old, new = getattr(self.before, unit), getattr(self.after, unit)
             lines.append(f"{unit}: {old:,} -> {new:,} ({new / max(old, 1):.1%})")
@@ -100,14 +112,15 @@ def _plan(content: Any) -> PrunePlan:
         raise ValueError(f"layers must be ascending numbers from 0, found {list(layers)[:SHOWN]}")
     before, after = (Cost(*_numbers([content[key][unit] for unit in UNITS], int)) for key in ("before", "after"))
     return PrunePlan(
-        tuple(map(_group, content["groups"])), layers, _numbers(content["influence"], float), before, after
-    )
+        tuple(map(_group, content["groups"])), layers, _numbers(content["influence"], float), before, after,
+        tuple((str(what), _numbers([kl], float)[0]) for what, kl in content.get("tried", [])),
+    )  # fmt: skip
 
 
 def _group(content: Any) -> Group:
     kind, size = content["kind"], content["size"]
-    if kind not in ("heads", "neurons") or type(size) is not int:
-        raise ValueError(f"expected heads or neurons and their number, found {kind!r} and {size!r}")
+    if kind not in WORDS or type(size) is not int:
+        raise ValueError(f"expected heads, neurons or hidden and their number, found {kind!r} and {size!r}")
     kept = _numbers(content["kept"], int)
     if not kept or list(kept) != sorted({n for n in kept if 0 <= n < size}):
         raise ValueError(f"kept must be ascending numbers from 0 to {size - 1}, found {list(kept)[:SHOWN]}")

@@ -1,7 +1,8 @@
 """Remove whole neurons, attention heads and layers, so that the model becomes smaller and faster as it is."""
 
 import dataclasses
-from typing import ClassVar, Literal, final
+from collections.abc import Mapping
+from typing import ClassVar, final
 
 import numpy as np
 
@@ -10,13 +11,13 @@ from xlathe.errors import OptionError, PassError
 from xlathe.graph import Graph, Record
 from xlathe.passes.prune.cost import cost
 from xlathe.passes.prune.depth import block_influence, without_layers
-from xlathe.passes.prune.groups import Groups
-from xlathe.passes.prune.plan import UNITS, Group, PrunePlan
+from xlathe.passes.prune.groups import Groups, choose
+from xlathe.passes.prune.plan import UNITS, Kind, PrunePlan
+from xlathe.passes.prune.scores import SCORES, Score, score_groups
+from xlathe.passes.prune.search import Budget, least, search
 from xlathe.pipeline import APPROXIMATE, Context, Keeps, Pass, is_forward
 from xlathe.shrink import shrink
 
-MULTIPLE = 32
-"""Neurons are kept in multiples of this where their number was one: group-wise formats and vector units want it."""
 SHOWN = 5  # reasons in a message
 
 
@@ -25,12 +26,16 @@ SHOWN = 5  # reasons in a message
 class PruneStructured(Pass):
     """Removes the least important part of every group of coupled dimensions, and whole layers.
 
-    heads, neurons: the fraction to remove of each group, 0 <= fraction < 1. A head group is a key-value head with the
+    heads, neurons, hidden: the fraction to remove of each group, 0 <= fraction < 1. A head group is a key-value head with the
     query heads that share it; neurons are inner dimensions between weights that belong to neither attention nor the
-    residual stream. layers: how many to remove, those that change the residual stream least (block influence,
+    residual stream; hidden is the features of that stream, whose norms then count the features that are kept.
+    layers: how many to remove, those that change the residual stream least (block influence,
     Men et al. 2024, https://arxiv.org/abs/2403.03853), which needs calibration tokens.
-    score: `weight`, the L2 norm of all weights concerned, or `activation`, the L2 norm of what the group feeds to
-    the weights that sum over it (as in Minitron, Muralidharan et al. 2024), which needs calibration tokens.
+    params, megabytes: a budget instead, as a fraction of the parameters or in 10^6 bytes of weights: `search` finds
+    the shape, and needs calibration tokens, the last of which it compares candidates on.
+    score: `weight`, the L2 norm of all weights concerned, `activation`, the size of what the group feeds to the
+    weights that sum over it (as in Minitron, Muralidharan et al. 2024), or `taylor`, what the loss would change by;
+    the last two need calibration tokens. force: cut hidden by the size of weights too, which ruins a model.
     plan: a file that `PrunePlan.save` wrote, to be replayed instead of planning anew.
 
     Raises OptionError for values out of range, missing calibration, or a plan of another model; PassError where
@@ -43,61 +48,91 @@ class PruneStructured(Pass):
     heads: float = 0.0
     neurons: float = 0.0
     layers: int = 0
-    score: Literal["weight", "activation"] = "weight"
+    score: Score = "weight"
     plan: str | None = None
+    hidden: float = 0.0
+    params: float | None = None
+    megabytes: float | None = None
+    force: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("heads", "neurons"):
+        for name in ("heads", "neurons", "hidden"):
             fraction = getattr(self, name)
             if not isinstance(fraction, int | float) or not 0 <= fraction < 1:
                 raise OptionError(f"prune_structured: {name} is the fraction to remove, 0 to below 1, got {fraction}")
         if not isinstance(self.layers, int) or self.layers < 0:
             raise OptionError(f"prune_structured: layers is how many to remove, got {self.layers}")
-        if self.score not in ("weight", "activation"):
-            raise OptionError(f"prune_structured: score is 'weight' or 'activation', got {self.score!r}")
+        if self.score not in SCORES:
+            raise OptionError(
+                f"prune_structured: score is 'weight', 'activation' or 'taylor', got {self.score!r}"
+            )
+        if self.hidden and not self._may_cut_hidden:
+            raise OptionError(
+                "prune_structured: the residual stream cut by the size of weights leaves a model that predicts "
+                "nothing (perplexities of 5e4 and more are published); score=activation, or force=True"
+            )
         if not isinstance(self.plan, str | None):
             raise OptionError(f"prune_structured: plan is the path of a file, got {self.plan!r}")
-        if self.plan is not None and (self.heads or self.neurons or self.layers):
-            raise OptionError("prune_structured: a plan is replayed as it is; leave out heads, neurons and layers")
+        self._check_budget()
+        shape = self.heads or self.neurons or self.hidden or self.layers
+        if self.plan is not None and (shape or self._budget is not None):
+            raise OptionError(
+                "prune_structured: a plan is replayed as it is; leave out heads, neurons, hidden, layers and budgets"
+            )
+        if self._budget is not None and shape:
+            raise OptionError(
+                "prune_structured: a budget finds the shape; leave out heads, neurons, hidden and layers"
+            )
+
+    def _check_budget(self) -> None:
+        if self.params is not None and self.megabytes is not None:
+            raise OptionError("prune_structured: params and megabytes are both budgets; give one of them")
+        if self.params is not None and not (isinstance(self.params, int | float) and 0 < self.params < 1):
+            raise OptionError(f"prune_structured: params is the fraction to keep, above 0, below 1, got {self.params}")
+        if self.megabytes is not None and not (isinstance(self.megabytes, int | float) and self.megabytes > 0):
+            raise OptionError(f"prune_structured: megabytes is how many to keep, above 0, got {self.megabytes}")
 
     def apply(self, graph: Graph, context: Context) -> tuple[Graph, Record]:
         plan = PrunePlan.load(self.plan) if self.plan is not None else self.make_plan(graph, context)
         plan = dataclasses.replace(plan, groups=plan.groups[: context.limit])
-        hits = {"heads": 0, "neurons": 0, "layers": len(plan.layers)}
+        hits = {"heads": 0, "neurons": 0, "hidden": 0, "layers": len(plan.layers)}
         for group in plan.groups:
             hits[group.kind] += group.size - len(group.kept)
-        notes = (f"removed {plan.removed}", *str(plan).splitlines()[-len(UNITS) :])
+        notes = (f"removed {plan.removed}", *str(plan).splitlines()[-len(UNITS) - len(plan.tried) :])
         rewrites = tuple(f"{group.kind} of {group.name}" for group in plan.groups)
         return prune(graph, plan), Record("prune_structured", hits=hits, notes=notes, rewrites=rewrites)
 
     def make_plan(self, graph: Graph, context: Context) -> PrunePlan:
         """Returns what this pass would do to the graph, without doing it."""
-        if not (self.heads or self.neurons or self.layers):
-            raise OptionError("nothing to remove; give heads, neurons, layers or a plan")
+        removed: dict[Kind, float] = {"heads": self.heads, "neurons": self.neurons, "hidden": self.hidden}
+        if self._budget is not None:
+            kinds: list[Kind] = [kind for kind in removed if kind != "hidden" or self._may_cut_hidden]
+            return search(separate(graph), self._budget, self.score, kinds, context)
+        if not (any(removed.values()) or self.layers):
+            raise OptionError("nothing to remove; give heads, neurons, hidden, layers, params, megabytes or a plan")
         graph = separate(graph)
         influence = block_influence(graph, context) if self.layers else ()
-        removed = _least(influence, self.layers)
-        smaller = without_layers(graph, removed)
+        gone = least(influence, self.layers)
+        smaller = without_layers(graph, gone)
         found = Groups(smaller)
-        scores = found.activation_scores(context) if self.score == "activation" else found.weight_scores()
-        groups, kept = [], {}
-        for atom, kind in found.kinds.items():
-            fraction = self.heads if kind == "heads" else self.neurons
-            size = int(found.dims.sizes[atom])
-            count = _count(size, fraction, MULTIPLE if kind == "neurons" else 1)
-            if count == size:
-                continue
-            kept[atom] = np.sort(np.argsort(-scores[atom], kind="stable")[:count])
-            axes = tuple(found.axes[atom])
-            groups.append(Group(kind, size, axes, tuple(kept[atom].tolist()), tuple(scores[atom].tolist())))
-        self._check_found(groups, found)
-        whole = couple(graph)
+        groups, kept = choose(found, score_groups(found, self.score, context), removed)
+        self._check_found(removed, found)
         return PrunePlan(
-            tuple(groups), removed, influence, cost(graph, whole, {}), cost(smaller, found.coupling, kept)
+            tuple(groups), gone, influence, cost(graph, couple(graph), {}), cost(smaller, found.coupling, kept)
         )
 
-    def _check_found(self, groups: list[Group], found: Groups) -> None:
-        for kind, fraction in (("heads", self.heads), ("neurons", self.neurons)):
+    @property
+    def _budget(self) -> Budget | None:
+        if self.params is not None:
+            return Budget("params", self.params)
+        return None if self.megabytes is None else Budget("megabytes", self.megabytes)
+
+    @property
+    def _may_cut_hidden(self) -> bool:
+        return self.score != "weight" or self.force
+
+    def _check_found(self, removed: Mapping[Kind, float], found: Groups) -> None:
+        for kind, fraction in removed.items():
             if fraction and not any(kind == k for k in found.kinds.values()):
                 reasons = list(dict.fromkeys(found.reasons()))[:SHOWN]
                 raise PassError(f"found no {kind} to prune; " + ("; ".join(reasons) or "no weight is multiplied"))
@@ -119,15 +154,3 @@ def prune(graph: Graph, plan: PrunePlan) -> Graph:
             )
         kept[atom] = np.asarray(group.kept)
     return shrink(graph, found.coupling, kept)
-
-
-def _count(size: int, fraction: float, multiple: int) -> int:
-    """Returns how many of `size` stay: at least one, and a multiple where the size was one."""
-    count = max(1, size - round(size * fraction))
-    return -(-count // multiple) * multiple if size % multiple == 0 else count
-
-
-def _least(influence: tuple[float, ...], count: int) -> tuple[int, ...]:
-    if count and count >= len(influence):
-        raise OptionError(f"layers={count} of {len(influence)} layers cannot go: at least one must stay")
-    return tuple(sorted(int(i) for i in np.argsort(influence, kind="stable")[:count]))

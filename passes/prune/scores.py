@@ -1,0 +1,124 @@
+"""How much each index of a group matters: by its weights, by what it feeds on, by what the loss would change."""
+
+from collections.abc import Mapping
+from typing import Final, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xlathe import jaxpr as ir
+from xlathe.errors import OptionError, PassError
+from xlathe.graph import Graph
+from xlathe.passes.distill.losses import cross_entropy
+from xlathe.passes.observe import check_calibration, find_products, observe
+from xlathe.passes.prune.groups import Groups
+from xlathe.passes.quantize.uses import plan_weights
+from xlathe.pipeline import Context
+
+Score = Literal["weight", "activation", "taylor"]
+SCORES: Final = ("weight", "activation", "taylor")
+
+
+def score_groups(found: Groups, score: Score, context: Context) -> dict[int, np.ndarray]:
+    """Returns one number an index by atom; raises OptionError where calibration tokens are needed and missing."""
+    if score == "weight":
+        return weight_scores(found)
+    if not len(context.calibration):
+        raise OptionError(
+            f"score='{score}' needs calibration tokens: pipeline(graph, calibration=batches) or --calibration=FILE"
+        )
+    return taylor_scores(found, context) if score == "taylor" else activation_scores(found, context)
+
+
+def weight_scores(found: Groups) -> dict[int, np.ndarray]:
+    """L2 norm over all elements of the weights that go with an index."""
+    squares = {name: np.square(np.asarray(found.graph.weights[name], np.float64)) for name in _named(found)}
+    return {atom: np.sqrt(total) for atom, total in _sums(found, squares).items()}
+
+
+def activation_scores(found: Groups, context: Context) -> dict[int, np.ndarray]:
+    """L2 norm over calibration tokens of what an index feeds to the weights that sum over it.
+
+    Of a feature of the residual stream: the mean of its size over a text, L2 over texts, summed over the values that
+    weights read, which are outputs of norms (Muralidharan et al. 2024, https://arxiv.org/abs/2407.14679).
+    """
+    stats = observe(found.graph, context.calibration, progress=context.progress).inputs
+    layouts, _ = plan_weights(found.graph, list(found.graph.names("weight")))
+    scores = {atom: np.zeros(int(found.dims.sizes[atom])) for atom in found.kinds}
+    for name, seen in stats.items():
+        labels = [found.label(name, axis) for axis in layouts[name].contracted]
+        for atom in scores:
+            if any(atom in found.dims.atoms(label) for label in labels):
+                found.add(scores[atom], seen.sum_squares, labels, atom)
+    scores = {atom: np.sqrt(total) for atom, total in scores.items()}
+    return scores | {a: _stream_scores(found, a, context) for a, kind in found.kinds.items() if kind == "hidden"}
+
+
+def _stream_scores(found: Groups, atom: int, context: Context) -> np.ndarray:
+    graph = found.graph
+    places: dict[ir.Var, int] = {}
+    for uses in find_products(graph, graph.names("weight")).plain.values():
+        for var, summed in uses:
+            labels = found.coupling.values[var].labels
+            places |= {var: axis for axis in summed if found.dims.resolve(labels[axis]) == (atom,)}
+    if not places:
+        raise PassError(f"no weight reads the {found.dims.sizes[atom]} features of the residual stream")
+    exposed = ir.expose(graph.jaxpr, list(places))
+
+    @jax.jit
+    def run(arrays: Mapping[str, jax.Array], batch: Mapping[str, jax.Array]) -> list[jax.Array]:
+        _, *values = graph.evaluate(exposed, arrays, batch)
+        sizes = []
+        for (var, axis), value in zip(places.items(), values, strict=True):
+            texts = [i for i, n in enumerate(var.aval.shape) if ir.dim_vars(n) == {"b"}]
+            others = tuple(i for i in range(value.ndim) if i != axis and i not in texts)
+            mean = jnp.abs(value.astype(jnp.float32)).mean(others)
+            sizes.append(jnp.square(mean).reshape(-1 if texts else 1, value.shape[axis]).sum(0))
+        return sizes
+
+    batches = check_calibration(graph, context.calibration)
+    squares = sum(np.asarray(run(graph.arrays, batch), np.float64) for batch in batches)
+    total: np.ndarray = np.sqrt(squares).sum(0)
+    return total
+
+
+def taylor_scores(found: Groups, context: Context) -> dict[int, np.ndarray]:
+    """What the loss of the next token would change by to first order: |sum w dL/dw| over an index's weights.
+
+    Molchanov et al. 2019, https://arxiv.org/abs/1906.10771; the mean over batches, float64.
+    """
+    graph, names = found.graph, _named(found)
+
+    @jax.jit
+    def run(arrays: Mapping[str, jax.Array], batch: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
+        def loss(weights: Mapping[str, jax.Array]) -> jax.Array:
+            logits = graph.logits({**arrays, **weights}, batch)
+            return cross_entropy(logits[:, :-1], batch["tokens"][:, 1:]).mean()
+
+        weights = {name: arrays[name] for name in names}
+        return {name: weights[name] * slope for name, slope in jax.grad(loss)(weights).items()}
+
+    batches = check_calibration(graph, context.calibration)
+    scores = {atom: np.zeros(int(found.dims.sizes[atom])) for atom in found.kinds}
+    for number, batch in enumerate(batches):
+        changes = {name: np.asarray(array, np.float64) for name, array in run(graph.arrays, batch).items()}
+        for atom, total in _sums(found, changes).items():
+            scores[atom] += np.abs(total) / len(batches)
+        context.progress("calibrating", (number + 1) / len(batches))
+    return scores
+
+
+def _named(found: Groups) -> list[str]:
+    return list(dict.fromkeys(name for atom in found.kinds for name, _ in found.axes[atom]))
+
+
+def _sums(found: Groups, arrays: Mapping[str, np.ndarray]) -> dict[int, np.ndarray]:
+    """Sums arrays, one a weight, over what goes with each index."""
+    sums = {}
+    for atom in found.kinds:
+        sums[atom] = np.zeros(int(found.dims.sizes[atom]))
+        for name, axis in found.axes[atom]:
+            others = tuple(i for i in range(arrays[name].ndim) if i != axis)
+            found.add(sums[atom], arrays[name].sum(axis=others), [found.label(name, axis)], atom)
+    return sums
