@@ -172,9 +172,9 @@ class _Flow:
         name = eqn.primitive.name
         if name not in ("div", "mul") or not isinstance(eqn.invars[1], ir.Literal):
             return None
-        factor, source = uniform_value(eqn.invars[1], self.producer), self.producer.get(eqn.invars[0])
+        factor, source = uniform_value(eqn.invars[1], self.producer), self._made(eqn.invars[0])
         while source is not None and source.primitive.name in _SPREADS:
-            source = self.producer.get(source.invars[0])
+            source = self._made(source.invars[0])
         if factor is None or source is None or source.primitive.name != "reduce_sum":
             return None
         labels = self.values[source.invars[0]].labels
@@ -184,6 +184,9 @@ class _Flow:
             return None
         terms = float(factor) if name == "div" else 1 / float(factor) if factor else 0.0
         return summed if abs(terms - int(count)) < _SAME_COUNT * int(count) else None
+
+    def _made(self, atom: ir.Atom) -> ir.JaxprEqn | None:
+        return self.producer.get(atom) if isinstance(atom, ir.Var) else None
 
     def _united(self, eqn: ir.JaxprEqn, labels: Sequence[Label]) -> Label:
         """Makes one axis of those that an elementwise operation puts side by side; axes of size 1 are spread."""

@@ -1,7 +1,8 @@
 """Trace a graph again with some dimensions smaller.
 
 Sizes are written into a program's parameters (`reshape`, `broadcast_in_dim`, slices); each is computed anew from the
-labels of the value that it describes, and so is the number of terms that a mean divides by. Weights and constants become smaller by recipes that take what stays.
+labels of the value that it describes, and so is the number of terms that a mean divides by. Weights and constants
+become smaller by recipes that take what stays.
 """
 
 import dataclasses
@@ -87,10 +88,10 @@ class _Shrinker:
     def _mean(self, eqn: ir.JaxprEqn, operands: list[Any]) -> list[Any] | None:
         """The number of terms is a literal, or one over it is."""
         label = self.means[eqn.outvars[0]]
-        count = self.dims.size_of(label, self.kept)
-        if ir.same_dim(count, self.dims.size(label)):
+        count = int(self.dims.size_of(label, self.kept))
+        if count == self.dims.size(label):
             return None
-        number = float(count) if eqn.primitive.name == "div" else 1 / float(count)
+        number = count if eqn.primitive.name == "div" else 1 / count
         return ir.bind(eqn, [operands[0], jnp.full((), number, eqn.invars[1].aval.dtype)])
 
     def _slice(self, eqn: ir.JaxprEqn, operands: list[Any]) -> list[Any]:

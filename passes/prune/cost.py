@@ -46,8 +46,9 @@ def cost(graph: Graph, coupling: Coupling, kept: Kept) -> Cost:
 
 def weight_counts(graph: Graph, coupling: Coupling, counts: Mapping[int, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns the parameters of each weight when `counts` of each atom stay, int64 [n] as each of the counts."""
+    dims = coupling.dimensions
     return {
-        item.name: np.prod([_count(coupling.dimensions, label, counts) for label in coupling.values[var].labels], axis=0)
+        item.name: np.prod([_count(dims, label, counts) for label in coupling.values[var].labels], axis=0)
         for item, var in zip(graph.inputs, graph.jaxpr.invars, strict=True)
         if item.kind == "weight"
     }

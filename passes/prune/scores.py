@@ -9,7 +9,6 @@ import numpy as np
 
 from xlathe import jaxpr as ir
 from xlathe.errors import OptionError, PassError
-from xlathe.graph import Graph
 from xlathe.passes.distill.losses import cross_entropy
 from xlathe.passes.observe import check_calibration, find_products, observe
 from xlathe.passes.prune.groups import Groups
@@ -61,7 +60,7 @@ def _stream_scores(found: Groups, atom: int, context: Context) -> np.ndarray:
     for uses in find_products(graph, graph.names("weight")).plain.values():
         for var, summed in uses:
             labels = found.coupling.values[var].labels
-            places |= {var: axis for axis in summed if found.dims.resolve(labels[axis]) == (atom,)}
+            places.update((var, axis) for axis in summed if found.dims.resolve(labels[axis]) == (atom,))
     if not places:
         raise PassError(f"no weight reads the {found.dims.sizes[atom]} features of the residual stream")
     exposed = ir.expose(graph.jaxpr, list(places))

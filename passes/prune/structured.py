@@ -26,9 +26,9 @@ SHOWN = 5  # reasons in a message
 class PruneStructured(Pass):
     """Removes the least important part of every group of coupled dimensions, and whole layers.
 
-    heads, neurons, hidden: the fraction to remove of each group, 0 <= fraction < 1. A head group is a key-value head with the
-    query heads that share it; neurons are inner dimensions between weights that belong to neither attention nor the
-    residual stream; hidden is the features of that stream, whose norms then count the features that are kept.
+    heads, neurons, hidden: the fraction to remove of each group, 0 <= fraction < 1. A head group is a key-value head
+    with the query heads that share it; neurons are inner dimensions between weights that belong to neither attention
+    nor the residual stream; hidden is the features of that stream, whose norms then count the features that are kept.
     layers: how many to remove, those that change the residual stream least (block influence,
     Men et al. 2024, https://arxiv.org/abs/2403.03853), which needs calibration tokens.
     params, megabytes: a budget instead, as a fraction of the parameters or in 10^6 bytes of weights: `search` finds

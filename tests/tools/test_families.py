@@ -35,9 +35,9 @@ def continued(folder: Path) -> str:
     graph = from_pretrained(folder)
     assert graph.tokenizer is not None
     prompt = graph.tokenizer.encode(PROMPT).ids
-    text = np.asarray([prompt])
-    for _ in range(NEW):
-        text = np.append(text, np.asarray(graph(text))[:, -1:].argmax(-1), axis=1)
+    text = np.pad([prompt], ((0, 0), (0, NEW)))  # of one length: what comes later changes nothing, and compiles once
+    for i in range(len(prompt), text.shape[1]):
+        text[0, i] = np.asarray(graph(text))[0, i - 1].argmax()
     return graph.tokenizer.decode(text[0, len(prompt) :].tolist())
 
 
