@@ -18,6 +18,7 @@ VERBS = (
     "eval",
     "sweep",
     "opt",
+    "prune",
     "distill",
     "shrink",
     "convert",

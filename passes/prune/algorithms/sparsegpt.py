@@ -1,0 +1,90 @@
+"""SparseGPT: the error of a weight that becomes zero is made good by the columns behind it.
+
+Frantar & Alistarh 2023, https://arxiv.org/abs/2301.00774; the inverse Hessian is GPTQ's.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xlathe.passes.prune.algorithms.sparsity import Sparsity, lowest
+from xlathe.passes.quantize.algorithms.gptq import BLOCK, inverse_factor
+
+
+def sparsegpt(weight: Any, gram: np.ndarray, sparsity: Sparsity, *, block: int = BLOCK) -> tuple[jax.Array, float]:
+    """Returns a weight with zeros, and the damping that was used.
+
+    weight: floating [n, k], k a multiple of `sparsity.of`. gram: X^T X, [k, k]; a factor of it changes nothing. block:
+    columns whose weights, in all rows, are compared with each other; with a pattern it does not change the result.
+    A column whose activations were always zero goes first.
+    Raises PassError as `inverse_factor` does.
+    """
+    weight, diagonal = jnp.asarray(weight), np.diagonal(gram)
+    if sparsity.of:
+        block = -(-block // sparsity.of) * sparsity.of
+    unit = diagonal.mean()  # of what `inverse_factor` gives columns that were always zero
+    upper, damping = inverse_factor(gram / unit if unit > 0 else gram)
+    counts = [sparsity.count(len(weight) * min(block, len(gram) - i)) for i in range(0, len(gram), block)]
+    swept = _sweep(weight, jnp.asarray(upper, weight.dtype), diagonal == 0, np.array(counts), sparsity, block)
+    return swept, damping
+
+
+@functools.partial(jax.jit, static_argnames=("sparsity", "block"))
+def _sweep(
+    weight: jax.Array,  # [n, k]
+    factor: jax.Array,  # [k, k], upper triangular
+    dead: jax.Array,  # bool [k]
+    counts: jax.Array,  # [blocks], zeros of each
+    sparsity: Sparsity,
+    block: int,
+) -> jax.Array:
+    """Returns the weight with zeros, [n, k]."""
+    k = weight.shape[1]
+    padding = -k % block
+    size, columns = k + padding, jnp.arange(block)
+    rows = jnp.pad(weight.T, ((0, padding), (0, 0)))  # columns of the weight, [k, n]
+    factor = jnp.pad(factor, (0, padding)) + jnp.diag(jnp.arange(size) >= k)
+    dead = jnp.pad(dead, (0, padding))
+
+    def one_block(number: jax.Array, rows: jax.Array) -> jax.Array:
+        start = number * block
+        inside = jax.lax.dynamic_slice_in_dim(rows, start, block)
+        across = jax.lax.dynamic_slice_in_dim(factor, start, block)
+        own = jax.lax.dynamic_slice_in_dim(across, start, block, axis=1)
+        places = start + columns
+        weighed = jnp.where(dead[places], -jnp.inf, -2 * jnp.log(jnp.diagonal(own)))[:, None]
+
+        def scores(values: jax.Array, weighed: jax.Array) -> jax.Array:
+            """Returns log(w^2 / U_jj^2)."""
+            return 2 * jnp.log(jnp.abs(values)) + weighed
+
+        def chosen(values: jax.Array) -> jax.Array:
+            """Returns which of all weights of the block become zero."""
+            each = jnp.where((places < k)[:, None], scores(values, weighed), jnp.inf)
+            return lowest(each.ravel(), counts[number]).reshape(values.shape)
+
+        def chosen_of_group(i: jax.Array, inside: jax.Array, gone: jax.Array) -> jax.Array:
+            """Adds which weights of the group that begins with column i become zero."""
+            group, own_weighed = (jax.lax.dynamic_slice_in_dim(a, i, sparsity.of) for a in (inside, weighed))
+            found = lowest(scores(group, own_weighed).T, sparsity.of - sparsity.keep).T
+            return jax.lax.dynamic_update_slice_in_dim(gone, found, i, 0)
+
+        def one_column(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            inside, gone, errors = state
+            if sparsity.of:
+                begins = i % sparsity.of == 0
+                gone = jax.lax.cond(begins, chosen_of_group, lambda i, inside, gone: gone, i, inside, gone)
+            error = jnp.where(gone[i], inside[i], 0) / own[i, i]
+            later = jnp.where(columns > i, own[i], 0)
+            inside = inside.at[i].set(jnp.where(gone[i], 0, inside[i])) - later[:, None] * error
+            return inside, gone, errors.at[i].set(error)
+
+        gone = jnp.zeros(inside.shape, bool) if sparsity.of else chosen(inside)
+        inside, _, errors = jax.lax.fori_loop(0, block, one_column, (inside, gone, jnp.zeros_like(inside)))
+        behind = jnp.where(jnp.arange(size) >= start + block, across, 0)
+        return jax.lax.dynamic_update_slice_in_dim(rows, inside, start, 0) - behind.T @ errors
+
+    return jax.lax.fori_loop(0, size // block, one_block, rows)[:k].T

@@ -1,0 +1,129 @@
+"""Magnitude, Wanda and SparseGPT against NumPy written out from the papers, and their laws."""
+
+import jax
+import numpy as np
+import pytest
+
+from xlathe.errors import OptionError
+from xlathe.passes.prune.algorithms.magnitude import magnitude
+from xlathe.passes.prune.algorithms.sparsegpt import sparsegpt
+from xlathe.passes.prune.algorithms.sparsity import Sparsity
+from xlathe.passes.prune.algorithms.wanda import wanda
+
+ROWS, COLUMNS = 16, 96
+HALF, TWO_OF_FOUR = Sparsity(0.5), Sparsity.parse("2:4")
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def weight(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(ROWS, COLUMNS))
+
+
+def activations(seed: int = 1) -> np.ndarray:
+    """Float64 [tokens, columns], correlated, of different sizes."""
+    rng = np.random.default_rng(seed)
+    mixed = rng.normal(size=(400, COLUMNS)) @ (np.eye(COLUMNS) + 0.15 * rng.normal(size=(COLUMNS, COLUMNS)))
+    return mixed * np.exp(rng.normal(size=COLUMNS))
+
+
+def pruned(method: str, sparsity: Sparsity, seed: int = 0) -> np.ndarray:
+    w, x = weight(seed), activations(seed + 1)
+    if method == "magnitude":
+        return magnitude(w, sparsity)
+    if method == "wanda":
+        return wanda(w, (x**2).sum(0), sparsity)
+    return np.asarray(sparsegpt(w, x.T @ x, sparsity, block=32)[0])
+
+
+def written_out(w: np.ndarray, gram: np.ndarray, sparsity: Sparsity, block: int) -> np.ndarray:
+    """Optimal Brain Surgeon, a column at a time, with the inverse Hessian of the columns that are left."""
+    w, gone = w.copy(), np.zeros(w.shape, bool)
+    inverse = np.linalg.inv(gram + 0.01 * np.mean(np.diagonal(gram)) * np.eye(COLUMNS))
+    schur = inverse.copy()
+    left = np.zeros(COLUMNS)  # [H^-1]_jj when all columns before j are gone
+    for j in range(COLUMNS):
+        left[j] = schur[j, j]
+        schur -= np.outer(schur[:, j], schur[j]) / schur[j, j]
+    for j in range(COLUMNS):
+        if sparsity.of and j % sparsity.of == 0:
+            score = w[:, j : j + sparsity.of] ** 2 / left[j : j + sparsity.of]
+            for row, order in enumerate(np.argsort(score, axis=1)):
+                gone[row, j + order[: sparsity.of - sparsity.keep]] = True
+        elif not sparsity.of and j % block == 0:
+            score = w[:, j : j + block] ** 2 / left[j : j + block]
+            last = np.sort(score.ravel())[round(sparsity.fraction * score.size) - 1]
+            gone[:, j : j + block] = score <= last
+        error = np.where(gone[:, j], w[:, j], 0) / inverse[j, j]
+        w -= np.outer(error, inverse[j])
+        w[gone[:, j], j] = 0
+        inverse -= np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    return w
+
+
+@pytest.mark.parametrize("sparsity", [HALF, Sparsity(0.7), TWO_OF_FOUR, Sparsity.parse("1:3")], ids=str)
+@pytest.mark.parametrize("block", [24, 36])
+def test_sparsegpt_is_optimal_brain_surgeon(sparsity: Sparsity, block: int) -> None:
+    gram = activations().T @ activations()
+    found, damping = sparsegpt(weight(), gram, sparsity, block=block)
+    assert damping == 0.01
+    np.testing.assert_allclose(found, written_out(weight(), gram, sparsity, block), atol=1e-9)
+
+
+def test_wanda_compares_a_row_and_magnitude_all() -> None:
+    w, squares = weight(), (activations() ** 2).sum(0)
+    rows = np.abs(w) * np.sqrt(squares)
+    assert np.array_equal(wanda(w, squares, HALF), np.where(rows >= np.median(rows, axis=1, keepdims=True), w, 0))
+    assert np.array_equal(magnitude(w, HALF), np.where(np.abs(w) >= np.median(np.abs(w)), w, 0))
+
+
+@pytest.mark.parametrize("sparsity", [HALF, TWO_OF_FOUR], ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_what_a_method_knows_lowers_its_error(sparsity: Sparsity, seed: int) -> None:
+    w, x = weight(seed), activations(seed + 1)
+    methods = ("sparsegpt", "wanda", "magnitude")
+    errors = [np.square(x @ (pruned(method, sparsity, seed) - w).T).sum() for method in methods]
+    assert errors[0] < errors[1] < errors[2]
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "1:3", "5:8"])
+def test_patterns_are_exact(method: str, pattern: str) -> None:
+    sparsity = Sparsity.parse(pattern)
+    groups = pruned(method, sparsity).reshape(ROWS, -1, sparsity.of)
+    assert ((groups != 0).sum(-1) == sparsity.keep).all()
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_equal_weights_are_counted_exactly(method: str) -> None:
+    w, x = np.ones((ROWS, COLUMNS)), np.eye(COLUMNS)
+    found = {"magnitude": lambda: magnitude(w, HALF), "wanda": lambda: wanda(w, x.sum(0), HALF)}
+    result = found.get(method, lambda: sparsegpt(w, x, HALF, block=36)[0])()
+    assert (np.asarray(result) == 0).sum() == w.size // 2
+
+
+def test_blocks_do_not_change_a_pattern() -> None:
+    gram = activations().T @ activations()
+    one, *others = (sparsegpt(weight(), gram, TWO_OF_FOUR, block=block)[0] for block in (4, 10, 32, 96, 128))
+    for other in others:
+        np.testing.assert_allclose(one, other, atol=1e-12)
+
+
+@pytest.mark.parametrize("sparsity", [HALF, TWO_OF_FOUR], ids=str)
+def test_a_factor_of_the_hessian_changes_nothing(sparsity: Sparsity) -> None:
+    """Before: some inputs are always zero. Expected: their weights go first, in any unit."""
+    gram = activations().T @ activations()
+    gram[8:12], gram[:, 8:12] = 0, 0
+    one, other = (np.asarray(sparsegpt(weight(), gram * unit, sparsity)[0]) for unit in (1, 2.0**-20))
+    np.testing.assert_allclose(one, other, atol=1e-12)
+    assert (one[:, 8:12] == 0).mean() == (1 if sparsity is HALF else 0.5)
+
+
+@pytest.mark.parametrize("text", ["4:2", "4:4", "0:4", "2-4", ""])
+def test_what_is_no_pattern_is_refused(text: str) -> None:
+    with pytest.raises(OptionError, match=r"expected n:m with 0 < n < m"):
+        Sparsity.parse(text)

@@ -1,0 +1,55 @@
+"""`xlathe prune`: makes a model smaller as it is, to a budget or by shares, and says beforehand what goes."""
+
+from pathlib import Path
+
+from absl import flags
+
+from xlathe.tools.command import Options, UsageError, Verb, output_file
+from xlathe.tools.console import bar, make_console
+from xlathe.tools.distill import fused
+from xlathe.tools.source import define_calibration, open_graph
+from xlathe.tools.text import find_calibration
+
+SHAPE = ("heads", "neurons", "hidden", "layers", "params", "megabytes")
+
+
+def define(values: flags.FlagValues) -> None:
+    define_calibration(values)
+    flags.DEFINE_float("params", None, "the fraction of the parameters to keep, 0.5", flag_values=values)
+    flags.DEFINE_float("megabytes", None, "10^6 bytes of weights to keep", flag_values=values)
+    flags.DEFINE_float("heads", None, "or the fraction of key-value heads to remove", flag_values=values)
+    flags.DEFINE_float("neurons", None, "the fraction of neurons to remove", flag_values=values)
+    flags.DEFINE_float("hidden", None, "the fraction of the residual stream's features to remove", flag_values=values)
+    flags.DEFINE_integer("layers", None, "how many layers to remove", flag_values=values)
+    flags.DEFINE_string(
+        "score", "activation", "what matters is told by: activation, taylor or weight", flag_values=values
+    )
+    flags.DEFINE_string("plan", None, "file for the plan, which distill --plan reads", flag_values=values)
+    flags.DEFINE_boolean("plan_only", False, "print the plan, and write nothing to OUT", flag_values=values)
+
+
+def run(options: Options, source: str, destination: str) -> None:
+    from xlathe.passes.prune import PruneStructured, prune
+    from xlathe.pipeline import Context
+
+    shape = {name: options[name] for name in SHAPE if options[name] is not None}
+    if not shape:
+        raise UsageError(f"how small? --params=0.5, or one of {', '.join(f'--{name}' for name in SHAPE[:-2])}")
+    chosen, file = PruneStructured(score=options["score"], **shape), output_file(options, "plan")
+    console = make_console()
+    with bar(console, "load"):
+        graph = fused(open_graph(source, changing=True))
+        calibration = find_calibration(options, source, graph)
+    with bar(console, "plan") as progress:
+        plan = chosen.make_plan(graph, Context(calibration, progress=progress))
+    console.print(str(plan), soft_wrap=True)
+    if file is not None:
+        plan.save(file)
+    if options["plan_only"]:
+        return
+    with bar(console, "prune"):
+        prune(graph, plan).save(Path(destination))
+    console.print(f"{destination}: without {plan.removed}", soft_wrap=True)
+
+
+VERB = Verb("prune", "remove heads, neurons, features and layers, to a budget", ("SOURCE", "OUT"), define, run)
