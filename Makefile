@@ -34,7 +34,7 @@ test: $(STAMP)  ## run the tests
 
 test-kernels:  ## compile the GPU and TPU kernels with the real compilers, and simulate them; installs 5 GB
 	@$(MAKE) --no-print-directory install VENV=$(COMPILERS) EXTRAS=test,gpu,tpu
-	$(COMPILERS)/bin/pytest $(SIMULATED) $(ARGS)
+	$(COMPILERS)/bin/pytest -n auto --dist loadgroup $(SIMULATED) $(ARGS)
 
 # What pins other versions of JAX than ours, or needs a training stack to be installed but not to run a forward.
 OTHERS := dantinox==0.4.14 gemma==2.0.2
