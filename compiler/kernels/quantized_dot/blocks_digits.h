@@ -9,9 +9,9 @@
 template <int kDigits>
 struct alignas(64) DigitColumns {
   int8_t digits[kDigits][kUnit];
-  int32_t sum[16];     // of a lane's numbers
-  float weighted[16];  // their sums times the step
-  float step[2];       // of 32 columns
+  int32_t zeros[16];   // the sum of a lane's numbers times a type's zero
+  float weighted[16];  // that sum times the step
+  float step[16];      // of a lane
 };
 
 // x as digits: those of signed codes are at most 127, since AVX2 multiplies magnitudes and moves signs; sums of four
@@ -38,23 +38,6 @@ struct DigitsOf {
   static XLATHE_INLINE Words raise(Words sums) { return kBase == 256 ? sums << 8 : (sums << 8) - sums; }
 };
 
-// Makes the block-th 32 columns of `packed` of as many floats.
-template <typename Type, int kDigits>
-XLATHE_INLINE void pack_digits(const float* x, int64_t block, DigitColumns<kDigits>& packed) {
-  using Of = DigitsOf<Type, kDigits>;
-  int32_t whole[32];
-  const float step = round_block<Of::kLargest, 32>(x, whole);
-  packed.step[block] = step;
-  for (int lane = 0; lane < 8; ++lane) {
-    const int32_t sum = (whole[4 * lane] + whole[4 * lane + 1]) + (whole[4 * lane + 2] + whole[4 * lane + 3]);
-    packed.sum[8 * block + lane] = sum;
-    packed.weighted[8 * block + lane] = static_cast<float>(sum) * step;
-  }
-  for (int digit = kDigits - 1; digit >= 0; --digit) {
-    for (int i = 0; i < 32; ++i) packed.digits[digit][32 * block + i] = Of::take(whole[i]);
-  }
-}
-
 // What is taken from sums of products beside a type's own zero: AVX-512 multiplies unsigned codes with signed ones.
 template <typename Type>
 constexpr int32_t zero_of() {
@@ -63,6 +46,23 @@ constexpr int32_t zero_of() {
 #else
   return Type::kZero;
 #endif
+}
+
+// Makes the block-th 32 columns of `packed` of as many floats.
+template <typename Type, int kDigits>
+XLATHE_INLINE void pack_digits(const float* x, int64_t block, DigitColumns<kDigits>& packed) {
+  using Of = DigitsOf<Type, kDigits>;
+  int32_t whole[32];
+  const float step = round_block<Of::kLargest, 32>(x, whole);
+  for (int lane = 0; lane < 8; ++lane) {
+    const int32_t sum = (whole[4 * lane] + whole[4 * lane + 1]) + (whole[4 * lane + 2] + whole[4 * lane + 3]);
+    packed.zeros[8 * block + lane] = sum * zero_of<Type>();
+    packed.step[8 * block + lane] = step;
+    packed.weighted[8 * block + lane] = static_cast<float>(sum) * step;
+  }
+  for (int digit = kDigits - 1; digit >= 0; --digit) {
+    for (int i = 0; i < 32; ++i) packed.digits[digit][32 * block + i] = Of::take(whole[i]);
+  }
 }
 
 // sums + codes * x, four bytes to each.
@@ -85,26 +85,45 @@ XLATHE_INLINE Words add_fours(Lanes::Bytes codes, Lanes::Bytes x, Words sums) {
 #endif
 }
 
-// Of numbers that belong to parts of 16 or 32 columns, those of register r's lanes.
-template <int kPart>
-XLATHE_INLINE Lanes::Float lanes_of(const float* parts, int r) {
-  if (kPart == 16) {
+// Scales of a step's columns, and what is taken from the codes of each part: of the 64 columns from that of `part` on
+// those of register r's lanes.
+template <typename Type>
+struct StepScales {
+#if defined(XLATHE_LANES_AVX512)
+  __m512 factors, offsets;
+
+  XLATHE_INLINE void load(const uint8_t* block) {
+    if constexpr (Type::kColumns == kUnit) {
+      factors = first_halves(block, block + Type::kBytes / 2);
+    } else {
+      Steps of_scales, of_offsets;
+      Type::steps(block, of_scales, of_offsets);
+      factors = times(of_scales, Type::scale(block));
+      if (Type::kOffsets) offsets = times(of_offsets, Type::offset(block));
+    }
+  }
+  XLATHE_INLINE Lanes::Float factor(int part, int) const {
+    return _mm512_permutexvar_ps(part_of_lanes<Type::kPart>(part), factors);
+  }
+  XLATHE_INLINE Lanes::Float offset(int part, int) const {
+    return _mm512_permutexvar_ps(part_of_lanes<Type::kPart>(part), offsets);
+  }
+#else
+  static constexpr int kParts = Type::kColumns / Type::kPart;
+  float factors[kParts], offsets[Type::kOffsets ? kParts : 1];
+
+  XLATHE_INLINE void load(const uint8_t* block) { Type::scales(block, factors, offsets); }
+  XLATHE_INLINE Lanes::Float factor(int part, int r) const { return lanes_of(factors + part, r); }
+  XLATHE_INLINE Lanes::Float offset(int part, int r) const { return lanes_of(offsets + part, r); }
+
+ private:
+  static XLATHE_INLINE Lanes::Float lanes_of(const float* parts, int r) {
+    if (Type::kPart == 32) return Lanes::all(parts[r * Lanes::kWidth / 8]);
     Four four;
     __builtin_memcpy(&four, parts, sizeof four);
     return Lanes::spread(four, r);
   }
-#if defined(XLATHE_LANES_AVX512)
-  return _mm512_mask_blend_ps(0xFF00, _mm512_set1_ps(parts[0]), _mm512_set1_ps(parts[1]));
-#else
-  return Lanes::all(parts[r * Lanes::kWidth / 8]);
 #endif
-}
-
-// Scales of a step's columns, and what is taken from the codes of each part.
-template <typename Type>
-struct StepScales {
-  static constexpr int kParts = Type::kColumns / Type::kPart;
-  float factors[kParts], offsets[Type::kOffsets ? kParts : 1];
 };
 
 // totals[m][n] += the products of 64 columns of kM rows of x and kN of the weight.
@@ -119,7 +138,7 @@ XLATHE_INLINE void unit_accumulate(Lanes::Float (&totals)[kM][kN][kBlockRegister
   for (int m = 0; m < kM; ++m) {
 #pragma GCC unroll 4
     for (int r = 0; r < kBlockRegisters; ++r) {
-      Words whole[kN] = {}, x_sums;
+      Words whole[kN] = {}, zeros;
 #pragma GCC unroll 4
       for (int digit = 0; digit < kDigits; ++digit) {
         const Lanes::Bytes digits = Lanes::load_bytes(x[m].digits[digit] + r * sizeof(Lanes::Bytes));
@@ -129,16 +148,16 @@ XLATHE_INLINE void unit_accumulate(Lanes::Float (&totals)[kM][kN][kBlockRegister
           whole[n] = add_fours<Type::kSigned>(codes[n].of[r], digits, whole[n]);
         }
       }
-      __builtin_memcpy(&x_sums, x[m].sum + r * Lanes::kWidth, sizeof x_sums);
-      const Lanes::Float x_steps = lanes_of<32>(x[m].step, r);
+      __builtin_memcpy(&zeros, x[m].zeros + r * Lanes::kWidth, sizeof zeros);
+      const Lanes::Float x_steps = Lanes::load(x[m].step + r * Lanes::kWidth);
 #pragma GCC unroll 4
       for (int n = 0; n < kN; ++n) {
-        if (zero_of<Type>() != 0) whole[n] -= x_sums * static_cast<uint32_t>(zero_of<Type>());
-        const Lanes::Float factor = lanes_of<Type::kPart>(scales[n].factors + part, r) * x_steps;
+        if (zero_of<Type>() != 0) whole[n] -= zeros;
+        const Lanes::Float factor = scales[n].factor(part, r) * x_steps;
         const Lanes::Float exact = Lanes::from_int(reinterpret_cast<Lanes::Int>(whole[n]));
         totals[m][n][r] = Lanes::madd(exact, factor, totals[m][n][r]);
         if (Type::kOffsets) {
-          const Lanes::Float offset = lanes_of<Type::kPart>(scales[n].offsets + part, r);
+          const Lanes::Float offset = scales[n].offset(part, r);
           const Lanes::Float weighted = Lanes::load(x[m].weighted + r * Lanes::kWidth);
           totals[m][n][r] = Lanes::madd(weighted, offset, totals[m][n][r]);
         }
@@ -169,7 +188,7 @@ struct Digits {
     constexpr int kUnits = Type::kColumns / kUnit;
     StepScales<Type> scales[kN];
 #pragma GCC unroll 4
-    for (int n = 0; n < kN; ++n) Type::scales(blocks[n], scales[n].factors, scales[n].offsets);
+    for (int n = 0; n < kN; ++n) scales[n].load(blocks[n]);
     if constexpr (kM == 1) {  // it pays for one row alone, and costs time to compile
 #pragma GCC unroll 4
       for (int unit = 0; unit < kUnits; ++unit) {

@@ -44,13 +44,13 @@ XLATHE_INLINE Shorts16 of_sixteens(Steps steps) {
 template <int kPart>
 XLATHE_INLINE Words add_scaled(Lanes::Bytes codes, const int8_t* x, Steps scales, int unit, int r, Words sums) {
 #if defined(XLATHE_LANES_AVX512)
-  const __m512i pairs = _mm512_maddubs_epi16(reinterpret_cast<__m512i>(codes), _mm512_loadu_si512(x));
-  const __m256i all = _mm256_broadcastsi128_si256(reinterpret_cast<__m128i>(scales));
-  const int64_t ones = 0x0101010101010101, first = unit * (kUnit / kPart), more = kPart == 16;
-  const __m256i which = _mm256_set_epi64x((first + 1 + 2 * more) * ones, (first + 1 + more) * ones,
-                                          (first + more) * ones, first * ones);
-  const __m512i wide = _mm512_cvtepi8_epi16(_mm256_shuffle_epi8(all, which));
-  return sums + reinterpret_cast<Words>(_mm512_madd_epi16(pairs, wide));
+  // A sum of four products fits 16 bits, so that one instruction multiplies it by its scale and adds.
+  const __m512i fours = _mm512_dpbusd_epi32(_mm512_setzero_si512(), reinterpret_cast<__m512i>(codes),
+                                            _mm512_loadu_si512(x));
+  const __m512i wide = _mm512_castsi256_si512(_mm256_cvtepi8_epi16(reinterpret_cast<__m128i>(scales)));
+  const __m512i part = part_of_lanes<kPart>(unit * (kUnit / kPart));
+  const __m512i factors = _mm512_maskz_permutexvar_epi16(0x55555555, part, wide);
+  return reinterpret_cast<Words>(_mm512_dpwssd_epi32(reinterpret_cast<__m512i>(sums), fours, factors));
 #elif defined(XLATHE_LANES_AVX2)
   const __m256i* at = reinterpret_cast<const __m256i*>(x) + r;
   const __m256i pairs = _mm256_maddubs_epi16(reinterpret_cast<__m256i>(codes), _mm256_loadu_si256(at));
@@ -67,11 +67,15 @@ XLATHE_INLINE Words add_scaled(Lanes::Bytes codes, const int8_t* x, Steps scales
 
 // Eight whole numbers in the lowest of 16 lanes, as floats.
 XLATHE_INLINE Lanes::Float lowest(Ints8 eight, int r) {
+#if defined(XLATHE_LANES_AVX512)
+  return Lanes::from_int(reinterpret_cast<Lanes::Int>(_mm512_zextsi256_si512(reinterpret_cast<__m256i>(eight))));
+#else
   int32_t all[16] = {};
   __builtin_memcpy(all, &eight, sizeof eight);
   Lanes::Int lanes;
   __builtin_memcpy(&lanes, all + r * Lanes::kWidth, sizeof lanes);
   return Lanes::from_int(lanes);
+#endif
 }
 
 // The way of a type of blocks of 256, as `blocks_tile` takes it.

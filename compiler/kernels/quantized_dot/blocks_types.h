@@ -5,7 +5,7 @@
 // the columns from `column` on, a multiple of kCodes. `scales` writes the scale of each part, and what is taken from
 // each code times scale (kOffsets).
 
-#if defined(XLATHE_LANES_AVX512) || defined(XLATHE_LANES_AVX2)
+#if defined(XLATHE_LANES_AVX2)
 constexpr int kCodes = 32;
 #else
 constexpr int kCodes = 16;
@@ -48,7 +48,16 @@ XLATHE_INLINE Steps steps_of(uint64_t first, uint64_t second) {
 
 template <int kCount>
 XLATHE_INLINE void times(Steps steps, float scale, float* products) {
+#if defined(XLATHE_LANES_AVX2)  // one after another they would take longer than the sums
+  for (int i = 0; i < kCount; i += 8) {
+    __m128i eight = reinterpret_cast<__m128i>(steps);
+    if (i > 0) eight = _mm_unpackhi_epi64(eight, eight);
+    const __m256 factors = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(eight));
+    _mm256_storeu_ps(products + i, _mm256_mul_ps(factors, _mm256_set1_ps(scale)));
+  }
+#else
   for (int i = 0; i < kCount; ++i) products[i] = steps[i] * scale;
+#endif
 }
 
 struct Q4_0 {
@@ -57,7 +66,7 @@ struct Q4_0 {
 
   static XLATHE_INLINE Codes codes(const uint8_t* block, int column) {
     const uint8_t* p = block + column / 32 * 18 + 2;
-#if defined(XLATHE_LANES_AVX512) || defined(XLATHE_LANES_AVX2)
+#if defined(XLATHE_LANES_AVX2)
     const __m128i both = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return bits_from(reinterpret_cast<Codes>(_mm256_set_m128i(_mm_srli_epi16(both, 4), both)), 0, 4);
 #else
@@ -139,6 +148,10 @@ struct Q6_K {
   }
 };
 
+#if defined(XLATHE_LANES_AVX512)
+#include "blocks_avx512.h"
+#endif
+
 // Codes of 64 columns, those of register r's lanes in [r].
 struct UnitCodes {
   Lanes::Bytes of[16 / Lanes::kWidth];
@@ -146,11 +159,15 @@ struct UnitCodes {
   template <typename Type>
   static XLATHE_INLINE UnitCodes load(const uint8_t* block, int unit) {
     UnitCodes codes;
+#if defined(XLATHE_LANES_AVX512)
+    codes.of[0] = reinterpret_cast<Lanes::Bytes>(unit_codes(Type{}, block, unit));
+#else
 #pragma GCC unroll 4
     for (int part = 0; part < kUnit / kCodes; ++part) {
       const Codes some = Type::codes(block, unit * kUnit + part * kCodes);
       __builtin_memcpy(reinterpret_cast<uint8_t*>(codes.of) + part * kCodes, &some, sizeof some);
     }
+#endif
     return codes;
   }
 };
