@@ -10,6 +10,7 @@ from xlathe.passes.kv_cache import KVCache
 from xlathe.passes.lower_kernels import LowerKernels
 from xlathe.passes.prune import PruneStructured
 from xlathe.passes.quantize import AwqScales, Budget, FakeQuantize, Quantize, Rotate, SmoothQuant
+from xlathe.passes.rotate_heads import RotateHeads
 from xlathe.passes.specialize import Specialize
 from xlathe.pipeline import Pass
 
@@ -17,7 +18,7 @@ PASSES: Mapping[str, type[Pass]] = {
     pass_name(cls): cls
     for cls in (
         *(Canonicalize, FuseAttention, PruneStructured, Rotate, AwqScales, SmoothQuant, FakeQuantize, Quantize, Budget),
-        *(KVCache, CacheLayout, Specialize, LowerKernels),
+        *(RotateHeads, KVCache, CacheLayout, Specialize, LowerKernels),
     )
 }
 """Pass classes by the name that they have in the text of a pipeline."""
@@ -35,6 +36,7 @@ __all__ = [
     "PruneStructured",
     "Quantize",
     "Rotate",
+    "RotateHeads",
     "SmoothQuant",
     "Specialize",
 ]
