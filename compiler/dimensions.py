@@ -16,7 +16,7 @@ from xlathe import jaxpr as ir
 Label = tuple[int, ...]
 Labels = tuple[Label, ...]
 Kept = Mapping[int, np.ndarray]
-"""Indices that stay, ascending, by atom; an atom that is not named stays whole."""
+"""Indices that stay, in their new order, by atom; an atom that is not named stays whole."""
 
 
 class Conflict(Exception):

@@ -32,7 +32,7 @@ class Take:
 
 
 def shrink(graph: Graph, coupling: Coupling, kept: Kept) -> Graph:
-    """Returns the graph with only `kept` of each atom; `coupling` is that of this graph."""
+    """Returns the graph with only `kept` of each atom, in the order given; `coupling` is that of this graph."""
     return _Shrinker(graph, coupling, kept).run()
 
 
@@ -49,7 +49,7 @@ class _Shrinker:
             axes = tuple(
                 (i, tuple(self.dims.kept(label, self.kept).tolist()))
                 for i, label in enumerate(self.values[var].labels)
-                if not ir.same_dim(self.dims.size_of(label, self.kept), var.aval.shape[i])
+                if self.dims.atoms(label) & set(self.kept)
             )
             if axes:
                 recipes.append(Recipe(item.name, (item.name,), Take(axes)))
@@ -106,8 +106,8 @@ class _Shrinker:
                 limits.append(limit)
                 continue
             left = self.dims.kept(labels[axis], self.kept)
-            starts.append(int(np.searchsorted(left, start)))
-            limits.append(int(np.searchsorted(left, limit)))
+            starts.append(int(np.sum(left < start)))
+            limits.append(int(np.sum(left < limit)))
         return ir.bind(eqn, operands, start_indices=tuple(starts), limit_indices=tuple(limits))
 
     def _labels(self, atom: ir.Atom) -> tuple[tuple[int, ...], ...]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from xlathe.models.family import DECODER, FEED_FORWARD, Family
 from xlathe.models.layers import Block, Decoder, GatedFeedForward, linear
 from xlathe.models.moe import Choice, GroupedSigmoidRouter, SparseFeedForward
 from xlathe.models.qwen3_moe import EXPERTS
-from xlathe.models.resize import feed_forward_sizes
+from xlathe.models.resize import Shapes, feed_forward_sizes, stream_size
 from xlathe.models.rope import Rope, read_rope
 from xlathe.models.settings import Settings
 from xlathe.models.sizes import Sizes, read_activation
@@ -144,9 +145,19 @@ _ROUTED = {"layers/*/feed_forward/router/correction": "model.layers.*.mlp.gate.e
     for part in ("gate", "up", "down")
 }
 
+
+def _resize(shapes: Shapes, settings: Settings) -> dict[str, Any]:
+    attention = "layers/0/attention"
+    heads = shapes[f"{attention}/output/kernel"][0] // settings.size("v_head_dim")
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": heads}
+    ranks = {"kv_lora_rank": f"{attention}/key_value/kernel", "q_lora_rank": f"{attention}/query_up/kernel"}
+    sizes |= {key: shapes[name][0] for key, name in ranks.items() if name in shapes}
+    return stream_size(shapes) | feed_forward_sizes(shapes) | sizes
+
+
 FAMILY = Family(
     "DeepseekV3ForCausalLM",
     build,
     DECODER | FEED_FORWARD | EXPERTS | _LATENT | _ROUTED,
-    resize=lambda shapes, settings: feed_forward_sizes(shapes),
+    resize=_resize,
 )

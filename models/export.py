@@ -14,7 +14,7 @@ from xlathe.models.family import Family, find_family
 from xlathe.models.naming import is_turned, their_name
 from xlathe.models.packed_export import Quantized, lay_out, quantized_weights
 from xlathe.models.pretrained import weight_shapes
-from xlathe.models.resize import Shapes, drop_layers
+from xlathe.models.resize import Change, Shapes, drop_layers
 from xlathe.models.settings import Settings
 from xlathe.storage import Blocks, parse_format
 
@@ -25,7 +25,8 @@ def to_checkpoint(graph: Graph, layout: str | None = None) -> Checkpoint:
     """Returns a graph's weights under Hugging Face's names, each made when it is read, and a card that fits them.
 
     The graph may have been pruned where the family's configuration can say so: every layer alike, whole heads and
-    neurons, whole layers. layout: how quantized weights lie in the files, a name in `formats.layouts.table.LAYOUTS`.
+    neurons, features of the stream, whole layers. layout: how quantized weights lie in the files, a name in
+    `formats.layouts.table.LAYOUTS`.
     Raises CheckpointError where it cannot, for quantized weights without a layout, or of a scheme that the layout does
     not hold, and for a graph that is not of a known family; OptionError for an unknown layout.
     """
@@ -42,10 +43,12 @@ def to_checkpoint(graph: Graph, layout: str | None = None) -> Checkpoint:
         _check_linear(family, layout, weights)
     kept = sorted({int(name.split("/")[1]) for name in shapes if name.startswith("layers/")})
     ours = {_renumber(name, kept): name for name in shapes}
-    config = _resized(family, settings, {new: shapes[old] for new, old in ours.items()}, kept)
-    _check_shapes(family, config, {new: shapes[old] for new, old in ours.items()}, graph.max_len)
+    renamed = {new: shapes[old] for new, old in ours.items()}
+    config = _resized(family, settings, renamed, kept)
+    _check_shapes(family, config, renamed, graph.max_len)
+    changes = family.adapt(renamed, settings)
     theirs = {old: their_name(family, new) for new, old in ours.items()}
-    tensors = {theirs[old]: _tensor(graph, old, is_turned(family, old)) for old in plain}
+    tensors = {theirs[o]: _tensor(graph, o, is_turned(family, o), changes.get(n)) for n, o in ours.items() if o in plain}
     dtypes = {str(tensor.dtype) for tensor in tensors.values()}
     said: dict[str, Any] = {"dtype": dtypes.pop()} if len(dtypes) == 1 else {}
     if layout is not None:
@@ -125,12 +128,13 @@ def _check_shapes(family: Family, config: Mapping[str, Any], shapes: Shapes, len
             )
 
 
-def _tensor(graph: Graph, name: str, turned: bool) -> Tensor:
+def _tensor(graph: Graph, name: str, turned: bool, change: Change | None) -> Tensor:
     aval = graph.aval(name)
     shape = tuple(map(int, aval.shape))
 
     def read() -> np.ndarray:
         array = np.asarray(graph.weights[name])
+        array = array if change is None else change(array)
         return array.T if turned else array
 
     return Tensor(shape[::-1] if turned else shape, np.dtype(aval.dtype), read)

@@ -8,7 +8,7 @@ from typing import Any
 from flax import nnx
 
 from xlathe.errors import CheckpointError, did_you_mean
-from xlathe.models.resize import Shapes, resize_separate
+from xlathe.models.resize import Change, Shapes, change_nothing, resize_separate
 from xlathe.models.settings import Settings
 
 
@@ -23,6 +23,8 @@ class Family:
     linear: whether files hold a `kernel` as `torch.nn.Linear` does, [outputs, inputs]; GPT-2's are [inputs, outputs],
         but for its head.
     resize: (shapes of our weights, settings) -> entries of config.json that say the sizes of a pruned model.
+    adapt: (shapes of our weights, settings before) -> how weights of a pruned model change in files, where a constant
+        of the forward follows from a size that is another now.
     indexed: settings by which what a layer computes, and not its weights, follows from its index.
     arguments: what a forward takes beside tokens, by keyword.
     ignored: regular expressions of what may be in a file and is no weight: buffers, layers for training alone.
@@ -33,6 +35,7 @@ class Family:
     names: Mapping[str, str]
     linear: bool = True
     resize: Callable[[Shapes, Settings], dict[str, Any]] = resize_separate
+    adapt: Callable[[Shapes, Settings], dict[str, Change]] = change_nothing
     indexed: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
     ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)

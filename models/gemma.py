@@ -1,13 +1,16 @@
 """What Gemma 2 and 3 share: norms around each half of a layer, scaled embeddings, and scales stored less one."""
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from xlathe.models.layers import Attention, Decoder, GatedFeedForward, Heads
+from xlathe.models.resize import Change, Shapes
 from xlathe.models.settings import Settings
 from xlathe.models.sizes import Sizes, read_activation
 
@@ -66,6 +69,29 @@ def make_norm(sizes: Sizes, width: int | None = None) -> Callable[[], OffsetNorm
 def feed_forward(settings: Settings, sizes: Sizes, rngs: nnx.Rngs) -> GatedFeedForward:
     activation = read_activation(settings, "hidden_activation", "gelu_pytorch_tanh")
     return GatedFeedForward(sizes.width, sizes.hidden, activation, rngs=rngs)
+
+
+def keep_embedding_scale(shapes: Shapes, settings: Settings) -> dict[str, Change]:
+    """How weights of a narrower stream make good for embeddings that are multiplied by sqrt(hidden_size).
+
+    A forward that is built from the new size multiplies by another number: embeddings take up the ratio, and where
+    they are the output layer too the last norm gives it back.
+    """
+    widths = settings.size("hidden_size"), shapes["embedding/embedding"][1]
+
+    def ratio(dtype: np.dtype) -> float:
+        before, after = (float(np.asarray(math.sqrt(width), dtype)) for width in widths)
+        return before / after
+
+    def scale(embedding: np.ndarray) -> np.ndarray:
+        return (embedding.astype(np.float32) * ratio(embedding.dtype)).astype(embedding.dtype)
+
+    def unscale(offset: np.ndarray) -> np.ndarray:
+        return ((1 + offset.astype(np.float32)) / ratio(offset.dtype) - 1).astype(offset.dtype)
+
+    if widths[0] == widths[1]:
+        return {}
+    return {"embedding/embedding": scale} | ({} if "head/kernel" in shapes else {"norm/scale": unscale})
 
 
 def decoder(settings: Settings, sizes: Sizes, block: Callable[[int], nnx.Module], rngs: nnx.Rngs) -> Decoder:

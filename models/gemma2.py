@@ -3,7 +3,16 @@
 from flax import nnx
 
 from xlathe.models.family import ATTENTION, DECODER, FEED_FORWARD, Family
-from xlathe.models.gemma import NORMS, SandwichBlock, decoder, feed_forward, make_norm, read_heads, read_sizes
+from xlathe.models.gemma import (
+    NORMS,
+    SandwichBlock,
+    decoder,
+    feed_forward,
+    keep_embedding_scale,
+    make_norm,
+    read_heads,
+    read_sizes,
+)
 from xlathe.models.layers import Attention, Decoder
 from xlathe.models.rope import read_rope
 from xlathe.models.settings import Settings
@@ -35,4 +44,10 @@ def build(settings: Settings, max_len: int, rngs: nnx.Rngs) -> Decoder:
     return decoder(settings, sizes, block, rngs)
 
 
-FAMILY = Family("Gemma2ForCausalLM", build, DECODER | NORMS | ATTENTION | FEED_FORWARD, indexed=("sliding_window",))
+FAMILY = Family(
+    "Gemma2ForCausalLM",
+    build,
+    DECODER | NORMS | ATTENTION | FEED_FORWARD,
+    adapt=keep_embedding_scale,
+    indexed=("sliding_window",),
+)

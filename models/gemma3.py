@@ -6,7 +6,16 @@ https://arxiv.org/abs/2503.19786. The text model.
 from flax import nnx
 
 from xlathe.models.family import ATTENTION, DECODER, FEED_FORWARD, Family
-from xlathe.models.gemma import NORMS, SandwichBlock, decoder, feed_forward, make_norm, read_heads, read_sizes
+from xlathe.models.gemma import (
+    NORMS,
+    SandwichBlock,
+    decoder,
+    feed_forward,
+    keep_embedding_scale,
+    make_norm,
+    read_heads,
+    read_sizes,
+)
 from xlathe.models.layers import Attention, Decoder
 from xlathe.models.rope import Rope, read_rope
 from xlathe.models.settings import Settings
@@ -47,4 +56,10 @@ def _rope(settings: Settings, dim: int, max_len: int, sliding: bool) -> Rope:
     return read_rope(default, dim, max_len, "sliding_attention" if sliding else "full_attention")
 
 
-FAMILY = Family("Gemma3ForCausalLM", build, DECODER | NORMS | ATTENTION | FEED_FORWARD, indexed=("sliding_window",))
+FAMILY = Family(
+    "Gemma3ForCausalLM",
+    build,
+    DECODER | NORMS | ATTENTION | FEED_FORWARD,
+    adapt=keep_embedding_scale,
+    indexed=("sliding_window",),
+)

@@ -11,6 +11,7 @@ from flax import nnx
 
 from xlathe.models.family import Family
 from xlathe.models.layers import Block, FeedForward, Heads, attend, linear
+from xlathe.models.resize import square_sizes
 from xlathe.models.settings import Settings
 from xlathe.models.sizes import read_activation
 
@@ -96,7 +97,8 @@ FAMILY = Family(
         for leaf, kind in zip(leaves, ("weight", "bias"), strict=True)
     },
     linear=False,
-    resize=lambda shapes, settings: {"n_inner": shapes["layers/0/feed_forward/up/kernel"][1]},
+    resize=lambda shapes, settings: square_sizes(shapes, settings, "n_embd", "n_head")
+    | {"n_inner": shapes["layers/0/feed_forward/up/kernel"][1]},
     indexed=("scale_attn_by_inverse_layer_idx",),
     ignored=(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",),
 )

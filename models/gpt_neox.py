@@ -8,6 +8,7 @@ from flax import nnx
 
 from xlathe.models.family import Family
 from xlathe.models.layers import Decoder, FeedForward, Heads, attend, linear
+from xlathe.models.resize import square_sizes
 from xlathe.models.rope import Rope, read_rope
 from xlathe.models.settings import Settings
 from xlathe.models.sizes import read_activation
@@ -92,6 +93,7 @@ FAMILY = Family(
         )
         for leaf, kind in zip(leaves, ("weight", "bias"), strict=True)
     },
-    resize=lambda shapes, settings: {"intermediate_size": shapes["layers/0/feed_forward/up/kernel"][1]},
+    resize=lambda shapes, settings: square_sizes(shapes, settings, "hidden_size", "num_attention_heads")
+    | {"intermediate_size": shapes["layers/0/feed_forward/up/kernel"][1]},
     ignored=(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
 )

@@ -1,17 +1,25 @@
 """What a configuration must say of a model that was made smaller: sizes, read off the weights that are left."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import numpy as np
 
 from xlathe.errors import CheckpointError
 from xlathe.models.settings import Settings
 
 Shapes = Mapping[str, tuple[int, ...]]
+Change = Callable[[np.ndarray], np.ndarray]
 
 
 def resize_separate(shapes: Shapes, settings: Settings) -> dict[str, Any]:
     """Sizes of layers with separate projections for queries, keys and values, and for gate and up."""
-    return _heads(shapes, settings) | feed_forward_sizes(shapes)
+    return stream_size(shapes) | _heads(shapes, settings) | feed_forward_sizes(shapes)
+
+
+def stream_size(shapes: Shapes) -> dict[str, Any]:
+    """Size of the residual stream."""
+    return {"hidden_size": shapes["embedding/embedding"][1]}
 
 
 def feed_forward_sizes(shapes: Shapes) -> dict[str, Any]:
@@ -23,7 +31,24 @@ def feed_forward_sizes(shapes: Shapes) -> dict[str, Any]:
 
 def resize_experts(shapes: Shapes, settings: Settings) -> dict[str, Any]:
     """Sizes of layers whose only feed-forward is of experts (Mixtral)."""
-    return _heads(shapes, settings) | {"intermediate_size": feed_forward_sizes(shapes)["moe_intermediate_size"]}
+    hidden = feed_forward_sizes(shapes)["moe_intermediate_size"]
+    return stream_size(shapes) | _heads(shapes, settings) | {"intermediate_size": hidden}
+
+
+def square_sizes(shapes: Shapes, settings: Settings, width: str, heads: str) -> dict[str, Any]:
+    """Sizes of the stream and of its attention, where heads share the stream's features among them (GPT-2).
+
+    width, heads: the names of both in config.json. Raises CheckpointError where heads of the size they have do not
+    fill the stream.
+    """
+    dim = settings.size(width) // settings.size(heads)
+    features, attended = shapes["embedding/embedding"][1], shapes["layers/0/attention/output/kernel"][0]
+    if features != attended:
+        raise CheckpointError(
+            f"{settings.where}: {width} is the number of {heads} times their size, but {attended // dim} heads of "
+            f"{dim} are left in a stream of {features}: no config.json of this family says so; Graph.save keeps it"
+        )
+    return {width: features, heads: attended // dim}
 
 
 def _heads(shapes: Shapes, settings: Settings) -> dict[str, Any]:
@@ -39,12 +64,17 @@ def resize_fused(shapes: Shapes, settings: Settings) -> dict[str, Any]:
     """Sizes of layers whose projections are fused (Phi-3)."""
     dim = _head_dim(settings)
     queries = shapes["layers/0/attention/output/kernel"][0] // dim
-    return {
+    return stream_size(shapes) | {
         "intermediate_size": shapes["layers/0/feed_forward/down/kernel"][0],
         "num_attention_heads": queries,
         "num_key_value_heads": (shapes["layers/0/attention/fused/kernel"][1] // dim - queries) // 2,
         "head_dim": dim,
     }
+
+
+def change_nothing(shapes: Shapes, settings: Settings) -> dict[str, Change]:
+    """What holds where no constant of a forward follows from a size."""
+    return {}
 
 
 def _head_dim(settings: Settings) -> int:
@@ -57,7 +87,7 @@ def drop_layers(settings: Settings, kept: list[int], indexed: tuple[str, ...]) -
     indexed: the settings by which a layer's form follows from its index. Raises CheckpointError where one of them is
     in force and no list says what each layer is.
     """
-    changes: dict[str, Any] = {"num_hidden_layers": len(kept)}
+    changes: dict[str, Any] = {"n_layer" if settings.has("n_layer") else "num_hidden_layers": len(kept)}
     if settings.has("layer_types"):
         kinds = settings.values["layer_types"]
         return changes | {"layer_types": [kinds[i] for i in kept]}

@@ -22,7 +22,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_float("hidden", None, "the fraction of the residual stream's features to remove", flag_values=values)
     flags.DEFINE_integer("layers", None, "how many layers to remove", flag_values=values)
     flags.DEFINE_string(
-        "score", "activation", "what matters is told by: activation, taylor or weight", flag_values=values
+        "score", "activation", "what matters is told by: activation, taylor, weight or weight_l1", flag_values=values
     )
     flags.DEFINE_string("plan", None, "file for the plan, which distill --plan reads", flag_values=values)
     flags.DEFINE_boolean("plan_only", False, "print the plan, and write nothing to OUT", flag_values=values)

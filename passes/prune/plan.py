@@ -53,7 +53,8 @@ class PrunePlan:
     """What `PruneStructured` will do; prints as a table.
 
     layers: removed layers, by number; influence: of every layer, 1 - cosine between its input and output, or empty.
-    tried: what a search measured: what a candidate removes, and its KL in nats a token, best first.
+    tried: what a search measured: what a candidate removes, and its KL in nats a token, best first. notes: what a
+    search left alone, and why.
     """
 
     groups: tuple[Group, ...]
@@ -62,6 +63,7 @@ class PrunePlan:
     before: Cost
     after: Cost
     tried: tuple[tuple[str, float], ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def width(self) -> tuple[int, ...] | None:
@@ -96,11 +98,16 @@ class PrunePlan:
         lines += [f"{g.kind:8} {len(g.kept):>5} of {g.size:<4} {g.name}" for g in self.groups]
         if self.layers:
             lines.append(f"{'layers':8} {'removed':>12}  {', '.join(map(str, self.layers))}")
-        lines += [f"KL {kl:<9.4g} without {what}" for what, kl in self.tried]
+        return "\n".join([*lines, *self.summary])
+
+    @property
+    def summary(self) -> list[str]:
+        """What a search tried and left alone, and the sizes before and after, a line each."""
+        lines = [*(f"KL {kl:<9.4g} without {what}" for what, kl in self.tried), *self.notes]
         for unit in UNITS:
             old, new = getattr(self.before, unit), getattr(self.after, unit)
             lines.append(f"{unit}: {old:,} -> {new:,} ({new / max(old, 1):.1%})")
-        return "\n".join(lines)
+        return lines
 
 
 def _plan(content: Any) -> PrunePlan:
@@ -114,6 +121,7 @@ def _plan(content: Any) -> PrunePlan:
     return PrunePlan(
         tuple(map(_group, content["groups"])), layers, _numbers(content["influence"], float), before, after,
         tuple((str(what), _numbers([kl], float)[0]) for what, kl in content.get("tried", [])),
+        tuple(map(str, content.get("notes", []))),
     )  # fmt: skip
 
 

@@ -15,14 +15,15 @@ from xlathe.passes.prune.groups import Groups
 from xlathe.passes.quantize.uses import plan_weights
 from xlathe.pipeline import Context
 
-Score = Literal["weight", "activation", "taylor"]
-SCORES: Final = ("weight", "activation", "taylor")
+Score = Literal["weight", "weight_l1", "activation", "taylor"]
+SCORES: Final = ("weight", "weight_l1", "activation", "taylor")
+BY_WEIGHT: Final = ("weight", "weight_l1")
 
 
 def score_groups(found: Groups, score: Score, context: Context) -> dict[int, np.ndarray]:
     """Returns one number an index by atom; raises OptionError where calibration tokens are needed and missing."""
-    if score == "weight":
-        return weight_scores(found)
+    if score in BY_WEIGHT:
+        return weight_scores(found, 1 if score == "weight_l1" else 2)
     if not len(context.calibration):
         raise OptionError(
             f"score='{score}' needs calibration tokens: pipeline(graph, calibration=batches) or --calibration=FILE"
@@ -30,10 +31,10 @@ def score_groups(found: Groups, score: Score, context: Context) -> dict[int, np.
     return taylor_scores(found, context) if score == "taylor" else activation_scores(found, context)
 
 
-def weight_scores(found: Groups) -> dict[int, np.ndarray]:
-    """L2 norm over all elements of the weights that go with an index."""
-    squares = {name: np.square(np.asarray(found.graph.weights[name], np.float64)) for name in _named(found)}
-    return {atom: np.sqrt(total) for atom, total in _sums(found, squares).items()}
+def weight_scores(found: Groups, order: int = 2) -> dict[int, np.ndarray]:
+    """L1 or L2 norm over all elements of the weights that go with an index."""
+    powers = {name: np.abs(np.asarray(found.graph.weights[name], np.float64)) ** order for name in _named(found)}
+    return {atom: total ** (1 / order) for atom, total in _sums(found, powers).items()}
 
 
 def activation_scores(found: Groups, context: Context) -> dict[int, np.ndarray]:

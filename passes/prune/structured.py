@@ -12,13 +12,14 @@ from xlathe.graph import Graph, Record
 from xlathe.passes.prune.cost import cost
 from xlathe.passes.prune.depth import block_influence, without_layers
 from xlathe.passes.prune.groups import Groups, choose
-from xlathe.passes.prune.plan import UNITS, Kind, PrunePlan
-from xlathe.passes.prune.scores import SCORES, Score, score_groups
+from xlathe.passes.prune.plan import Kind, PrunePlan
+from xlathe.passes.prune.scores import BY_WEIGHT, SCORES, Score, score_groups
 from xlathe.passes.prune.search import Budget, least, search
 from xlathe.pipeline import APPROXIMATE, Context, Keeps, Pass, is_forward
 from xlathe.shrink import shrink
 
 SHOWN = 5  # reasons in a message
+UNCUT = "features of the stream are left alone: by the size of weights (score={}) they are cut with force=True only"
 
 
 @final
@@ -33,7 +34,7 @@ class PruneStructured(Pass):
     Men et al. 2024, https://arxiv.org/abs/2403.03853), which needs calibration tokens.
     params, megabytes: a budget instead, as a fraction of the parameters or in 10^6 bytes of weights: `search` finds
     the shape, and needs calibration tokens, the last of which it compares candidates on.
-    score: `weight`, the L2 norm of all weights concerned, `activation`, the size of what the group feeds to the
+    score: `weight` or `weight_l1`, the L2 or L1 norm of all weights concerned, `activation`, the size of what the group feeds to the
     weights that sum over it (as in Minitron, Muralidharan et al. 2024), or `taylor`, what the loss would change by;
     the last two need calibration tokens. force: cut hidden by the size of weights too, which ruins a model.
     plan: a file that `PrunePlan.save` wrote, to be replayed instead of planning anew.
@@ -63,9 +64,8 @@ class PruneStructured(Pass):
         if not isinstance(self.layers, int) or self.layers < 0:
             raise OptionError(f"prune_structured: layers is how many to remove, got {self.layers}")
         if self.score not in SCORES:
-            raise OptionError(
-                f"prune_structured: score is 'weight', 'activation' or 'taylor', got {self.score!r}"
-            )
+            known = ", ".join(map(repr, SCORES))
+            raise OptionError(f"prune_structured: score is one of {known}, got {self.score!r}")
         if self.hidden and not self._may_cut_hidden:
             raise OptionError(
                 "prune_structured: the residual stream cut by the size of weights leaves a model that predicts "
@@ -98,7 +98,7 @@ class PruneStructured(Pass):
         hits = {"heads": 0, "neurons": 0, "hidden": 0, "layers": len(plan.layers)}
         for group in plan.groups:
             hits[group.kind] += group.size - len(group.kept)
-        notes = (f"removed {plan.removed}", *str(plan).splitlines()[-len(UNITS) - len(plan.tried) :])
+        notes = (f"removed {plan.removed}", *plan.summary)
         rewrites = tuple(f"{group.kind} of {group.name}" for group in plan.groups)
         return prune(graph, plan), Record("prune_structured", hits=hits, notes=notes, rewrites=rewrites)
 
@@ -107,7 +107,8 @@ class PruneStructured(Pass):
         removed: dict[Kind, float] = {"heads": self.heads, "neurons": self.neurons, "hidden": self.hidden}
         if self._budget is not None:
             kinds: list[Kind] = [kind for kind in removed if kind != "hidden" or self._may_cut_hidden]
-            return search(separate(graph), self._budget, self.score, kinds, context)
+            plan = search(separate(graph), self._budget, self.score, kinds, context)
+            return plan if self._may_cut_hidden else dataclasses.replace(plan, notes=(UNCUT.format(self.score),))
         if not (any(removed.values()) or self.layers):
             raise OptionError("nothing to remove; give heads, neurons, hidden, layers, params, megabytes or a plan")
         graph = separate(graph)
@@ -129,7 +130,7 @@ class PruneStructured(Pass):
 
     @property
     def _may_cut_hidden(self) -> bool:
-        return self.score != "weight" or self.force
+        return self.score not in BY_WEIGHT or self.force
 
     def _check_found(self, removed: Mapping[Kind, float], found: Groups) -> None:
         for kind, fraction in removed.items():

@@ -12,56 +12,22 @@ import pytest
 
 import xlathe
 from tests.passes.decoding import difference, fused
+from tests.passes.prune.masks import masked
 from tests.variants import DECODERS, Variant
-from xlathe import jaxpr as ir
 from xlathe.coupling import couple, separate
 from xlathe.errors import OptionError, PassError
-from xlathe.graph import Graph, Weights
+from xlathe.graph import Weights
 from xlathe.passes.canonicalize import Canonicalize
 from xlathe.passes.prune import PrunePlan, PruneStructured, prune
 from xlathe.passes.prune.cost import cost
 from xlathe.passes.prune.groups import Groups
 from xlathe.passes.prune.plan import Cost, Group
+from xlathe.passes.prune.scores import Score
 from xlathe.passes.quantize import Quantize
 from xlathe.pipeline import Context
 from xlathe.verify import compare
 
 LACKS = {"heads": ("multi_query", "head_by_head", "no_attention"), "neurons": ("nnx_mask_buffer",)}
-
-
-def masked(graph: Graph, plan: PrunePlan) -> Graph:
-    """Sets every weight of the graph to zero where an index is concerned that the plan removes."""
-    found = Groups(graph)
-    arrays = {name: jnp.asarray(graph.weights[name]) for name in graph.names("weight", "const")}
-    atoms = {tuple(axes): atom for atom, axes in found.axes.items() if atom in found.kinds}
-    for group in plan.groups:
-        for name, axis in group.axes:
-            owner = found.dims.index(found.label(name, axis), atoms[group.axes])
-            stays = (owner < 0) | np.isin(owner, group.kept)
-            shape = [-1 if i == axis else 1 for i in range(arrays[name].ndim)]
-            arrays[name] = jnp.where(stays.reshape(shape), arrays[name], 0)
-    kept = {atoms[group.axes]: np.asarray(group.kept) for group in plan.groups}
-    return counting(graph, found, kept).replace(weights=Weights(arrays))
-
-
-def counting(graph: Graph, found: Groups, kept: dict[int, np.ndarray]) -> Graph:
-    """Divides sums over the last axis by the number of terms that are kept, where they are divided by that of all."""
-    made = ir.producers(graph.jaxpr.eqns)
-
-    def producer(atom: object) -> ir.JaxprEqn | None:
-        return made.get(atom) if isinstance(atom, ir.Var) else None
-
-    def rule(eqn: ir.JaxprEqn, operands: list) -> list | None:
-        source = producer(eqn.invars[0]) if eqn.primitive.name == "div" else None
-        while source is not None and source.primitive.name in ("broadcast_in_dim", "reshape"):
-            source = producer(source.invars[0])
-        if source is None or source.primitive.name != "reduce_sum" or not isinstance(eqn.invars[1], ir.Literal):
-            return None
-        summed = found.coupling.values[source.invars[0]].labels[-1]
-        assert float(eqn.invars[1].val) == source.invars[0].aval.shape[-1]
-        return [operands[0] / int(found.dims.size_of(summed, kept))]
-
-    return graph.replace(jaxpr=ir.retrace(graph.jaxpr, rule))
 
 
 @pytest.mark.parametrize("variant", DECODERS, ids=str)
@@ -79,7 +45,7 @@ def test_equals_the_masked_graph(variant: Variant) -> None:
     assert plan.before == cost(graph, couple(graph), {})
 
 
-# one of each kind, since every decoder has a stream
+# one of each kind; every family is in test_families
 @pytest.mark.parametrize(
     "name", ["llama", "gpt2", "repeat_gqa", "tied_head", "fused_qkv", "latent_attention", "one_expert"]
 )
@@ -156,6 +122,12 @@ def test_a_budget_is_met_and_the_best_candidate_wins() -> None:
     assert abs(compare(graph, small, batches(61)[-1][-1:]).kl.mean - plan.tried[0][1]) < 1e-6
 
 
+def test_a_budget_by_the_size_of_weights_leaves_the_stream_alone_and_says_so() -> None:
+    plan = PruneStructured(params=0.7, score="weight_l1").make_plan(fused(named("llama")), Context(batches(61)))
+    assert plan.width is None and all("features" not in what for what, _ in plan.tried)
+    assert "features of the stream are left alone: by the size of weights (score=weight_l1)" in str(plan)
+
+
 @pytest.mark.parametrize("options", [{"params": 0.01}, {"megabytes": 0.001}])
 def test_a_budget_that_cannot_be_met(options: dict) -> None:
     with pytest.raises(OptionError, match=r"(params|megabytes)=[\d.]+ cannot be met: the smallest possible is [\d,.]+"):
@@ -193,6 +165,17 @@ def test_before_and_after() -> None:
     np.testing.assert_array_equal(small.weights["up"], params["up"][:, [1, 3]])
     np.testing.assert_array_equal(small.weights["down"], params["down"][[1, 3]])
     assert small.history[-1].hits == {"heads": 0, "neurons": 2, "hidden": 0, "layers": 0}
+
+
+@pytest.mark.parametrize(("score", "order"), [("weight", 2), ("weight_l1", 1)])
+def test_weight_scores_are_norms(score: Score, order: int) -> None:
+    """The score of a neuron is a norm of its column of `up` and its row of `down`, in NumPy."""
+    graph = fused(named("llama"))
+    plan = PruneStructured(neurons=0.5, score=score).make_plan(separate(graph), Context())
+    group = plan.groups[0]
+    both = [np.moveaxis(np.asarray(graph.weights[name], np.float64), axis, 0) for name, axis in group.axes]
+    expected = np.linalg.norm(np.concatenate(both, axis=1), ord=order, axis=1)
+    np.testing.assert_allclose(group.scores, expected, rtol=1e-6)
 
 
 def test_activation_scores_are_norms_of_what_is_fed_on() -> None:
@@ -254,8 +237,8 @@ def test_a_plan_prints_is_saved_and_replays(tmp_path) -> None:
         ({"heads": 1.0}, "heads is the fraction to remove, 0 to below 1, got 1.0"),
         ({"neurons": -0.1}, "neurons is the fraction"),
         ({"layers": -1}, "layers is how many to remove, got -1"),
-        ({"neurons": 0.5, "score": "random"}, "score is 'weight', 'activation' or 'taylor', got 'random'"),
-        ({"hidden": 0.5}, "the residual stream cut by the size of weights"),
+        ({"neurons": 0.5, "score": "random"}, "score is one of 'weight', 'weight_l1', 'activation', 'taylor', got 'random'"),
+        ({"hidden": 0.5, "score": "weight_l1"}, "the residual stream cut by the size of weights"),
         ({"params": 1.0}, "params is the fraction to keep, above 0, below 1, got 1.0"),
         ({"megabytes": -1}, "megabytes is how many to keep, above 0, got -1"),
         ({"params": 0.5, "megabytes": 3}, "params and megabytes are both budgets"),

@@ -1,0 +1,106 @@
+"""Laws of pruning for every family of pretrained models, one tiny configuration each."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import xlathe as xl
+from tests.models.parity import cases
+from tests.models.tiny import tiny_checkpoint
+from tests.passes.decoding import difference
+from tests.passes.prune.masks import masked
+from xlathe import passes
+from xlathe.coupling import couple, separate
+from xlathe.graph import Graph
+from xlathe.models.pretrained import to_graph
+from xlathe.passes.prune import PrunePlan, prune
+from xlathe.passes.prune.cost import cost
+from xlathe.passes.prune.groups import Groups
+from xlathe.passes.prune.plan import Group, Kind
+from xlathe.shrink import shrink
+
+FAMILIES = (cases.LLAMA, cases.MISTRAL, cases.QWEN2, cases.QWEN3, cases.GEMMA2, cases.GEMMA3, cases.PHI3, cases.GPT2,
+            cases.GPT_NEOX, cases.MIXTRAL, cases.QWEN3_MOE, cases.DEEPSEEK_V3)  # fmt: skip
+SQUARE = ("gpt2", "gpt_neox")  # whose heads fill the stream
+TOKENS = np.random.default_rng(0).integers(0, 64, (2, 9), dtype=np.int32)
+KEPT = {"heads": 0.75, "neurons": 0.5, "hidden": 0.75}
+
+
+def config_of(family: cases.Family, **changes: Any) -> dict[str, Any]:
+    short = {"n_layer" if family.model_type == "gpt2" else "num_hidden_layers": 1, "first_k_dense_replace": 0}
+    config = family.config(family.cases[0]) | {k: v for k, v in short.items() if k in family.common}
+    return config | changes
+
+
+def graph_of(config: dict[str, Any]) -> Graph:
+    graph = to_graph(tiny_checkpoint(config), max_len=16)
+    return separate(xl.Pipeline([passes.Canonicalize(), passes.FuseAttention()])(graph))
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.model_type)
+def graph(request: pytest.FixtureRequest) -> Graph:
+    return graph_of(config_of(request.param))
+
+
+def logits_of(graph: Graph) -> np.ndarray:
+    """As `graph(TOKENS)`; compiles in half the time."""
+    options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    run = jax.jit(graph.logits, compiler_options=options)
+    return np.asarray(run(graph.arrays, {"tokens": TOKENS}))
+
+
+def plan_of(graph: Graph, *kinds: Kind) -> PrunePlan:
+    """A plan that keeps indices drawn at random of every group of these kinds."""
+    found, groups, kept = Groups(graph), [], {}
+    for atom, kind in found.kinds.items():
+        size = int(found.dims.sizes[atom])
+        if kind in kinds and size > 1:
+            drawn = np.random.default_rng(atom).permutation(size)
+            kept[atom] = np.sort(drawn[: int(size * KEPT[kind])])
+            axes = tuple(found.axes[atom])
+            groups.append(Group(kind, size, axes, tuple(kept[atom].tolist()), (0.0,) * size))
+    before, after = cost(graph, found.coupling, {}), cost(graph, found.coupling, kept)
+    return PrunePlan(tuple(groups), (), (), before, after)
+
+
+def test_equals_the_masked_graph_and_so_does_what_is_saved(graph: Graph, tmp_path: Path) -> None:
+    plan = plan_of(graph, "heads", "neurons", "hidden")
+    assert {group.kind for group in plan.groups} == {"heads", "neurons", "hidden"}
+    small = prune(graph, plan)
+    logits = logits_of(small)
+    assert difference(logits, logits_of(masked(graph, plan))) <= 1e-5
+    assert cost(small, couple(small), {}) == plan.after
+    small.save_pretrained(tmp_path)
+    assert difference(logits_of(xl.from_pretrained(tmp_path, max_len=16)), logits) <= 1e-5
+
+
+def test_sorting_changes_nothing(graph: Graph) -> None:
+    """Before: groups as they were trained. Expected: any order of their indices computes the same."""
+    found = Groups(graph)
+    order = {a: np.random.default_rng(a).permutation(int(found.dims.sizes[a])) for a in found.kinds}
+    assert any((indices != np.sort(indices)).any() for indices in order.values())
+    assert difference(logits_of(shrink(graph, found.coupling, order)), logits_of(graph)) <= 1e-5
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.model_type in SQUARE], ids=lambda f: f.model_type)
+def test_a_stream_that_its_heads_do_not_fill_has_no_configuration(family: cases.Family, tmp_path: Path) -> None:
+    graph = graph_of(config_of(family))
+    small = prune(graph, plan_of(graph, "hidden"))
+    with pytest.raises(xl.CheckpointError, match=r"4 heads of 8 are left in a stream of 24: .* Graph\.save keeps it"):
+        small.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("changes", [{"tie_word_embeddings": False}, {"torch_dtype": "bfloat16"}], ids=str)
+def test_embeddings_take_up_what_gemma_multiplies_them_by(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Before: embeddings times sqrt(32). Expected: files of 24 features hold them times sqrt(32 / 24)."""
+    graph = graph_of(config_of(cases.GEMMA2, **changes))
+    small = prune(graph, plan_of(graph, "hidden"))
+    small.save_pretrained(tmp_path)
+    again = xl.from_pretrained(tmp_path, max_len=16)
+    before, after = (np.asarray(each.weights["embedding/embedding"]) for each in (small, again))
+    np.testing.assert_allclose(after, before * np.sqrt(32 / 24), rtol=1e-6)
+    assert difference(logits_of(again), logits_of(small)) <= 1e-5
