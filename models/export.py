@@ -46,9 +46,9 @@ def to_checkpoint(graph: Graph, layout: str | None = None) -> Checkpoint:
     renamed = {new: shapes[old] for new, old in ours.items()}
     config = _resized(family, settings, renamed, kept)
     _check_shapes(family, config, renamed, graph.max_len)
-    changes = family.adapt(renamed, settings)
     theirs = {old: their_name(family, new) for new, old in ours.items()}
-    tensors = {theirs[o]: _tensor(graph, o, is_turned(family, o), changes.get(n)) for n, o in ours.items() if o in plain}
+    changes = {ours[new]: change for new, change in family.adapt(renamed, settings).items()}
+    tensors = {theirs[old]: _tensor(graph, old, is_turned(family, old), changes.get(old)) for old in plain}
     dtypes = {str(tensor.dtype) for tensor in tensors.values()}
     said: dict[str, Any] = {"dtype": dtypes.pop()} if len(dtypes) == 1 else {}
     if layout is not None:

@@ -34,9 +34,9 @@ class PruneStructured(Pass):
     Men et al. 2024, https://arxiv.org/abs/2403.03853), which needs calibration tokens.
     params, megabytes: a budget instead, as a fraction of the parameters or in 10^6 bytes of weights: `search` finds
     the shape, and needs calibration tokens, the last of which it compares candidates on.
-    score: `weight` or `weight_l1`, the L2 or L1 norm of all weights concerned, `activation`, the size of what the group feeds to the
-    weights that sum over it (as in Minitron, Muralidharan et al. 2024), or `taylor`, what the loss would change by;
-    the last two need calibration tokens. force: cut hidden by the size of weights too, which ruins a model.
+    score: `weight` or `weight_l1`, the L2 or L1 norm of all weights concerned, `activation`, the size of what the group
+    feeds to the weights that sum over it (as in Minitron, Muralidharan et al. 2024), or `taylor`, what the loss would
+    change by; the last two need calibration tokens. force: cut hidden by the size of weights too, which ruins a model.
     plan: a file that `PrunePlan.save` wrote, to be replayed instead of planning anew.
 
     Raises OptionError for values out of range, missing calibration, or a plan of another model; PassError where
