@@ -1,9 +1,9 @@
 """Find in a graph which axes must shrink together, and which cannot shrink.
 
 The meaning of shrinking an atom: the weights are zero wherever an index of it that goes is concerned, so that the
-smaller graph equals the whole graph with those weights set to zero. A sum over an atom is therefore allowed where
-its terms are zero at such indices, which is followed through the graph beside the labels. What has no rule, or would
-count the zeros, blocks the atoms that it touches and is named.
+smaller graph equals the whole graph with those weights set to zero, where means count what is left. A sum over an atom
+is therefore allowed where its terms are zero at such indices, which is followed through the graph beside the labels.
+What has no rule, or would count the zeros, blocks the atoms that it touches and is named.
 """
 
 import dataclasses
@@ -44,20 +44,22 @@ class Coupling:
     """What `couple` found: labels of every value.
 
     heads: the key-value heads of each attention, in order; means: values that are a sum divided by a number of terms,
-    and the axes that were summed over, in one label. A mean over fewer terms is divided by fewer.
+    and the axes that were summed over, in one label. A mean over fewer terms is divided by fewer. sums: the axes of
+    sums that are no such means and not with weights, and where: whether they count their terms is not known.
     """
 
     dimensions: Dimensions
     values: dict[ir.Var, Coupled]
     heads: tuple[Label, ...]
     means: dict[ir.Var, Label]
+    sums: tuple[tuple[Label, str], ...]
 
 
 def couple(graph: Graph) -> Coupling:
     """Labels every value of a graph that `separate` has prepared."""
     flow = _Flow(graph)
     flow.run()
-    return Coupling(flow.dims, flow.values, tuple(flow.heads), flow.means)
+    return Coupling(flow.dims, flow.values, tuple(flow.heads), flow.means, flow.uncounted())
 
 
 def separate(graph: Graph) -> Graph:
@@ -103,11 +105,14 @@ class _Flow:
         self.values: dict[ir.Var, Coupled] = {}
         self.heads: list[Label] = []
         self.means: dict[ir.Var, Label] = {}
+        self.summed: dict[ir.Var, tuple[Label, str]] = {}
+        self.trained: set[ir.Atom] = set()  # values that are made of weights
 
     def run(self) -> None:
         for item, var in zip(self.graph.inputs, self.jaxpr.invars, strict=True):
             labels = self.dims.fresh_all(var.aval.shape)
             self.values[var] = Coupled(labels, tuple(a for ls in labels for a in ls) if item.kind == "weight" else ())
+            self.trained |= {var} if item.kind == "weight" else set()
         for eqn in self.jaxpr.eqns:
             operands = [self._read(a) for a in eqn.invars]
             try:
@@ -117,9 +122,23 @@ class _Flow:
             # atoms that are gone may come back on another axis, where the value is not zero
             results = [Coupled(r.labels, tuple(sorted(self._zero(r, r.labels)))) for r in results]
             self.values.update(zip(eqn.outvars, results, strict=True))
+            read = {a for a in eqn.invars if isinstance(a, ir.Var)}
+            self.trained |= set(eqn.outvars) if read and read <= self.trained else set()
         for out in self.jaxpr.outvars:
             for label in self._read(out).labels:
                 self.dims.block(label, "it is an axis of the model's result")
+
+    def uncounted(self) -> tuple[tuple[Label, str], ...]:
+        """The axes of sums that lead to anything but a division by the number of their terms, and where."""
+        consumer = ir.consumers(ir.live_equations(self.jaxpr))
+
+        def is_mean(var: ir.Var) -> bool:
+            return var not in self.jaxpr.outvars and all(
+                eqn.outvars[0] in self.means or (eqn.primitive.name in _SPREADS and is_mean(eqn.outvars[0]))
+                for eqn in consumer.get(var, ())
+            )
+
+        return tuple(found for var, found in self.summed.items() if not is_mean(var))
 
     def _read(self, atom: ir.Atom) -> Coupled:
         if isinstance(atom, ir.Literal):
@@ -170,20 +189,19 @@ class _Flow:
     def _mean_over(self, eqn: ir.JaxprEqn) -> Label | None:
         """What was summed over, where a sum is divided by the number of its terms, or multiplied by one over it."""
         name = eqn.primitive.name
-        if name not in ("div", "mul") or not isinstance(eqn.invars[1], ir.Literal):
-            return None
-        factor, source = uniform_value(eqn.invars[1], self.producer), self._made(eqn.invars[0])
-        while source is not None and source.primitive.name in _SPREADS:
-            source = self._made(source.invars[0])
-        if factor is None or source is None or source.primitive.name != "reduce_sum":
-            return None
-        labels = self.values[source.invars[0]].labels
-        summed = tuple(a for i in source.params["axes"] for a in labels[i])
-        count = self.dims.size(summed)
-        if ir.is_symbolic(count) or count == 1:
-            return None
-        terms = float(factor) if name == "div" else 1 / float(factor) if factor else 0.0
-        return summed if abs(terms - int(count)) < _SAME_COUNT * int(count) else None
+        sides = {"div": [(0, 1)], "mul": [(0, 1), (1, 0)]}.get(name, [])
+        for atom, number in ((eqn.invars[i], eqn.invars[j]) for i, j in sides):
+            factor, source = uniform_value(number, self.producer), self._made(atom)
+            while source is not None and source.primitive.name in _SPREADS:
+                source = self._made(source.invars[0])
+            if factor is None or source is None or source.outvars[0] not in self.summed:
+                continue
+            summed, _ = self.summed[source.outvars[0]]
+            count = self.dims.size(summed)
+            terms = float(factor) if name == "div" else 1 / float(factor) if factor else 0.0
+            if isinstance(number, ir.Literal) and not ir.is_symbolic(count) and int(count) > 1:
+                return summed if abs(terms - int(count)) < _SAME_COUNT * int(count) else None
+        return None
 
     def _made(self, atom: ir.Atom) -> ir.JaxprEqn | None:
         return self.producer.get(atom) if isinstance(atom, ir.Var) else None
@@ -256,8 +274,14 @@ class _Flow:
         for label in summed:
             if eqn.primitive.name != "reduce_sum" or not self.dims.atoms(label) <= self._zero(x):
                 self._block([label], eqn, "would count what is removed from it")
+        if eqn.primitive.name == "reduce_sum":
+            self._sum(eqn, summed)
         kept = tuple(label for i, label in enumerate(x.labels) if i not in axes)
         return [Coupled(kept, x.zero if eqn.primitive.name == "reduce_sum" else ())] * len(eqn.outvars)
+
+    def _sum(self, eqn: ir.JaxprEqn, labels: Sequence[Label]) -> None:
+        where = f"{eqn.primitive.name} sums over it at {ir.source_line(eqn)}, and is not divided by its size"
+        self.summed[eqn.outvars[0]] = tuple(a for label in labels for a in label), where
 
     def _dot_general(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
         left, right = operands
@@ -266,6 +290,8 @@ class _Flow:
             self.dims.unify(left.labels[i], right.labels[j])
             if not self.dims.atoms(left.labels[i]) <= self._zero(left) | self._zero(right):
                 self._block([left.labels[i]], eqn, "sums over it and neither side is a weight")
+        if not self.trained & set(eqn.invars):
+            self._sum(eqn, [left.labels[i] for i, _ in einsum.contracted])
         labels: list[Label] = [()] * eqn.outvars[0].aval.ndim
         for side, axes in ((left, einsum.lhs), (right, einsum.rhs)):
             for i, out in enumerate(axes):

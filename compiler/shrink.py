@@ -92,7 +92,9 @@ class _Shrinker:
         if count == self.dims.size(label):
             return None
         number = count if eqn.primitive.name == "div" else 1 / count
-        return ir.bind(eqn, [operands[0], jnp.full((), number, eqn.invars[1].aval.dtype)])
+        literal = jnp.full((), number, eqn.outvars[0].aval.dtype)
+        both = zip(eqn.invars, operands, strict=True)
+        return ir.bind(eqn, [literal if isinstance(atom, ir.Literal) else value for atom, value in both])
 
     def _slice(self, eqn: ir.JaxprEqn, operands: list[Any]) -> list[Any]:
         starts, limits = [], []

@@ -24,18 +24,20 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "score", "activation", "what matters is told by: activation, taylor, weight or weight_l1", flag_values=values
     )
+    flags.DEFINE_boolean("force", False, "cut features by the size of weights, which ruins models", flag_values=values)
     flags.DEFINE_string("plan", None, "file for the plan, which distill --plan reads", flag_values=values)
     flags.DEFINE_boolean("plan_only", False, "print the plan, and write nothing to OUT", flag_values=values)
 
 
 def run(options: Options, source: str, destination: str) -> None:
-    from xlathe.passes.prune import PruneStructured, prune
+    from xlathe.passes.prune import PruneStructured, prune, record
     from xlathe.pipeline import Context
 
     shape = {name: options[name] for name in SHAPE if options[name] is not None}
     if not shape:
         raise UsageError(f"how small? --params=0.5, or one of {', '.join(f'--{name}' for name in SHAPE[:-2])}")
-    chosen, file = PruneStructured(score=options["score"], **shape), output_file(options, "plan")
+    chosen = PruneStructured(score=options["score"], force=options["force"], **shape)
+    file = output_file(options, "plan")
     console = make_console()
     with bar(console, "load"):
         graph = fused(open_graph(source, changing=True))
@@ -48,7 +50,8 @@ def run(options: Options, source: str, destination: str) -> None:
     if options["plan_only"]:
         return
     with bar(console, "prune"):
-        prune(graph, plan).save(Path(destination))
+        small = prune(graph, plan)
+        small.replace(history=(*small.history, record(plan))).save(Path(destination))
     console.print(f"{destination}: without {plan.removed}", soft_wrap=True)
 
 

@@ -11,6 +11,8 @@ from xlathe.graph import Graph
 from xlathe.passes.prune.plan import Group, Kind
 from xlathe.sections import cut_points
 
+Named = tuple[Kind, int, tuple[tuple[str, int], ...], int]
+
 
 class Groups:
     """The prunable groups of a graph: atoms with their kind, and the weights' axes that hold them."""
@@ -24,8 +26,9 @@ class Groups:
             for axis, label in enumerate(self.coupling.values[var].labels if item.kind == "weight" else ()):
                 for atom in self.dims.atoms(label):
                     self.axes.setdefault(atom, []).append((item.name, axis))
+        stream = self._stream()
         heads = {a for label in self.coupling.heads for a in self.dims.resolve(label)}
-        other, stream = self._inside_attention() | self._residual(), self._stream()
+        other = self._inside_attention() | self._residual()
         self.kinds: dict[int, Kind] = {}
         for atom in self.dims.leaves():
             fixed = atom in self.dims.blocked or ir.is_symbolic(self.dims.sizes[atom]) or atom not in self.axes
@@ -45,17 +48,27 @@ class Groups:
         return {a for v in cut_points(self.graph) for a in self._atoms(v)}
 
     def _stream(self) -> set[int]:
-        """The features of the residual stream, where they are one axis and no result."""
+        """The features of the residual stream, where they are one axis, no result, and counted by means alone."""
         labels = {self.dims.resolve(self.coupling.values[v].labels[-1]) for v in cut_points(self.graph)}
-        return {label[0] for label in labels if len(label) == 1}
+        stream = {label[0] for label in labels if len(label) == 1}
+        for label, reason in self.coupling.sums:
+            if stream & self.dims.atoms(label):
+                self.dims.block(label, reason)
+        return stream - set(self.dims.blocked)
 
     def _atoms(self, var: ir.Var) -> set[int]:
         return {a for label in self.coupling.values[var].labels for a in self.dims.atoms(label)}
 
-    def is_group(self, atom: int, group: Group) -> bool:
-        """Says whether an atom is what a plan calls a group."""
-        here = (self.kinds[atom], self.dims.sizes[atom], tuple(self.axes[atom]))
-        return here == (group.kind, group.size, group.axes)
+    def start(self, atom: int, place: tuple[str, int]) -> int:
+        """The first index of a weight's axis that belongs to an atom."""
+        return int(np.argmax(self.dims.index(self.label(*place), atom) >= 0))
+
+    def named(self) -> dict[Named, int]:
+        """Returns the groups by what a plan calls them, their kind, size, axes and start."""
+        return {
+            (kind, int(self.dims.sizes[a]), tuple(self.axes[a]), self.start(a, self.axes[a][0])): a
+            for a, kind in self.kinds.items()
+        }
 
     def reasons(self) -> Iterator[str]:
         """Why dimensions of weights cannot shrink."""
@@ -87,9 +100,11 @@ def choose(
         count = count_kept(kind, size, removed.get(kind, 0.0))
         if count == size:
             continue
+        assert len(scores[atom]) == size
         kept[atom] = np.sort(np.argsort(-scores[atom], kind="stable")[:count])
         axes = tuple(found.axes[atom])
-        groups.append(Group(kind, size, axes, tuple(kept[atom].tolist()), tuple(scores[atom].tolist())))
+        start = found.start(atom, axes[0])
+        groups.append(Group(kind, size, axes, tuple(kept[atom].tolist()), tuple(scores[atom].tolist()), start))
     return groups, kept
 
 

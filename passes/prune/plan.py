@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from xlathe.errors import OptionError
+from xlathe.files import replaced
 
 FORMAT = "xlathe prune plan 1"
 UNITS = ("parameters", "bytes", "flops")
@@ -21,8 +22,8 @@ class Group:
     """Axes of weights that shrink together.
 
     kind: `neurons`, `heads` (a key-value head with all query heads that share it) or `hidden` (features of the
-    residual stream). axes: (weight, axis) of every
-    weight concerned, in the graph's order; an axis may hold more than this group, as a fused projection does.
+    residual stream). axes: (weight, axis) of every weight concerned, in the graph's order; an axis may hold more than
+    this group, as a fused projection does: start is the first index on the first axis that is the group's.
     kept: indices that stay, ascending; scores: of all indices, the higher the more is lost by removing one.
     """
 
@@ -31,6 +32,7 @@ class Group:
     axes: tuple[tuple[str, int], ...]
     kept: tuple[int, ...]
     scores: tuple[float, ...]
+    start: int = 0
 
     @property
     def name(self) -> str:
@@ -83,7 +85,9 @@ class PrunePlan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the plan as JSON."""
-        Path(path).write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1) + "\n")
+        text = json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1, allow_nan=False) + "\n"
+        with replaced(Path(path)) as file:
+            file.write(text.encode())
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "PrunePlan":
@@ -133,7 +137,8 @@ def _group(content: Any) -> Group:
     if not kept or list(kept) != sorted({n for n in kept if 0 <= n < size}):
         raise ValueError(f"kept must be ascending numbers from 0 to {size - 1}, found {list(kept)[:SHOWN]}")
     axes = tuple((str(name), _numbers([axis], int)[0]) for name, axis in content["axes"])
-    return Group(kind, size, axes, kept, _numbers(content["scores"], float))
+    (start,) = _numbers([content.get("start", 0)], int)
+    return Group(kind, size, axes, kept, _numbers(content["scores"], float), start)
 
 
 def _numbers[N: (int, float)](values: Any, kind: type[N]) -> tuple[N, ...]:

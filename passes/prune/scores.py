@@ -73,8 +73,9 @@ def _stream_scores(found: Groups, atom: int, context: Context) -> np.ndarray:
         for (var, axis), value in zip(places.items(), values, strict=True):
             texts = [i for i, n in enumerate(var.aval.shape) if ir.dim_vars(n) == {"b"}]
             others = tuple(i for i in range(value.ndim) if i != axis and i not in texts)
-            mean = jnp.abs(value.astype(jnp.float32)).mean(others)
-            sizes.append(jnp.square(mean).reshape(-1 if texts else 1, value.shape[axis]).sum(0))
+            mean = jnp.abs(value.astype(jnp.float32)).mean(others, keepdims=True)
+            of_text = jnp.moveaxis(mean, axis, -1).reshape(-1, value.shape[axis])
+            sizes.append(jnp.square(of_text).sum(0))
         return sizes
 
     batches = check_calibration(graph, context.calibration)
@@ -100,6 +101,8 @@ def taylor_scores(found: Groups, context: Context) -> dict[int, np.ndarray]:
         return {name: weights[name] * slope for name, slope in jax.grad(loss)(weights).items()}
 
     batches = check_calibration(graph, context.calibration)
+    if any(batch["tokens"].shape[1] < 2 for batch in batches):
+        raise OptionError("score='taylor' needs rows of two calibration tokens or more: the loss is of the next token")
     scores = {atom: np.zeros(int(found.dims.sizes[atom])) for atom in found.kinds}
     for number, batch in enumerate(batches):
         changes = {name: np.asarray(array, np.float64) for name, array in run(graph.arrays, batch).items()}

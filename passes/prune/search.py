@@ -99,7 +99,7 @@ def _candidates(
     steps = [np.arange(STEPS[kind]) / STEPS[kind] for kind in cut]
     if not cut and len(influence) < 2:
         raise PassError("found nothing to prune; " + ("; ".join(found.reasons()) or "no weight is multiplied"))
-    grid = np.array(list(itertools.product(*steps))).reshape(-1, len(cut))
+    grid = np.array(list(itertools.product(*steps)), float)
     counts = {a: _counts(found, a, grid[:, cut.index(kind)]) for a, kind in found.kinds.items() if kind in cut}
     sizes = weight_counts(graph, found.coupling, counts or {-1: np.ones(len(grid), np.int64)})
     unit = {name: 1 if budget.unit == "params" else jnp.dtype(graph.aval(name).dtype).itemsize for name in sizes}
@@ -163,8 +163,10 @@ def _realize(
     gone = least(influence, candidate.depth)
     smaller = without_layers(graph, gone)
     left = Groups(smaller)
-    of = {place: atom for atom in found.kinds for place in found.axes[atom]}
-    groups, kept = choose(left, {a: scores[of[left.axes[a][0]]] for a in left.kinds}, candidate.removed)
+    of = {(place, found.start(a, place), found.dims.sizes[a]): a for a in found.kinds for place in found.axes[a]}
+    first = {a: left.axes[a][0] for a in left.kinds}
+    same = {a: of[place, left.start(a, place), left.dims.sizes[a]] for a, place in first.items()}
+    groups, kept = choose(left, {a: scores[same[a]] for a in left.kinds}, candidate.removed)
     after = cost(smaller, left.coupling, kept)
     plan = PrunePlan(tuple(groups), gone, influence, cost(graph, couple(graph), {}), after)
     return plan, shrink(smaller, left.coupling, kept)

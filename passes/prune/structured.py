@@ -1,7 +1,7 @@
 """Remove whole neurons, attention heads and layers, so that the model becomes smaller and faster as it is."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, final
 
 import numpy as np
@@ -11,8 +11,8 @@ from xlathe.errors import OptionError, PassError
 from xlathe.graph import Graph, Record
 from xlathe.passes.prune.cost import cost
 from xlathe.passes.prune.depth import block_influence, without_layers
-from xlathe.passes.prune.groups import Groups, choose
-from xlathe.passes.prune.plan import Kind, PrunePlan
+from xlathe.passes.prune.groups import MULTIPLE, Groups, choose
+from xlathe.passes.prune.plan import Group, Kind, PrunePlan
 from xlathe.passes.prune.scores import BY_WEIGHT, SCORES, Score, score_groups
 from xlathe.passes.prune.search import Budget, least, search
 from xlathe.pipeline import APPROXIMATE, Context, Keeps, Pass, is_forward
@@ -95,12 +95,7 @@ class PruneStructured(Pass):
     def apply(self, graph: Graph, context: Context) -> tuple[Graph, Record]:
         plan = PrunePlan.load(self.plan) if self.plan is not None else self.make_plan(graph, context)
         plan = dataclasses.replace(plan, groups=plan.groups[: context.limit])
-        hits = {"heads": 0, "neurons": 0, "hidden": 0, "layers": len(plan.layers)}
-        for group in plan.groups:
-            hits[group.kind] += group.size - len(group.kept)
-        notes = (f"removed {plan.removed}", *plan.summary)
-        rewrites = tuple(f"{group.kind} of {group.name}" for group in plan.groups)
-        return prune(graph, plan), Record("prune_structured", hits=hits, notes=notes, rewrites=rewrites)
+        return prune(graph, plan), record(plan)
 
     def make_plan(self, graph: Graph, context: Context) -> PrunePlan:
         """Returns what this pass would do to the graph, without doing it."""
@@ -118,9 +113,11 @@ class PruneStructured(Pass):
         found = Groups(smaller)
         groups, kept = choose(found, score_groups(found, self.score, context), removed)
         self._check_found(removed, found)
-        return PrunePlan(
-            tuple(groups), gone, influence, cost(graph, couple(graph), {}), cost(smaller, found.coupling, kept)
-        )
+        whole = _whole(found, groups, removed)
+        if whole and not groups and not gone:
+            raise OptionError("nothing to remove: " + "; ".join(whole))
+        before, after = cost(graph, couple(graph), {}), cost(smaller, found.coupling, kept)
+        return PrunePlan(tuple(groups), gone, influence, before, after, notes=whole)
 
     @property
     def _budget(self) -> Budget | None:
@@ -139,19 +136,43 @@ class PruneStructured(Pass):
                 raise PassError(f"found no {kind} to prune; " + ("; ".join(reasons) or "no weight is multiplied"))
 
 
+def _whole(found: Groups, groups: Sequence[Group], removed: Mapping[Kind, float]) -> tuple[str, ...]:
+    """Says of which kinds a fraction was asked for that is too small for any of their groups."""
+    cut = {group.kind for group in groups}
+    sizes = {kind: sorted({int(found.dims.sizes[a]) for a, k in found.kinds.items() if k == kind}) for kind in removed}
+    return tuple(
+        f"{kind}={fraction} takes none: groups of {', '.join(map(str, sizes[kind]))}"
+        + ("" if kind == "heads" else f", kept in multiples of {MULTIPLE} where they are such")
+        for kind, fraction in removed.items()
+        if fraction and kind not in cut
+    )
+
+
+def record(plan: PrunePlan) -> Record:
+    """Returns what the history of a graph says of a plan that was carried out."""
+    hits = {"heads": 0, "neurons": 0, "hidden": 0, "layers": len(plan.layers)}
+    for group in plan.groups:
+        hits[group.kind] += group.size - len(group.kept)
+    notes = (f"removed {plan.removed}", *plan.summary)
+    rewrites = tuple(f"{group.kind} of {group.name}" for group in plan.groups)
+    return Record("prune_structured", hits=hits, notes=notes, rewrites=rewrites)
+
+
 def prune(graph: Graph, plan: PrunePlan) -> Graph:
     """Returns the graph with only what the plan keeps. Raises OptionError where the plan is of another model."""
     graph = without_layers(separate(graph), plan.layers)
     found = Groups(graph)
-    known = {(kind, tuple(found.axes[atom])): atom for atom, kind in found.kinds.items()}
+    known = found.named()
     kept = {}
     for group in plan.groups:
-        atom = known.get((group.kind, group.axes))
-        if atom is None or found.dims.sizes[atom] != group.size:
-            has = "no such group" if atom is None else f"{found.dims.sizes[atom]}"
+        atom = known.get((group.kind, group.size, group.axes, group.start))
+        if atom is None:
+            sizes = [size for kind, size, axes, _ in known if (kind, axes) == (group.kind, group.axes)]
             raise OptionError(
                 f"the plan is of another model: it has {group.size} {group.kind} in {group.name}, "
-                f"this graph has {has}"
+                f"this graph has {sizes[0] if sizes else 'no such group'}"
             )
+        if group.kept[-1] >= group.size:
+            raise OptionError(f"the plan keeps {group.kind} {group.kept[-1]} of {group.size} in {group.name}")
         kept[atom] = np.asarray(group.kept)
     return shrink(graph, found.coupling, kept)

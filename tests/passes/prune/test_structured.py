@@ -5,6 +5,7 @@ Means in the whole graph count what is kept.
 
 import json
 import re
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,7 @@ from tests.passes.prune.masks import masked
 from tests.variants import DECODERS, Variant
 from xlathe.coupling import couple, separate
 from xlathe.errors import OptionError, PassError
-from xlathe.graph import Weights
+from xlathe.graph import Graph, Weights
 from xlathe.passes.canonicalize import Canonicalize
 from xlathe.passes.prune import PrunePlan, PruneStructured, prune
 from xlathe.passes.prune.cost import cost
@@ -65,25 +66,103 @@ def test_a_narrower_stream_equals_the_masked_graph(name: str) -> None:
     assert plan.width == kept
 
 
-def test_a_norm_counts_what_is_kept() -> None:
-    """Before: an RMS norm over 8 features. Expected: NumPy's over the 4 that stay, its mean over 4."""
+MEANS = {
+    "mean": lambda x: (x**2).mean(-1, keepdims=True),
+    "factor first": lambda x: (1 / 8) * jnp.sum(x**2, -1, keepdims=True),
+    "einsum": lambda x: jnp.einsum("btd,btd->bt", x, x)[..., None] / 8,
+    "product with ones": lambda x: ((x**2) @ jnp.ones((8, 1))) / 8,
+}
+NOT_FOUND = {
+    "length": lambda x: jnp.sum(x**2, -1, keepdims=True),
+    "sum and epsilon": lambda x: (jnp.sum(x**2, -1, keepdims=True) + 1e-6) / 8,
+}
 
+
+def normed(mean: Callable[[jnp.ndarray], jnp.ndarray]) -> tuple[Graph, dict[str, np.ndarray]]:
     def model(params: dict, tokens: jnp.ndarray) -> jnp.ndarray:
         x = params["embed"][tokens]
         x = x + jnp.tanh(x @ params["up"]) @ params["down"]
-        return x / jnp.sqrt((x**2).mean(-1, keepdims=True)) @ params["head"]
+        return x / jnp.sqrt(mean(x)) @ params["head"]
 
     rng = np.random.default_rng(2)
     shapes = {"embed": (7, 8), "up": (8, 6), "down": (6, 8), "head": (8, 7)}
     w = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    graph = Canonicalize()(xlathe.trace(model, params=w, max_len=16))
-    seen = batches(7)
+    return Canonicalize()(xlathe.trace(model, params=w, max_len=16)), w
+
+
+@pytest.mark.parametrize("name", MEANS)
+def test_a_norm_counts_what_is_kept(name: str) -> None:
+    """Before: an RMS norm over 8 features. Expected: NumPy's over the 4 that stay, its mean over 4."""
+    (graph, w), seen = normed(MEANS[name]), batches(7)
     plan = PruneStructured(hidden=0.5, score="activation").make_plan(graph, Context(seen))
     kept, small = list(plan.width or ()), prune(graph, plan)
     x = w["embed"][seen[0]][..., kept]
     x = x + np.tanh(x @ w["up"][kept]) @ w["down"][:, kept]
     expected = x / np.sqrt((x**2).mean(-1, keepdims=True)) @ w["head"][kept]
     assert len(kept) == 4 and difference(small(seen[0]), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("name", NOT_FOUND)
+def test_a_norm_that_may_count_features_blocks_them(name: str) -> None:
+    with pytest.raises(PassError, match=r"found no hidden .*reduce_sum sums over it at .*, and is not divided by its"):
+        PruneStructured(hidden=0.5, score="activation").make_plan(normed(NOT_FOUND[name])[0], Context(batches(7)))
+
+
+def test_scores_do_not_depend_on_the_order_of_axes() -> None:
+    """Before: weights read x [b, t, d], or its transpose [d, b, t]. Expected: the same scores of features."""
+
+    def model(turned: bool) -> Graph:
+        def run(params: dict, tokens: jnp.ndarray) -> jnp.ndarray:
+            x = params["embed"][tokens]
+            read = jnp.einsum("dbt,dn->btn", x.transpose(2, 0, 1), params["up"]) if turned else x @ params["up"]
+            x = x + jnp.tanh(read) @ params["down"]
+            return jnp.einsum("dbt,dv->btv", x.transpose(2, 0, 1), params["head"]) if turned else x @ params["head"]
+
+        shapes = {"embed": (7, 8), "up": (8, 6), "down": (6, 8), "head": (8, 7)}
+        rng = np.random.default_rng(5)
+        w = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+        return xlathe.trace(run, params=w, max_len=16)
+
+    planned = PruneStructured(hidden=0.5, score="activation")
+    plain, other = (planned.make_plan(model(turned), Context(batches(7))).groups[0].scores for turned in (False, True))
+    np.testing.assert_allclose(other, plain, rtol=1e-5)
+
+
+def test_groups_that_share_an_axis_keep_their_own_scores() -> None:
+    """Before: one product for 4 and 6 neurons of a layer. Expected: each keeps its largest, to a budget too."""
+
+    def model(params: dict, tokens: jnp.ndarray) -> jnp.ndarray:
+        x = params["embed"][tokens]
+        a, b = jnp.split(x @ params["in"], [4], axis=-1)
+        return (x + jnp.tanh(a) @ params["a_out"] + jnp.sin(b) @ params["b_out"]) @ params["embed"].T
+
+    shapes = {"embed": (7, 6), "in": (6, 10), "a_out": (4, 6), "b_out": (6, 6)}
+    rng = np.random.default_rng(6)
+    w = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    graph = Canonicalize()(xlathe.trace(model, params=w, max_len=16))
+    plan = PruneStructured(params=0.8, score="weight").make_plan(graph, Context(batches(7)))
+    assert {group.size for group in plan.groups} == {4, 6}
+    for group in plan.groups:
+        best = np.sort(np.argsort(group.scores)[-len(group.kept) :])
+        assert len(group.scores) == group.size and group.kept == tuple(best)
+    assert np.isfinite(prune(graph, plan)(batches(7)[0])).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"heads": 0.1}, "nothing to remove: heads=0.1 takes none: groups of 2"),
+        ({"neurons": 0.01}, "nothing to remove: neurons=0.01 takes none: groups of 64, kept in multiples of 32"),
+    ],
+)
+def test_a_fraction_that_takes_nothing(options: dict, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        PruneStructured(**options)(fused(named("llama")))
+
+
+def test_taylor_scores_need_a_next_token() -> None:
+    with pytest.raises(OptionError, match="rows of two calibration tokens or more"):
+        PruneStructured(neurons=0.5, score="taylor")(fused(named("llama")), Context([np.ones((2, 1), np.int32)]))
 
 
 def test_taylor_scores_are_slopes_times_weights() -> None:
@@ -271,6 +350,8 @@ def test_too_many_layers() -> None:
 def test_quantized_weights_are_not_pruned() -> None:
     with pytest.raises(PassError, match=r"found no neurons to prune; .*xlathe\.quantized_dot has no rule"):
         PruneStructured(neurons=0.5)(Quantize()(fused(named("llama"))))
+    with pytest.raises(OptionError, match=r"params=0\.5 cannot be met: the smallest possible is"):
+        PruneStructured(params=0.5)(Quantize()(fused(named("llama"))), Context(batches(61)))
 
 
 def test_a_mean_over_neurons_is_not_zero_where_they_go() -> None:
