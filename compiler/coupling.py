@@ -15,6 +15,7 @@ from typing import Any
 from xlathe import jaxpr as ir
 from xlathe.axes import Einsum, grouped_sum
 from xlathe.dimensions import Conflict, Dimensions, Label, Labels
+from xlathe.experts import Routing, find_routings, is_of_softmax
 from xlathe.graph import Graph
 from xlathe.layout_rules import ELEMENTWISE
 from xlathe.values import is_zero, uniform_value
@@ -26,6 +27,7 @@ _ZERO_AT_ZERO = frozenset({"neg", "abs", "sign", "tanh", "sin", "sinh", "asin", 
                            "cbrt", "floor", "ceil", "round", "expm1", "log1p", "square", "convert_element_type", "copy",
                            "copy_p", "stop_gradient", "name", "reduce_precision"})  # fmt: skip
 _SPREADS = frozenset({"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "convert_element_type"})
+_OF_SOFTMAX = frozenset({"reduce_sum", "reduce_max"})
 _SAME_COUNT = 2**-8  # the last place of a bfloat16, in which one over a number of terms may be written
 _ALONG_AN_AXIS = {"cumsum": "axis", "cumprod": "axis", "cummax": "axis", "cummin": "axis", "cumlogsumexp": "axis",
                   "sort": "dimension", "unstack": "axis"}  # fmt: skip
@@ -46,6 +48,7 @@ class Coupling:
     heads: the key-value heads of each attention, in order; means: values that are a sum divided by a number of terms,
     and the axes that were summed over, in one label. A mean over fewer terms is divided by fewer. sums: the axes of
     sums that are no such means and not with weights, and where: whether they count their terms is not known.
+    routings: of the atoms that are experts; members: weights of one expert alone, the atom and its number.
     """
 
     dimensions: Dimensions
@@ -53,13 +56,18 @@ class Coupling:
     heads: tuple[Label, ...]
     means: dict[ir.Var, Label]
     sums: tuple[tuple[Label, str], ...]
+    routings: dict[int, Routing]
+    members: dict[ir.Var, tuple[int, int]]
 
 
 def couple(graph: Graph) -> Coupling:
     """Labels every value of a graph that `separate` has prepared."""
     flow = _Flow(graph)
     flow.run()
-    return Coupling(flow.dims, flow.values, tuple(flow.heads), flow.means, flow.uncounted())
+    routings = flow.routings()
+    return Coupling(
+        flow.dims, flow.values, tuple(flow.heads), flow.means, flow.uncounted(), routings, flow.members(routings)
+    )
 
 
 def separate(graph: Graph) -> Graph:
@@ -107,6 +115,8 @@ class _Flow:
         self.means: dict[ir.Var, Label] = {}
         self.summed: dict[ir.Var, tuple[Label, str]] = {}
         self.trained: set[ir.Atom] = set()  # values that are made of weights
+        self.blocked: list[tuple[Label, str]] = []  # but for experts
+        self.contracted: list[tuple[Label, str]] = []
 
     def run(self) -> None:
         for item, var in zip(self.graph.inputs, self.jaxpr.invars, strict=True):
@@ -140,6 +150,42 @@ class _Flow:
 
         return tuple(found for var, found in self.summed.items() if not is_mean(var))
 
+    def routings(self) -> dict[int, Routing]:
+        """Returns the atoms that are experts, and blocks what is blocked for all other atoms."""
+        found: dict[int, Routing] = {}
+        for routing in find_routings(self.graph):
+            operand, axis = routing.choice.invars[0], routing.choice.params["axis"]
+            weights = routing.products[0].invars[1]
+            if isinstance(operand, ir.Var) and isinstance(weights, ir.Var):
+                label = self.values[operand].labels[axis]
+                try:
+                    self.dims.unify(label, self.values[weights].labels[0])
+                except Conflict:
+                    self._block([label], routing.choice, "does not choose from all experts at once")
+                label = self.dims.resolve(label)
+                found |= {label[0]: routing} if len(label) == 1 else {}
+        for label, reason in self.blocked:
+            if not set(self.dims.resolve(label)) <= set(found):
+                self.dims.block(label, reason)
+        for var, (label, reason) in self.summed.items():
+            if not is_of_softmax(self.producer[var], self._made):
+                self.contracted.append((label, reason))
+        for label, reason in self.contracted:
+            if self.dims.atoms(label) & set(found):
+                self.dims.block(label, reason)
+        return found
+
+    def members(self, routings: dict[int, Routing]) -> dict[ir.Var, tuple[int, int]]:
+        """Returns the weights that are stacked along an axis of experts, and whose they are."""
+        found: dict[ir.Var, tuple[int, int]] = {}
+        for eqn in ir.live_equations(self.jaxpr):
+            label = self.values[eqn.outvars[0]].labels if eqn.primitive.name == "stack" else ()
+            atoms = self.dims.resolve(label[eqn.params["axis"]]) if label else ()
+            if len(atoms) == 1 and atoms[0] in routings:
+                found |= {a: (atoms[0], i) for i, a in enumerate(eqn.invars) if isinstance(a, ir.Var)}
+        inputs = set(self.jaxpr.invars)
+        return {var: place for var, place in found.items() if var in inputs}
+
     def _read(self, atom: ir.Atom) -> Coupled:
         if isinstance(atom, ir.Literal):
             return Coupled(self.dims.fresh_all(atom.aval.shape))
@@ -160,6 +206,9 @@ class _Flow:
     def _block(self, labels: Sequence[Label], eqn: ir.JaxprEqn, what: str) -> None:
         for label in labels:
             self.dims.block(label, f"{eqn.primitive.name} {what} at {ir.source_line(eqn)}")
+
+    def _block_but_experts(self, labels: Sequence[Label], eqn: ir.JaxprEqn, what: str) -> None:
+        self.blocked += [(label, f"{eqn.primitive.name} {what} at {ir.source_line(eqn)}") for label in labels]
 
     def _unknown(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
         results = [Coupled(self.dims.fresh_all(v.aval.shape)) for v in eqn.outvars]
@@ -273,7 +322,8 @@ class _Flow:
         summed = [x.labels[i] for i in axes]
         for label in summed:
             if eqn.primitive.name != "reduce_sum" or not self.dims.atoms(label) <= self._zero(x):
-                self._block([label], eqn, "would count what is removed from it")
+                block = self._block_but_experts if eqn.primitive.name in _OF_SOFTMAX else self._block
+                block([label], eqn, "would count what is removed from it")
         if eqn.primitive.name == "reduce_sum":
             self._sum(eqn, summed)
         kept = tuple(label for i, label in enumerate(x.labels) if i not in axes)
@@ -290,6 +340,8 @@ class _Flow:
             self.dims.unify(left.labels[i], right.labels[j])
             if not self.dims.atoms(left.labels[i]) <= self._zero(left) | self._zero(right):
                 self._block([left.labels[i]], eqn, "sums over it and neither side is a weight")
+        where = f"dot_general sums over it at {ir.source_line(eqn)}"
+        self.contracted += [(left.labels[i], where) for i, _ in einsum.contracted]
         if not self.trained & set(eqn.invars):
             self._sum(eqn, [left.labels[i] for i, _ in einsum.contracted])
         labels: list[Label] = [()] * eqn.outvars[0].aval.ndim
@@ -323,7 +375,7 @@ class _Flow:
         together = zip(*(o.labels for o in operands), strict=True)
         labels = [self._united(eqn, [ls for ls in same if ls]) for same in together]
         new = self.dims.fresh(eqn.outvars[0].aval.shape[axis])
-        self._block([new], eqn, "makes it")
+        self._block_but_experts([new], eqn, "makes it")
         zero = reduce(operator.and_, (self._zero(o) for o in operands))
         return [Coupled((*labels[:axis], new, *labels[axis:]), tuple(sorted(zero)))]
 
@@ -348,6 +400,13 @@ class _Flow:
         own = [self.dims.atoms(o.labels[axis]) & self._zero(o) for o in operands]
         zero = reduce(operator.and_, (self._zero(o) for o in operands)) | reduce(operator.or_, own)
         return [Coupled(labels, tuple(sorted(zero)))]
+
+    def _top_k(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
+        (x,), axis = operands, eqn.params["axis"]
+        self._block_but_experts([x.labels[axis]], eqn, "chooses from it")
+        chosen = self.dims.fresh(eqn.outvars[0].aval.shape[axis])
+        self._block([chosen], eqn, "chooses it")
+        return [Coupled((*x.labels[:axis], chosen, *x.labels[axis + 1 :]))] * 2
 
     def _gather(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
         """Rows of a table: the axes that are looked up by index are blocked, the others go on."""
@@ -391,7 +450,7 @@ class _Flow:
                 self.dims.unify(table.labels[axis], label)
             else:
                 self._block([table.labels[axis], label], eqn, "writes part of it")
-        self._block([table.labels[i] for i in found], eqn, "finds a place by it")
+        self._block_but_experts([table.labels[i] for i in found], eqn, "finds a place by it")
         zero = self._zero_of(eqn.invars[0], table) & self._zero(rows, table.labels)
         return [Coupled(table.labels, tuple(sorted(zero)))]
 
@@ -406,7 +465,8 @@ class _Flow:
         self.dims.unify(rows.labels[1], weights.labels[summed])
         if not self.dims.atoms(rows.labels[1]) <= self._zero(rows) | self._zero(weights):
             self._block([rows.labels[1]], eqn, "sums over it and neither side is a weight")
-        self._block([weights.labels[0], *sizes.labels], eqn, "finds a group by number in it")
+        self.dims.unify(weights.labels[0], sizes.labels[0])
+        self._block_but_experts([weights.labels[0]], eqn, "finds a group by number in it")
         labels = rows.labels[0], weights.labels[3 - summed]
         return [Coupled(labels, tuple(sorted(self._zero(weights, labels[1:]) | self._zero(rows, labels[:1]))))]
 

@@ -2,7 +2,7 @@
 
 Sizes are written into a program's parameters (`reshape`, `broadcast_in_dim`, slices); each is computed anew from the
 labels of the value that it describes, and so is the number of terms that a mean divides by. Weights and constants
-become smaller by recipes that take what stays.
+become smaller by recipes that take what stays; those of experts that go are gone.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from xlathe.coupling import Coupling
 from xlathe.dimensions import Kept
 from xlathe.graph import Graph, Origin, Recipe
 from xlathe.ops import OPS
+from xlathe.rewrite import drop_dead_inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +41,16 @@ class _Shrinker:
     def __init__(self, graph: Graph, coupling: Coupling, kept: Kept) -> None:
         self.graph, self.kept = graph, kept
         self.dims, self.values, self.means = coupling.dimensions, coupling.values, coupling.means
+        members = coupling.members.items()
+        self.gone = {var for var, (atom, i) in members if atom in kept and i not in set(kept[atom].tolist())}
 
     def run(self) -> Graph:
         jaxpr = self.graph.jaxpr
         avals = [jax.ShapeDtypeStruct(self._shape(v), v.aval.dtype) for v in jaxpr.invars]
         recipes, origins = [], []
         for item, var in zip(self.graph.inputs, jaxpr.invars, strict=True):
+            if var in self.gone:
+                continue
             axes = tuple(
                 (i, tuple(self.dims.kept(label, self.kept).tolist()))
                 for i, label in enumerate(self.values[var].labels)
@@ -57,7 +62,8 @@ class _Shrinker:
         weights = self.graph.weights.derive(*recipes)
         weights = dataclasses.replace(weights, origins=(*weights.origins, *origins))
         smaller = ir.trace(lambda *xs: ir.evaluate(jaxpr, xs, self._rule), *avals)
-        return self.graph.replace(jaxpr=smaller, weights=weights)
+        small = self.graph.replace(jaxpr=smaller, weights=weights)
+        return drop_dead_inputs(small, smaller, small.inputs) if self.gone else small
 
     def _shape(self, var: ir.Var) -> tuple[ir.Dim, ...]:
         return tuple(self.dims.size_of(label, self.kept) for label in self.values[var].labels)
@@ -73,6 +79,9 @@ class _Shrinker:
             return ir.bind(eqn, operands, new_sizes=self._shape(result))
         if name in ("broadcast_in_dim", "iota"):
             return ir.bind(eqn, operands, shape=self._shape(result))
+        if name == "stack":
+            left = self.dims.kept(self._labels(result)[eqn.params["axis"]], self.kept)
+            return ir.bind(eqn, [operands[i] for i in left])
         if name == "split":
             sizes = tuple(self._shape(out)[eqn.params["axis"]] for out in eqn.outvars)
             return ir.bind(eqn, operands, sizes=sizes)

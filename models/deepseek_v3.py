@@ -12,7 +12,7 @@ from xlathe.models.family import DECODER, FEED_FORWARD, Family
 from xlathe.models.layers import Block, Decoder, GatedFeedForward, linear
 from xlathe.models.moe import Choice, GroupedSigmoidRouter, SparseFeedForward
 from xlathe.models.qwen3_moe import EXPERTS
-from xlathe.models.resize import Shapes, feed_forward_sizes, stream_size
+from xlathe.models.resize import Shapes, count_experts, feed_forward_sizes, stream_size
 from xlathe.models.rope import Rope, read_rope
 from xlathe.models.settings import Settings
 from xlathe.models.sizes import Sizes, read_activation
@@ -152,7 +152,7 @@ def _resize(shapes: Shapes, settings: Settings) -> dict[str, Any]:
     sizes = {"num_attention_heads": heads, "num_key_value_heads": heads}
     ranks = {"kv_lora_rank": f"{attention}/key_value/kernel", "q_lora_rank": f"{attention}/query_up/kernel"}
     sizes |= {key: shapes[name][0] for key, name in ranks.items() if name in shapes}
-    return stream_size(shapes) | feed_forward_sizes(shapes) | sizes
+    return stream_size(shapes) | feed_forward_sizes(shapes) | count_experts(shapes, "n_routed_experts") | sizes
 
 
 FAMILY = Family(

@@ -42,7 +42,8 @@ def to_checkpoint(graph: Graph, layout: str | None = None) -> Checkpoint:
     if layout is not None:
         _check_linear(family, layout, weights)
     kept = sorted({int(name.split("/")[1]) for name in shapes if name.startswith("layers/")})
-    ours = {_renumber(name, kept): name for name in shapes}
+    experts = _experts(shapes)
+    ours = {_renumber(name, kept, experts): name for name in shapes}
     renamed = {new: shapes[old] for new, old in ours.items()}
     config = _resized(family, settings, renamed, kept)
     _check_shapes(family, config, renamed, graph.max_len)
@@ -99,9 +100,25 @@ def _check_names(family: Family, shapes: Shapes) -> None:
             )
 
 
-def _renumber(name: str, kept: list[int]) -> str:
-    parts = name.split("/")
-    return "/".join([parts[0], str(kept.index(int(parts[1]))), *parts[2:]]) if parts[0] == "layers" else name
+def _experts(shapes: Shapes) -> dict[str, list[int]]:
+    """Returns the experts that are left in each layer, by the start of their names."""
+    found: dict[str, set[int]] = {}
+    for name in shapes:
+        before, among, after = name.partition("/experts/")
+        if among:
+            found.setdefault(before, set()).add(int(after.split("/")[0]))
+    return {before: sorted(numbers) for before, numbers in found.items()}
+
+
+def _renumber(name: str, layers: list[int], experts: dict[str, list[int]]) -> str:
+    before, among, after = name.partition("/experts/")
+    if among:
+        number, *rest = after.split("/")
+        after = "/".join([str(experts[before].index(int(number))), *rest])
+    parts = before.split("/")
+    if parts[0] == "layers":
+        parts[1] = str(layers.index(int(parts[1])))
+    return "/".join(parts) + among + after
 
 
 def _resized(family: Family, settings: Settings, shapes: Shapes, kept: list[int]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from xlathe.models.family import ATTENTION, DECODER, FEED_FORWARD, Family
 from xlathe.models.layers import Block, Decoder, GatedFeedForward
 from xlathe.models.moe import Choice, SoftmaxRouter, SparseFeedForward
 from xlathe.models.qwen3 import attention
+from xlathe.models.resize import count_experts, resize_separate
 from xlathe.models.settings import Settings
 from xlathe.models.sizes import Sizes, read_activation
 
@@ -42,4 +43,9 @@ EXPERTS = {
 } | {"layers/*/feed_forward/router/gate/kernel": "model.layers.*.mlp.gate.weight"}
 """The names that most decoders with experts follow."""
 
-FAMILY = Family("Qwen3MoeForCausalLM", build, DECODER | ATTENTION | FEED_FORWARD | EXPERTS)
+FAMILY = Family(
+    "Qwen3MoeForCausalLM",
+    build,
+    DECODER | ATTENTION | FEED_FORWARD | EXPERTS,
+    resize=lambda shapes, settings: resize_separate(shapes, settings) | count_experts(shapes, "num_experts"),
+)

@@ -29,10 +29,17 @@ def feed_forward_sizes(shapes: Shapes) -> dict[str, Any]:
     return {key: widths[0] for key, widths in found.items() if widths}
 
 
+def count_experts(shapes: Shapes, name: str) -> dict[str, Any]:
+    """How many experts the router of the first layer that has one chooses from."""
+    counts = [shape[1] for ours, shape in shapes.items() if ours.endswith("router/gate/kernel")]
+    return {name: counts[0]} if counts else {}
+
+
 def resize_experts(shapes: Shapes, settings: Settings) -> dict[str, Any]:
     """Sizes of layers whose only feed-forward is of experts (Mixtral)."""
     hidden = feed_forward_sizes(shapes)["moe_intermediate_size"]
-    return stream_size(shapes) | _heads(shapes, settings) | {"intermediate_size": hidden}
+    experts = count_experts(shapes, "num_local_experts")
+    return stream_size(shapes) | _heads(shapes, settings) | {"intermediate_size": hidden} | experts
 
 
 def square_sizes(shapes: Shapes, settings: Settings, width: str, heads: str) -> dict[str, Any]:

@@ -27,9 +27,13 @@ def cost(graph: Graph, coupling: Coupling, kept: Kept) -> Cost:
         n = coupling.dimensions.size_of(label, kept)
         return int(ir.substitute(n, dict.fromkeys(ir.dim_vars(n), 1)))  # of one token of one text
 
+    def stays(var: ir.Var) -> bool:
+        atom, number = coupling.members.get(var, (-1, 0))
+        return atom not in kept or number in kept[atom]
+
     parameters = stored = 0
     for item, var in zip(graph.inputs, graph.jaxpr.invars, strict=True):
-        if item.kind == "weight":
+        if item.kind == "weight" and stays(var):
             count = math.prod(size(label) for label in coupling.values[var].labels)
             parameters += count
             stored += count * jnp.dtype(var.aval.dtype).itemsize
@@ -47,8 +51,14 @@ def cost(graph: Graph, coupling: Coupling, kept: Kept) -> Cost:
 def weight_counts(graph: Graph, coupling: Coupling, counts: Mapping[int, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns the parameters of each weight when `counts` of each atom stay, int64 [n] as each of the counts."""
     dims = coupling.dimensions
+
+    def stays(var: ir.Var) -> np.ndarray | int:
+        """Experts are alike: it is as if the first ones stayed."""
+        atom, number = coupling.members.get(var, (-1, 0))
+        return number < counts[atom] if atom in counts else 1
+
     return {
-        item.name: np.prod([_count(dims, label, counts) for label in coupling.values[var].labels], axis=0)
+        item.name: np.prod([_count(dims, label, counts) for label in coupling.values[var].labels], axis=0) * stays(var)
         for item, var in zip(graph.inputs, graph.jaxpr.invars, strict=True)
         if item.kind == "weight"
     }

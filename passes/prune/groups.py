@@ -32,7 +32,9 @@ class Groups:
         self.kinds: dict[int, Kind] = {}
         for atom in self.dims.leaves():
             fixed = atom in self.dims.blocked or ir.is_symbolic(self.dims.sizes[atom]) or atom not in self.axes
-            if not fixed and atom in heads:
+            if not fixed and atom in self.coupling.routings:
+                self.kinds[atom] = "experts"
+            elif not fixed and atom in heads:
                 self.kinds[atom] = "heads"
             elif not fixed and atom in stream:
                 self.kinds[atom] = "hidden"
@@ -58,6 +60,16 @@ class Groups:
 
     def _atoms(self, var: ir.Var) -> set[int]:
         return {a for label in self.coupling.values[var].labels for a in self.dims.atoms(label)}
+
+    def least(self, atom: int) -> int:
+        """How many indices must stay: one, or as many experts as a token gets."""
+        routing = self.coupling.routings.get(atom)
+        return 1 if routing is None else routing.chosen
+
+    def members(self, atom: int) -> dict[str, int]:
+        """Returns the weights that are of one expert alone, and its number."""
+        names = dict(zip(self.graph.jaxpr.invars, (item.name for item in self.graph.inputs), strict=True))
+        return {names[var]: number for var, (a, number) in self.coupling.members.items() if a == atom}
 
     def start(self, atom: int, place: tuple[str, int]) -> int:
         """The first index of a weight's axis that belongs to an atom."""
@@ -86,6 +98,7 @@ class Groups:
         return self.coupling.values[var].labels[axis]
 
 
+WHOLE = ("heads", "experts")  # which are counted one by one
 MULTIPLE = 32
 """Widths are kept in multiples of this where they were one: group-wise formats and vector units want it."""
 
@@ -97,7 +110,7 @@ def choose(
     groups, kept = [], {}
     for atom, kind in found.kinds.items():
         size = int(found.dims.sizes[atom])
-        count = count_kept(kind, size, removed.get(kind, 0.0))
+        count = count_kept(kind, size, removed.get(kind, 0.0), found.least(atom))
         if count == size:
             continue
         assert len(scores[atom]) == size
@@ -108,8 +121,8 @@ def choose(
     return groups, kept
 
 
-def count_kept(kind: Kind, size: int, fraction: float) -> int:
-    """Returns how many of `size` stay: at least one, and a multiple where the size was one."""
-    multiple = 1 if kind == "heads" else MULTIPLE
-    count = max(1, size - round(size * fraction))
+def count_kept(kind: Kind, size: int, fraction: float, least: int) -> int:
+    """Returns how many of `size` stay: at least `least`, and a multiple where the size was one."""
+    multiple = 1 if kind in WHOLE else MULTIPLE
+    count = max(least, size - round(size * fraction))
     return -(-count // multiple) * multiple if size % multiple == 0 else count

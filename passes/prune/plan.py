@@ -12,8 +12,13 @@ from xlathe.files import replaced
 
 FORMAT = "xlathe prune plan 1"
 UNITS = ("parameters", "bytes", "flops")
-Kind = Literal["heads", "neurons", "hidden"]
-WORDS: Mapping[Kind, str] = {"heads": "key-value heads", "neurons": "neurons", "hidden": "features of the stream"}
+Kind = Literal["heads", "neurons", "hidden", "experts"]
+WORDS: Mapping[Kind, str] = {
+    "heads": "key-value heads",
+    "neurons": "neurons",
+    "hidden": "features of the stream",
+    "experts": "experts",
+}
 SHOWN = 5  # numbers in a message
 
 
@@ -21,10 +26,11 @@ SHOWN = 5  # numbers in a message
 class Group:
     """Axes of weights that shrink together.
 
-    kind: `neurons`, `heads` (a key-value head with all query heads that share it) or `hidden` (features of the
-    residual stream). axes: (weight, axis) of every weight concerned, in the graph's order; an axis may hold more than
-    this group, as a fused projection does: start is the first index on the first axis that is the group's.
-    kept: indices that stay, ascending; scores: of all indices, the higher the more is lost by removing one.
+    kind: `neurons`, `heads` (a key-value head with all query heads that share it), `hidden` (features of the residual
+    stream) or `experts` (with their rows of the router). axes: (weight, axis) of every weight concerned, in the graph's
+    order; an axis may hold more than this group, as a fused projection does: start is the first index on the first axis
+    that is the group's. kept: indices that stay, ascending; scores: of all indices, the higher the more is lost by
+    removing one.
     """
 
     kind: Kind
@@ -132,7 +138,7 @@ def _plan(content: Any) -> PrunePlan:
 def _group(content: Any) -> Group:
     kind, size = content["kind"], content["size"]
     if kind not in WORDS or type(size) is not int:
-        raise ValueError(f"expected heads, neurons or hidden and their number, found {kind!r} and {size!r}")
+        raise ValueError(f"expected one of {', '.join(WORDS)} and their number, found {kind!r} and {size!r}")
     kept = _numbers(content["kept"], int)
     if not kept or list(kept) != sorted({n for n in kept if 0 <= n < size}):
         raise ValueError(f"kept must be ascending numbers from 0 to {size - 1}, found {list(kept)[:SHOWN]}")

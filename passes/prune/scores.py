@@ -9,9 +9,11 @@ import numpy as np
 
 from xlathe import jaxpr as ir
 from xlathe.errors import OptionError, PassError
+from xlathe.experts import is_of_softmax
 from xlathe.passes.distill.losses import cross_entropy
 from xlathe.passes.observe import check_calibration, find_products, observe
 from xlathe.passes.prune.groups import Groups
+from xlathe.passes.quantize.experts import find_experts
 from xlathe.passes.quantize.uses import plan_weights
 from xlathe.pipeline import Context
 
@@ -44,7 +46,9 @@ def activation_scores(found: Groups, context: Context) -> dict[int, np.ndarray]:
     weights read, which are outputs of norms (Muralidharan et al. 2024, https://arxiv.org/abs/2407.14679).
     """
     stats = observe(found.graph, context.calibration, progress=context.progress).inputs
-    layouts, _ = plan_weights(found.graph, list(found.graph.names("weight")))
+    names = list(found.graph.names("weight"))
+    layouts, experts = plan_weights(found.graph, names)[0], find_experts(found.graph, dict.fromkeys(names))[0]
+    layouts = {**layouts, **{name: group.layout for group in experts for name in group.names}}
     scores = {atom: np.zeros(int(found.dims.sizes[atom])) for atom in found.kinds}
     for name, seen in stats.items():
         labels = [found.label(name, axis) for axis in layouts[name].contracted]
@@ -52,7 +56,8 @@ def activation_scores(found: Groups, context: Context) -> dict[int, np.ndarray]:
             if any(atom in found.dims.atoms(label) for label in labels):
                 found.add(scores[atom], seen.sum_squares, labels, atom)
     scores = {atom: np.sqrt(total) for atom, total in scores.items()}
-    return scores | {a: _stream_scores(found, a, context) for a, kind in found.kinds.items() if kind == "hidden"}
+    scores |= {a: _stream_scores(found, a, context) for a, kind in found.kinds.items() if kind == "hidden"}
+    return scores | _expert_scores(found, context)
 
 
 def _stream_scores(found: Groups, atom: int, context: Context) -> np.ndarray:
@@ -84,6 +89,36 @@ def _stream_scores(found: Groups, atom: int, context: Context) -> np.ndarray:
     return total
 
 
+def _expert_scores(found: Groups, context: Context) -> dict[int, np.ndarray]:
+    """L2 norm over calibration tokens of what experts give, times their probability where they are chosen by it."""
+    graph = found.graph
+    routings = {a: found.coupling.routings[a] for a, kind in found.kinds.items() if kind == "experts"}
+    made = ir.producers(graph.jaxpr.eqns)
+    probable = {a: is_of_softmax(each.choice, lambda v: made.get(v) if isinstance(v, ir.Var) else None)
+                for a, each in routings.items()}  # fmt: skip
+    values = [v for r in routings.values() for v in (r.products[-1].outvars[0], r.sizes, r.choice.outvars[0], r.order)]
+    if not values:
+        return {}
+    exposed = ir.expose(graph.jaxpr, values)  # type: ignore[arg-type]
+
+    @jax.jit
+    def run(arrays: Mapping[str, jax.Array], batch: Mapping[str, jax.Array]) -> list[jax.Array]:
+        _, *seen = graph.evaluate(exposed, arrays, batch)
+        sums = []
+        for i, is_probable in enumerate(probable.values()):
+            rows, sizes, weights, order = seen[4 * i : 4 * i + 4]
+            squares = jnp.square(rows.astype(jnp.float32)).sum(-1)
+            if is_probable:
+                squares *= jnp.square(weights.astype(jnp.float32).reshape(-1)[order])
+            experts = jnp.repeat(jnp.arange(len(sizes)), sizes, total_repeat_length=len(rows))
+            sums.append(jnp.zeros(len(sizes)).at[experts].add(squares))
+        return sums
+
+    batches = check_calibration(graph, context.calibration)
+    found_sums = [[np.asarray(each, np.float64) for each in run(graph.arrays, batch)] for batch in batches]
+    return {atom: np.sqrt(sum(sums)) for atom, *sums in zip(routings, *found_sums, strict=True)}
+
+
 def taylor_scores(found: Groups, context: Context) -> dict[int, np.ndarray]:
     """What the loss of the next token would change by to first order: |sum w dL/dw| over an index's weights.
 
@@ -113,7 +148,8 @@ def taylor_scores(found: Groups, context: Context) -> dict[int, np.ndarray]:
 
 
 def _named(found: Groups) -> list[str]:
-    return list(dict.fromkeys(name for atom in found.kinds for name, _ in found.axes[atom]))
+    own = (name for atom in found.kinds for name in found.members(atom))
+    return list(dict.fromkeys([*(name for atom in found.kinds for name, _ in found.axes[atom]), *own]))
 
 
 def _sums(found: Groups, arrays: Mapping[str, np.ndarray]) -> dict[int, np.ndarray]:
@@ -124,4 +160,6 @@ def _sums(found: Groups, arrays: Mapping[str, np.ndarray]) -> dict[int, np.ndarr
         for name, axis in found.axes[atom]:
             others = tuple(i for i in range(arrays[name].ndim) if i != axis)
             found.add(sums[atom], arrays[name].sum(axis=others), [found.label(name, axis)], atom)
+        for name, number in found.members(atom).items():
+            sums[atom][number] += arrays[name].sum()
     return sums

@@ -26,7 +26,7 @@ from xlathe.shrink import shrink
 from xlathe.verify import compare
 
 TRIED: Final = 8  # candidates whose predictions are compared
-STEPS: Final[Mapping[Kind, int]] = {"heads": 16, "neurons": 64, "hidden": 16}  # the grid of each kind, in parts of it
+STEPS: Final[Mapping[Kind, int]] = {"heads": 16, "neurons": 64, "hidden": 16, "experts": 16}  # parts of each kind
 
 
 @final
@@ -134,7 +134,7 @@ def _too_small(budget: Budget, smallest: int, whole: int) -> str:
 
 def _counts(found: Groups, atom: int, removed: np.ndarray) -> np.ndarray:
     size, kind = int(found.dims.sizes[atom]), found.kinds[atom]
-    known = {fraction: count_kept(kind, size, fraction) for fraction in np.unique(removed).tolist()}
+    known = {fraction: count_kept(kind, size, fraction, found.least(atom)) for fraction in np.unique(removed).tolist()}
     return np.array([known[fraction] for fraction in removed.tolist()], np.int64)
 
 

@@ -11,8 +11,8 @@ from xlathe.errors import OptionError, PassError
 from xlathe.graph import Graph, Record
 from xlathe.passes.prune.cost import cost
 from xlathe.passes.prune.depth import block_influence, without_layers
-from xlathe.passes.prune.groups import MULTIPLE, Groups, choose
-from xlathe.passes.prune.plan import Group, Kind, PrunePlan
+from xlathe.passes.prune.groups import MULTIPLE, WHOLE, Groups, choose
+from xlathe.passes.prune.plan import WORDS, Group, Kind, PrunePlan
 from xlathe.passes.prune.scores import BY_WEIGHT, SCORES, Score, score_groups
 from xlathe.passes.prune.search import Budget, least, search
 from xlathe.pipeline import APPROXIMATE, Context, Keeps, Pass, is_forward
@@ -27,9 +27,10 @@ UNCUT = "features of the stream are left alone: by the size of weights (score={}
 class PruneStructured(Pass):
     """Removes the least important part of every group of coupled dimensions, and whole layers.
 
-    heads, neurons, hidden: the fraction to remove of each group, 0 <= fraction < 1. A head group is a key-value head
-    with the query heads that share it; neurons are inner dimensions between weights that belong to neither attention
-    nor the residual stream; hidden is the features of that stream, whose norms then count the features that are kept.
+    heads, neurons, hidden, experts: the fraction to remove of each group, 0 <= fraction < 1. A head group is a
+    key-value head with the query heads that share it; neurons are inner dimensions between weights that belong to
+    neither attention nor the residual stream; hidden is the features of that stream, whose norms then count the
+    features that are kept. An expert goes with its row of the router, and as many stay as a token gets.
     layers: how many to remove, those that change the residual stream least (block influence,
     Men et al. 2024, https://arxiv.org/abs/2403.03853), which needs calibration tokens.
     params, megabytes: a budget instead, as a fraction of the parameters or in 10^6 bytes of weights: `search` finds
@@ -55,9 +56,10 @@ class PruneStructured(Pass):
     params: float | None = None
     megabytes: float | None = None
     force: bool = False
+    experts: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("heads", "neurons", "hidden"):
+        for name in WORDS:
             fraction = getattr(self, name)
             if not isinstance(fraction, int | float) or not 0 <= fraction < 1:
                 raise OptionError(f"prune_structured: {name} is the fraction to remove, 0 to below 1, got {fraction}")
@@ -74,14 +76,15 @@ class PruneStructured(Pass):
         if not isinstance(self.plan, str | None):
             raise OptionError(f"prune_structured: plan is the path of a file, got {self.plan!r}")
         self._check_budget()
-        shape = self.heads or self.neurons or self.hidden or self.layers
+        shape = self.heads or self.neurons or self.hidden or self.experts or self.layers
         if self.plan is not None and (shape or self._budget is not None):
             raise OptionError(
-                "prune_structured: a plan is replayed as it is; leave out heads, neurons, hidden, layers and budgets"
+                "prune_structured: a plan is replayed as it is; leave out heads, neurons, hidden, experts, layers and "
+                "budgets"
             )
         if self._budget is not None and shape:
             raise OptionError(
-                "prune_structured: a budget finds the shape; leave out heads, neurons, hidden and layers"
+                "prune_structured: a budget finds the shape; leave out heads, neurons, hidden, experts and layers"
             )
 
     def _check_budget(self) -> None:
@@ -99,13 +102,13 @@ class PruneStructured(Pass):
 
     def make_plan(self, graph: Graph, context: Context) -> PrunePlan:
         """Returns what this pass would do to the graph, without doing it."""
-        removed: dict[Kind, float] = {"heads": self.heads, "neurons": self.neurons, "hidden": self.hidden}
+        removed: dict[Kind, float] = {kind: getattr(self, kind) for kind in WORDS}
         if self._budget is not None:
             kinds: list[Kind] = [kind for kind in removed if kind != "hidden" or self._may_cut_hidden]
             plan = search(separate(graph), self._budget, self.score, kinds, context)
             return plan if self._may_cut_hidden else dataclasses.replace(plan, notes=(UNCUT.format(self.score),))
         if not (any(removed.values()) or self.layers):
-            raise OptionError("nothing to remove; give heads, neurons, hidden, layers, params, megabytes or a plan")
+            raise OptionError(f"nothing to remove; give {', '.join(WORDS)}, layers, params, megabytes or a plan")
         graph = separate(graph)
         influence = block_influence(graph, context) if self.layers else ()
         gone = least(influence, self.layers)
@@ -142,7 +145,7 @@ def _whole(found: Groups, groups: Sequence[Group], removed: Mapping[Kind, float]
     sizes = {kind: sorted({int(found.dims.sizes[a]) for a, k in found.kinds.items() if k == kind}) for kind in removed}
     return tuple(
         f"{kind}={fraction} takes none: groups of {', '.join(map(str, sizes[kind]))}"
-        + ("" if kind == "heads" else f", kept in multiples of {MULTIPLE} where they are such")
+        + ("" if kind in WHOLE else f", kept in multiples of {MULTIPLE} where they are such")
         for kind, fraction in removed.items()
         if fraction and kind not in cut
     )
@@ -150,7 +153,7 @@ def _whole(found: Groups, groups: Sequence[Group], removed: Mapping[Kind, float]
 
 def record(plan: PrunePlan) -> Record:
     """Returns what the history of a graph says of a plan that was carried out."""
-    hits = {"heads": 0, "neurons": 0, "hidden": 0, "layers": len(plan.layers)}
+    hits = {**dict.fromkeys(WORDS, 0), "layers": len(plan.layers)}
     for group in plan.groups:
         hits[group.kind] += group.size - len(group.kept)
     notes = (f"removed {plan.removed}", *plan.summary)

@@ -4,30 +4,36 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import xlathe as xl
 from tests.models.parity import cases
 from tests.models.tiny import tiny_checkpoint
 from tests.passes.decoding import difference
 from tests.passes.prune.masks import masked
+from xlathe import jaxpr as ir
 from xlathe import passes
 from xlathe.coupling import couple, separate
 from xlathe.graph import Graph
+from xlathe.models.moe import Choice, SoftmaxRouter, SparseFeedForward
 from xlathe.models.pretrained import to_graph
 from xlathe.passes.prune import PrunePlan, prune
 from xlathe.passes.prune.cost import cost
 from xlathe.passes.prune.groups import Groups
 from xlathe.passes.prune.plan import Group, Kind
+from xlathe.pipeline import Context
 from xlathe.shrink import shrink
 
 FAMILIES = (cases.LLAMA, cases.MISTRAL, cases.QWEN2, cases.QWEN3, cases.GEMMA2, cases.GEMMA3, cases.PHI3, cases.GPT2,
             cases.GPT_NEOX, cases.MIXTRAL, cases.QWEN3_MOE, cases.DEEPSEEK_V3)  # fmt: skip
+WITH_EXPERTS = (cases.MIXTRAL, cases.QWEN3_MOE)
 DIFFERENT = (cases.LLAMA, cases.PHI3, cases.GPT2, cases.GPT_NEOX, cases.MIXTRAL, cases.DEEPSEEK_V3)
 SQUARE = ("gpt2", "gpt_neox")  # whose heads fill the stream
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 9), dtype=np.int32)
-KEPT = {"heads": 0.75, "neurons": 0.5, "hidden": 0.75}
+KEPT = {"heads": 0.75, "neurons": 0.5, "hidden": 0.75, "experts": 0.75}
 
 
 def config_of(family: cases.Family, **changes: Any) -> dict[str, Any]:
@@ -76,6 +82,78 @@ def test_equals_the_masked_graph_and_so_does_what_is_saved(graph: Graph, tmp_pat
     assert cost(small, couple(small), {}) == plan.after
     small.save_pretrained(tmp_path)
     assert difference(logits_of(xl.from_pretrained(tmp_path, max_len=16)), logits) <= 1e-5
+
+
+@pytest.mark.parametrize("graph", WITH_EXPERTS, ids=lambda family: family.model_type, indirect=True)
+def test_without_experts_it_is_the_graph_whose_router_never_chooses_them(graph: Graph, tmp_path: Path) -> None:
+    plan = plan_of(graph, "experts", "neurons")
+    assert {(len(g.kept), g.size) for g in plan.groups if g.kind == "experts"} == {(3, 4)}
+    small = prune(graph, plan)
+    logits = logits_of(small)
+    assert difference(logits, logits_of(unchosen(masked(graph, plan), plan))) <= 1e-5
+    assert cost(small, couple(small), {}) == plan.after
+    assert plan.after.parameters == sum(np.size(small.weights[name]) for name in small.names("weight"))
+    small.save_pretrained(tmp_path)
+    again = xl.from_pretrained(tmp_path, max_len=16)
+    assert difference(logits_of(again), logits) <= 1e-5
+    assert again.card is not None and 3 in [again.card.config.get(k) for k in ("num_experts", "num_local_experts")]
+
+
+def unchosen(graph: Graph, plan: PrunePlan) -> Graph:
+    """Gives experts that a plan removes no chance: their logits are -inf."""
+    gone = {g.axes[0][0]: np.setdiff1d(np.arange(g.size), g.kept) for g in plan.groups if g.kind == "experts"}
+    names = {var: item.name for var, item in zip(graph.jaxpr.invars, graph.inputs, strict=True)}
+
+    def rule(eqn: ir.JaxprEqn, operands: list) -> list | None:
+        router = next((names[a] for a in eqn.invars if isinstance(a, ir.Var) and names.get(a) in gone), None)
+        if router is None:
+            return None
+        (logits,) = ir.bind(eqn, operands)
+        for expert in gone[router].tolist():
+            logits = jnp.where(jnp.arange(logits.shape[-1]) == expert, -jnp.inf, logits)
+        return [logits]
+
+    return graph.replace(jaxpr=ir.retrace(graph.jaxpr, rule))
+
+
+def test_experts_that_are_chosen_by_groups_stay() -> None:
+    graph = graph_of(config_of(cases.DEEPSEEK_V3))
+    with pytest.raises(xl.PassError, match="found no experts to prune; "):
+        passes.PruneStructured(experts=0.5)(graph)
+
+
+class Mixed(nnx.Module):
+    """Experts on embeddings, and nothing else."""
+
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.embed = nnx.Embed(64, 16, rngs=rngs)
+        router = SoftmaxRouter(16, Choice(experts=6, chosen=2), rngs=rngs)
+        self.experts = SparseFeedForward(16, 12, router, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = self.embed(tokens)
+        return self.embed.attend(x + self.experts(x))
+
+
+def test_scores_of_experts_are_norms_of_what_they_give() -> None:
+    """Expected: of the tokens that chose it, the norm of probability times output, in NumPy; as many as chosen stay."""
+    model = Mixed()
+    x = np.asarray(model.embed.embedding[...], np.float64)[TOKENS.reshape(-1)]
+    logits = x @ np.asarray(model.experts.router.gate.kernel[...])
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    scores = np.zeros(6)
+    for i, expert in enumerate(model.experts.experts):
+        gate, up, down = (np.asarray(part.kernel[...]) for part in (expert.gate, expert.up, expert.down))
+        given = (x @ gate / (1 + np.exp(-x @ gate)) * (x @ up)) @ down
+        chosen = (shares > shares[:, [i]]).sum(1) < 2
+        scores[i] = np.linalg.norm((shares[:, [i]] * given)[chosen])
+    plan = passes.PruneStructured(experts=0.9, score="activation").make_plan(
+        passes.Canonicalize()(xl.trace(model, max_len=16)), Context([TOKENS])
+    )
+    (group,) = plan.groups
+    np.testing.assert_allclose(group.scores, scores, rtol=1e-4)
+    assert group.kept == tuple(np.sort(np.argsort(scores)[-2:])) and plan.removed == "4 of 6 experts"
 
 
 @pytest.mark.parametrize("graph", DIFFERENT, ids=lambda family: family.model_type, indirect=True)
