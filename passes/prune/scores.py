@@ -99,7 +99,7 @@ def _expert_scores(found: Groups, context: Context) -> dict[int, np.ndarray]:
     values = [v for r in routings.values() for v in (r.products[-1].outvars[0], r.sizes, r.choice.outvars[0], r.order)]
     if not values:
         return {}
-    exposed = ir.expose(graph.jaxpr, values)  # type: ignore[arg-type]
+    exposed = ir.expose(graph.jaxpr, values)
 
     @jax.jit
     def run(arrays: Mapping[str, jax.Array], batch: Mapping[str, jax.Array]) -> list[jax.Array]:
