@@ -153,7 +153,8 @@ def _whole(found: Groups, groups: Sequence[Group], removed: Mapping[Kind, float]
 
 def record(plan: PrunePlan) -> Record:
     """Returns what the history of a graph says of a plan that was carried out."""
-    hits: dict[str, int] = {**{kind: 0 for kind in WORDS}, "layers": len(plan.layers)}
+    hits: dict[str, int] = dict.fromkeys((*WORDS, "layers"), 0)
+    hits["layers"] = len(plan.layers)
     for group in plan.groups:
         hits[group.kind] += group.size - len(group.kept)
     notes = (f"removed {plan.removed}", *plan.summary)
