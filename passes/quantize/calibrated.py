@@ -3,7 +3,9 @@
 import abc
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, Literal, final
 
 import jax
@@ -16,6 +18,8 @@ from xlathe.passes.quantize.method import Method, WeightMethod
 from xlathe.stats import InputStats
 from xlathe.storage import Blocks, Format, Scaled, Steps
 
+SEARCHED_AT_ONCE = 1 << 16
+"""Weights whose scales are searched for in one go."""
 NO_LEVELS = "it chooses levels and scales, which this format does not have"
 
 
@@ -69,14 +73,16 @@ def _importance(stats: InputStats) -> np.ndarray:
 
 
 def _searched(weight: jax.Array, stored: Scaled, stats: InputStats) -> Steps:
-    """Columns count by the mean of x^2. Some rows at a time where they share nothing, to hold less."""
+    """Columns count by the mean of x^2. Rows that share nothing go a few at a time, as fit into a cache."""
     importance = jnp.asarray(_importance(stats))
     apart = stored.rows == 1 and stored.scale != "e4m3"
-    rows = max(gptq.AT_ONCE // weight.shape[1], 1) if apart else len(weight)
-    parts = [
-        jax.block_until_ready(search.search_steps(weight[i : i + rows], importance, stored))
-        for i in range(0, len(weight), rows)
-    ]
+    rows = max(SEARCHED_AT_ONCE // weight.shape[1], 1) if apart else len(weight)
+
+    def some(start: int) -> Steps:
+        return jax.block_until_ready(search.search_steps(weight[start : start + rows], importance, stored))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = list(pool.map(some, range(0, len(weight), rows)))
     return parts[0] if len(parts) == 1 else jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
 
 
