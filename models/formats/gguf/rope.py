@@ -115,7 +115,8 @@ def _llama3_settings(factors: np.ndarray, theta: float, original: int | None) ->
     """Finds the settings that make the factors; where there are none, LongRoPE with these factors is the same."""
     factor = float(factors.max())
     for length in ORIGINALS if original is None else (original, *ORIGINALS):
-        made = llama3_factors(theta, 2 * len(factors), factor, LOW, HIGH, length)
+        with np.errstate(all="ignore"):  # a damaged file has factors of any kind, which nothing makes
+            made = llama3_factors(theta, 2 * len(factors), factor, LOW, HIGH, length)
         if np.allclose(made, factors, rtol=1e-4, atol=0):
             return {
                 "rope_type": "llama3",

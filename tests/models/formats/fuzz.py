@@ -16,12 +16,16 @@ from pathlib import Path
 import numpy as np
 
 from tests.models.formats.gguf.build import small
+from tests.models.layouts.cases import Case
+from tests.models.layouts.write_models import quantized_graph
 from xlathe.card import Card
 from xlathe.errors import CheckpointError
 from xlathe.models.checkpoint import Checkpoint, Tensor
 from xlathe.models.formats.gguf import read_gguf, write_gguf
 from xlathe.models.formats.gguf.blocks import as_tensor
 from xlathe.models.formats.gguf.container import open_container
+from xlathe.models.formats.huggingface import CONFIG as CONFIG_FILE
+from xlathe.models.formats.huggingface import WEIGHTS, read_huggingface
 from xlathe.safetensors_file import read_safetensors, write_safetensors
 
 SLOW = 5.0  # seconds a file of a few kB, on a busy machine
@@ -34,6 +38,12 @@ CONFIG = {
     "rope_theta": 1e4, "rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
 }  # fmt: skip
+LAID_OUT = (
+    Case("gptq", "int4:g32"),
+    Case("awq", "int4:g32,asym"),
+    Case("compressed-tensors", "int4:g32"),
+    Case("compressed-tensors", "fp8_e4m3:b32x32"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +69,23 @@ def targets(folder: Path) -> tuple[Target, ...]:
         Target("container", (small(), *whole), read_container),
         Target("gguf", whole, lambda path: read_all(read_gguf(path).tensors)),
         Target("safetensors", ((folder / "safetensors").read_bytes(),), lambda path: read_all(read_safetensors(path))),
+        Target("layouts", tuple(laid_out(case, folder / case.layout) for case in LAID_OUT), read_laid_out),
     )
+
+
+def laid_out(case: Case, folder: Path) -> bytes:
+    """Returns the configuration of a quantized model in another tool's layout, a zero, and its file of tensors."""
+    quantized_graph(case).save_pretrained(folder, layout=case.layout)
+    return (folder / CONFIG_FILE).read_bytes() + b"\0" + (folder / WEIGHTS).read_bytes()
+
+
+def read_laid_out(path: Path) -> None:
+    config, _, tensors = path.read_bytes().partition(b"\0")
+    folder = path.with_name(f"{path.name}-folder")
+    folder.mkdir(exist_ok=True)
+    (folder / CONFIG_FILE).write_bytes(config)
+    (folder / WEIGHTS).write_bytes(tensors)
+    read_all(read_huggingface(folder).tensors)
 
 
 def _shapes() -> dict[str, tuple[int, ...]]:
