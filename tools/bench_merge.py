@@ -1,8 +1,8 @@
 """Measures merges of three checkpoints of 1B parameters, bfloat16: time and memory, beside mergekit's.
 
-`python -m xlathe.tools.bench_merge [MERGEKIT-YAML]` takes the path of that command in an environment of its own (10 GB
-of a temporary directory); without it, xlathe's alone are measured. Runs take turns. Linux tells memory apart from files
-that are mapped.
+`python -m xlathe.tools.bench_merge [MERGEKIT-YAML [CONFIG-JSON [METHOD...]]]` takes the path of that command in an
+environment of its own (10 GB of a temporary directory); without it, xlathe's alone are measured. Runs take turns. Linux
+tells memory apart from files that are mapped.
 """
 
 import dataclasses
@@ -25,7 +25,14 @@ from xlathe.tools.bench_memory import BESIDE, COPIES, EVERY
 from xlathe.tools.process_memory import memory_of
 
 SHAPE: Final = {**ONE_B, "vocab_size": 32000, "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
-METHODS: Final = ("linear", "task_arithmetic", "ties")
+SPARSE: Final = {"weight": 0.5, "density": 0.5}
+METHODS: Final = {  # what each model is given
+    "linear": {"weight": 0.5},
+    "task_arithmetic": {"weight": 0.5},
+    **dict.fromkeys(("ties", "dare_ties", "della"), SPARSE),
+    "karcher": {},
+    "model_stock": {},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +73,9 @@ def measure(
 
 
 def _recipe(method: str, folder: Path) -> dict[str, Any]:
-    given = {"weight": 0.5} | ({"density": 0.5} if method == "ties" else {})
-    based = {} if method == "linear" else {"base_model": str(folder / "base")}
+    based = {} if method in ("linear", "karcher") else {"base_model": str(folder / "base")}
     names = ("a", "b") if based else ("base", "a", "b")
-    models = [{"model": str(folder / name), "parameters": given} for name in names]
+    models = [{"model": str(folder / name), "parameters": METHODS[method]} for name in names]
     return {"merge_method": method, "dtype": "bfloat16", "models": models, **based}
 
 
@@ -89,7 +95,7 @@ def _run(words: Sequence[str], folder: Path) -> tuple[float, int, int]:
     return time.perf_counter() - start, peak, with_files
 
 
-def main(mergekit: str | None, config: dict[str, object], methods: Sequence[str] = METHODS) -> None:
+def main(mergekit: str | None, config: dict[str, object], methods: Sequence[str] = tuple(METHODS)) -> None:
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for each in measure(config, Path(folder), mergekit, methods):
@@ -101,6 +107,5 @@ def main(mergekit: str | None, config: dict[str, object], methods: Sequence[str]
 
 
 if __name__ == "__main__":
-    main(
-        sys.argv[1] if len(sys.argv) > 1 else None, {**SHAPE, **json.loads(sys.argv[2] if len(sys.argv) > 2 else "{}")}
-    )
+    path, config, *methods = [*sys.argv[1:], *("", "{}")[len(sys.argv) - 1 :]]
+    main(path or None, {**SHAPE, **json.loads(config)}, methods or tuple(METHODS))

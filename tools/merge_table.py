@@ -7,7 +7,7 @@ is trained on the tests of Python's standard library, one on JAX, as they are in
 import math
 import sys
 import sysconfig
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files as installed
 from pathlib import Path
 from typing import Any, Final
@@ -25,14 +25,19 @@ from xlathe.models.demo.evaluate import rows_of
 from xlathe.models.demo.train import Params, Plan, fit, make_loss
 from xlathe.models.family import find_family
 from xlathe.models.naming import assign, is_turned, their_name
+from xlathe.passes import Canonicalize, FuseAttention
+from xlathe.passes.merge.combine import combine
 from xlathe.passes.merge.merge import merge
 from xlathe.passes.merge.recipe import parse_recipe
-from xlathe.passes.merge.statistics import fisher
+from xlathe.passes.merge.statistics import fisher, regmean
+from xlathe.passes.observe import observe
+from xlathe.pipeline import Pipeline
 from xlathe.safetensors_file import Tensor
+from xlathe.tools.source import trace_demo
 
 PLAN: Final = Plan(steps=100, decay_steps=50, rows=4, context=256, learning_rate=2e-3)
 SCORED: Final = 8_192  # held-out tokens of each domain
-SAMPLES: Final = 16  # rows of training text that Fisher information is taken from
+SAMPLES: Final = 16  # rows of training text that Fisher information and RegMean's activations are taken from
 HALF: Final = {"weight": 0.5}
 WHOLE: Final = {"weight": 1.0}
 SPARSE: Final = {"density": 0.5}
@@ -76,12 +81,16 @@ def params_of(checkpoint: Checkpoint, like: Params) -> Params:
     shapes = {name: array.shape for name, array in _flat(like).items()}
     family = find_family(checkpoint.card.config, checkpoint.where)
     found = assign(family, shapes, checkpoint, "float32", finite=True)
-    keys = {"/".join(map(str, key)): key for key in flatten_dict(like)}
-    return unflatten_dict({keys[name]: jnp.asarray(tensor.read()) for name, tensor in found.items()})
+    return _nested({name: jnp.asarray(tensor.read()) for name, tensor in found.items()}, like)
 
 
 def _flat(params: Params) -> dict[str, Any]:
     return {"/".join(map(str, key)): value for key, value in flatten_dict(params).items()}
+
+
+def _nested(arrays: Mapping[str, Any], like: Params) -> Params:
+    """Undoes `_flat`."""
+    return unflatten_dict({key: arrays["/".join(map(str, key))] for key in flatten_dict(like)})
 
 
 def recipe_of(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,13 +106,37 @@ def recipe_of(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return {"merge_method": method, "models": others, "parameters": dict(given), **based}
 
 
+def samples(tokens: np.ndarray) -> np.ndarray:
+    """Returns rows of training text, far from each other."""
+    return rows_of(tokens, PLAN.context)[:: len(tokens) // PLAN.context // SAMPLES][:SAMPLES]
+
+
 def information(loss: Callable[[Params, jax.Array], jax.Array], params: Params, tokens: np.ndarray) -> Params:
     """Returns the mean square of the gradients of rows' losses, as `params`."""
     take = jax.jit(jax.grad(loss))
     total = jax.tree.map(jnp.zeros_like, params)
-    for row in rows_of(tokens, PLAN.context)[:: len(tokens) // PLAN.context // SAMPLES][:SAMPLES]:
+    for row in samples(tokens):
         total = jax.tree.map(lambda t, g: t + g * g / SAMPLES, total, take(params, row[None]))
     return total
+
+
+def regmean_of(models: Sequence[Params], texts: Sequence[np.ndarray]) -> Params:
+    """Returns RegMean of matrices by the activations of each model on its own text, and the mean of all else."""
+    graph = Pipeline([Canonicalize(), FuseAttention()])(trace_demo("target"))
+    family = find_family(demo.card("target").config, "table")
+    seen = [
+        observe(graph.with_weights(_flat(params)), [row[None, :-1] for row in samples(text)], gram=True).inputs
+        for params, text in zip(models, texts, strict=True)
+    ]
+    merged = {}
+    for name in _flat(models[0]):
+        arrays = [_flat(params)[name] for params in models]
+        if is_turned(family, name):
+            grams = [jnp.asarray(stats[name].gram, jnp.float32) for stats in seen]
+            merged[name] = regmean([array.T for array in arrays], grams).T
+        else:
+            merged[name] = combine(arrays, [1 / len(arrays)] * len(arrays))
+    return _nested(merged, models[0])
 
 
 def main(folder: Path) -> None:
@@ -131,6 +164,7 @@ def main(folder: Path) -> None:
         show(f"`{method}`", ", ".join(f"{key} {value}" for key, value in given.items()), params_of(merged, shipped))
     found = [information(loss, models[domain], texts[domain][0]) for domain in PARENTS]
     pairs = [models[domain] for domain in PARENTS]
+    show("RegMean", f"{SAMPLES} rows", regmean_of(pairs, [texts[domain][0] for domain in PARENTS]))
     show("Fisher", f"{SAMPLES} rows", jax.tree.map(lambda *x: fisher(list(x[:2]), list(x[2:])), *pairs, *found))
 
 

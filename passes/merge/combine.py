@@ -31,7 +31,7 @@ def _combine(tensors: Sequence[jax.Array], coefficients: jax.Array) -> jax.Array
     return add(terms)
 
 
-def add(terms: Iterable[jax.Array]) -> jax.Array:
+def add[Array: (jax.Array, np.ndarray)](terms: Iterable[Array]) -> Array:
     """Returns the sum of arrays, of which there is at least one, in their order."""
     return functools.reduce(operator.add, terms)
 

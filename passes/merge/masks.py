@@ -13,12 +13,6 @@ Rescale = Literal["none", "keep_prob", "l1"]
 stays; or times what restores the sum of magnitudes."""
 
 
-def largest(magnitude: jax.Array, count: int) -> jax.Array:
-    """Marks the `count` largest of float32 magnitudes [...], at least one, of equal ones those that come first: bool
-    [...]. NaN is larger than all."""
-    return marks(magnitude, find_band(lambda: [magnitude], 0, count))
-
-
 def marks(values: jax.Array, band: Band, start: int = 0) -> jax.Array:
     """Says which numbers have a magnitude in the band: bool [...]. start: the place of the first one in all."""
     end, begin = (min(max(place - start, 0), (1 << 31) - 1) for place in (band.end, band.start))
@@ -59,27 +53,45 @@ def _marked(delta: jax.Array, marked: jax.Array, density: float, rescale: Rescal
 
 
 @functools.partial(jax.jit, static_argnames="rescale")
-def by_chance(key: jax.Array, delta: jax.Array, *, density: float, rescale: Rescale = "keep_prob") -> jax.Array:
-    """Keeps each number with the probability `density` (DARE: Yu et al. 2024, arXiv 2311.03099)."""
-    kept = jnp.where(jax.random.bernoulli(key, density, delta.shape), delta, 0)
+def by_chance(
+    key: jax.Array, delta: jax.Array, *, density: float, rescale: Rescale = "keep_prob", row: int = 0
+) -> jax.Array:
+    """Keeps each number with the probability `density` (DARE: Yu et al. 2024, arXiv 2311.03099).
+
+    row: the place of the first row, the last axis, in the whole: draws depend on the key and on places alone.
+    """
+    kept = jnp.where(_draws(key, delta, row) < density, delta, 0)
     return _rescaled(delta, kept, density, rescale)
 
 
 @functools.partial(jax.jit, static_argnames="rescale")
 def by_chance_and_size(
-    key: jax.Array, delta: jax.Array, *, density: float, epsilon: float = 0.15, rescale: Rescale = "keep_prob"
+    key: jax.Array,
+    delta: jax.Array,
+    *,
+    density: float,
+    epsilon: float = 0.15,
+    rescale: Rescale = "keep_prob",
+    row: int = 0,
 ) -> jax.Array:
     """Keeps each number with a probability that rises with its rank in its row, the last axis, from density - epsilon
     to density + epsilon (DELLA: Deep et al. 2024, arXiv 2406.11617); equal ones by their place.
 
-    Rows of one number have the probability `density`.
+    Rows of one number have the probability `density`. row: as of `by_chance`.
     """
     width = delta.shape[-1] if delta.ndim else 1
     ranks = jnp.argsort(jnp.argsort(jnp.abs(delta).reshape(-1, width), axis=-1), axis=-1)
     share = ranks.astype(jnp.float32) / max(width - 1, 1) if width > 1 else jnp.full(ranks.shape, 0.5)
     chance = (density - epsilon + 2 * epsilon * share).reshape(delta.shape)
-    kept = jnp.where(jax.random.uniform(key, delta.shape) < chance, delta, 0)
+    kept = jnp.where(_draws(key, delta, row) < chance, delta, 0)
     return _rescaled(delta, kept, chance, rescale)
+
+
+def _draws(key: jax.Array, like: jax.Array, row: int) -> jax.Array:
+    """Returns numbers between 0 and 1, each row's by a key of its own."""
+    width = like.shape[-1] if like.ndim else 1
+    places = row + jnp.arange(like.size // max(width, 1))
+    return jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i), (width,)))(places).reshape(like.shape)
 
 
 def kept_count(size: int, density: float) -> int:

@@ -16,7 +16,8 @@ import numpy as np
 
 from xlathe.errors import CheckpointError, OptionError, XlatheError
 from xlathe.models.checkpoint import Checkpoint
-from xlathe.passes.merge.methods import METHODS, REQUIRED, Group, Method, check_value
+from xlathe.passes.merge.group import Group, Tensors
+from xlathe.passes.merge.methods import METHODS, REQUIRED, Method, check_value
 from xlathe.passes.merge.parts import LAYER, Part, check_layers, find_parts, layer_counts
 from xlathe.passes.merge.ranks import Band
 from xlathe.passes.merge.recipe import Choice, Parameters, Recipe, Source
@@ -74,12 +75,12 @@ def merge(recipe: Recipe, opened: Mapping[str, Checkpoint], seed: int = 0) -> Ch
 
 def peak_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
     """Returns about the most bytes that are held while a merge is written, mapped files not counted: the largest
-    result, and the tensors that it is read from with their changes, in float32; or blocks of these."""
+    result, and blocks of the tensors that it is read from with their changes, in float32."""
     models, method = max(len(each.sources) for each in recipe.slices), METHODS[recipe.method]
     held = models + (2 if method.base == "none" else 1 + models)
     sizes = [math.prod(tensor.shape) for tensor in checkpoint.tensors.values()]
     results = max(tensor.nbytes for tensor in checkpoint.tensors.values())
-    return results + max(4 * held * (min(size, BLOCK) if method.blocks else size) for size in sizes)
+    return results + max(4 * held * min(size, BLOCK) for size in sizes)
 
 
 def _check_alike(recipe: Recipe, model: str, opened: Mapping[str, Checkpoint]) -> None:
@@ -152,7 +153,10 @@ def _merged(
     def read() -> np.ndarray:
         result, start = np.empty(math.prod(first.shape), dtype), 0
         try:
-            for group in _groups(work, method, _kept(work, bands), seed):
+            whole = _whole(work, _kept(work, bands), seed)
+            found = None if method.measure is None else method.measure(whole)
+            for group in whole.read():
+                group = dataclasses.replace(group, found=found)
                 with np.errstate(over="ignore"):  # told below
                     merged = np.asarray(method.merge(group)).reshape(-1).astype(dtype)
                 result[start : start + merged.size] = merged
@@ -166,15 +170,18 @@ def _merged(
     return Tensor(first.shape, dtype, read)
 
 
-def _groups(work: Work, method: Method, kept: list[Kept] | None, seed: int) -> Iterator[Group]:
-    """Yields what a method merges at a time: whole tensors, or blocks of them in order."""
+def _whole(work: Work, kept: list[Kept] | None, seed: int) -> Tensors:
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(work.part.name.encode()))
     tensors = [*([] if work.base is None else [work.base]), *(tensor for _, tensor in work.others)]
-    start, whole = 0, ([jnp.asarray(tensor.read())] for tensor in tensors)
-    for arrays in zip(*(map(blocks, tensors) if method.blocks else whole), strict=True):
-        base, others = (None, arrays) if work.base is None else (arrays[0], arrays[1:])
-        yield Group(list(others), base, work.each, work.shared, key, kept, start)
-        start += arrays[0].size
+
+    def read() -> Iterator[Group]:
+        start = 0
+        for arrays in zip(*map(blocks, tensors), strict=True):
+            base, others = (None, arrays) if work.base is None else (arrays[0], arrays[1:])
+            yield Group(others, base, work.each, work.shared, key, kept, start)
+            start += arrays[0].size
+
+    return Tensors(len(work.others), work.each, work.shared, len(work.first.shape) > 1, read)
 
 
 def _find(opened: Mapping[str, Checkpoint], model: str, name: str, part: Part) -> Tensor:

@@ -11,7 +11,9 @@ import numpy as np
 
 from xlathe.errors import OptionError, PassError
 from xlathe.passes.merge import masks, spheres, tasks
-from xlathe.passes.merge.combine import combine, gram
+from xlathe.passes.merge.combine import add, combine, gram
+from xlathe.passes.merge.group import Group, Tensors
+from xlathe.passes.merge.ranks import Band, find_band
 from xlathe.passes.merge.scope import Kept
 
 REQUIRED = object()
@@ -19,49 +21,17 @@ REQUIRED = object()
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
-    """The tensors of one name, of one shape.
-
-    tensors: of the models in their order, but for the base; base: its tensor, None where the method has none. each: a
-    value a model, shared: one value, by the names of parameters. key: of what is drawn by chance, this tensor's own.
-    kept: what ranks keep of each model's changes, where there are any. start: the place of the tensors' first number,
-    where they are blocks.
-    """
-
-    tensors: Sequence[jax.Array]
-    base: jax.Array | None
-    each: Mapping[str, Sequence[Any]]
-    shared: Mapping[str, Any]
-    key: jax.Array
-    kept: Sequence[Kept] | None = None
-    start: int = 0
-
-    @property
-    def weights(self) -> list[float]:
-        return [float(weight) for weight in self.each["weight"]]
-
-    @functools.cached_property
-    def deltas(self) -> list[jax.Array]:
-        assert self.base is not None
-        return [tasks.change(tensor, self.base) for tensor in self.tensors]
-
-    def onto_base(self, delta: jax.Array) -> jax.Array:
-        assert self.base is not None
-        return combine([self.base, delta], [1, float(self.shared.get("lambda", 1))])
-
-
-@dataclasses.dataclass(frozen=True)
 class Method:
     """merge: of a group, float32. each, shared: parameters and their defaults. base: whether there must be one.
-    count: the fewest and the most models beside the base. blocks: whether a number of the result depends on those of
-    its place alone, beside what `Group.kept` says, so that a tensor may be merged in parts."""
+    count: the fewest and the most models beside the base. measure: what `merge` has to know of the whole tensors,
+    beside what `Group.kept` says."""
 
     merge: Callable[[Group], jax.Array]
     each: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     base: Literal["none", "needed", "optional"] = "none"
     count: tuple[int, int] = (1, 1 << 20)
-    blocks: bool = False
+    measure: Callable[[Tensors], Any] | None = None
 
 
 def _normalized(weights: Sequence[float]) -> np.ndarray:
@@ -75,66 +45,126 @@ def _linear(group: Group) -> jax.Array:
     return combine(group.tensors, _normalized(group.weights) if group.shared["normalize"] else group.weights)
 
 
-def _slerp(group: Group) -> jax.Array:
-    assert group.base is not None
-    pair = [group.base, *group.tensors]
-    return combine(pair, spheres.slerp(gram(pair), float(group.shared["t"])))
+def _found_combined(group: Group) -> jax.Array:
+    """The sum of all tensors, each times the coefficient that was measured."""
+    return combine(group.all, group.found)
+
+
+def _measure_slerp(whole: Tensors) -> np.ndarray:
+    return spheres.slerp(add(gram(group.all) for group in whole.read()), float(whole.shared["t"]))
+
+
+def _columns(vectors: Sequence[jax.Array]) -> list[jax.Array]:
+    return [jnp.swapaxes(vector, 0, 1) for vector in vectors]
+
+
+def _measure_nuslerp(whole: Tensors) -> np.ndarray | None:
+    t = float(_normalized([float(weight) for weight in whole.each["weight"]])[1])
+    if whole.shared["nuslerp_flatten"] or not whole.is_matrix:
+        return spheres.slerp(add(gram(group.vectors) for group in whole.read()), t)
+    if whole.shared["nuslerp_row_wise"]:
+        return None  # a row is whole in its block
+    return spheres.slerp(add(gram(_columns(group.vectors), rows=True) for group in whole.read()), t)
 
 
 def _nuslerp(group: Group) -> jax.Array:
-    vectors = group.tensors if group.base is None else group.deltas
-    t, flat = float(_normalized(group.weights)[1]), group.shared["nuslerp_flatten"] or vectors[0].ndim < 2
-    turned = not flat and not group.shared["nuslerp_row_wise"]
-    if turned:
-        vectors = [jnp.swapaxes(v, 0, 1) for v in vectors]
-    merged = combine(vectors, spheres.slerp(gram(vectors, rows=not flat), t))
-    merged = jnp.swapaxes(merged, 0, 1) if turned else merged
+    vectors, t = group.vectors, float(_normalized(group.weights)[1])
+    if group.found is None:
+        merged = combine(vectors, spheres.slerp(gram(vectors, rows=True), t))
+    elif group.found.ndim > 1:
+        merged = jnp.swapaxes(combine(_columns(vectors), group.found), 0, 1)
+    else:
+        merged = combine(vectors, group.found)
     return merged if group.base is None else group.onto_base(merged)
 
 
-def _on_sphere(group: Group, weights: Sequence[float], **options: Any) -> jax.Array:
-    vectors = group.tensors if group.base is None else group.deltas
-    merged = combine(vectors, spheres.karcher(gram(vectors), _normalized(weights), **options))
+def _measure_sphere(weights: Sequence[float], whole: Tensors, **options: Any) -> np.ndarray:
+    return spheres.karcher(add(gram(group.vectors) for group in whole.read()), _normalized(weights), **options)
+
+
+def _measure_multislerp(whole: Tensors) -> np.ndarray:
+    return _measure_sphere([float(weight) for weight in whole.each["weight"]], whole, steps=1)
+
+
+def _measure_karcher(whole: Tensors) -> np.ndarray:
+    steps, tolerance = int(whole.shared["max_iter"]), float(whole.shared["tol"])
+    return _measure_sphere([1.0] * whole.count, whole, steps=steps, tolerance=tolerance)
+
+
+def _on_sphere(group: Group) -> jax.Array:
+    merged = combine(group.vectors, group.found)
     return merged if group.base is None else group.onto_base(merged)
-
-
-def _multislerp(group: Group) -> jax.Array:
-    return _on_sphere(group, group.weights, steps=1)
-
-
-def _karcher(group: Group) -> jax.Array:
-    steps, tolerance = int(group.shared["max_iter"]), float(group.shared["tol"])
-    return _on_sphere(group, [1.0] * len(group.tensors), steps=steps, tolerance=tolerance)
 
 
 def _in_band(delta: jax.Array, kept: Kept, start: int) -> jax.Array:
     return jnp.where(masks.marks(delta, kept.band, start), delta, 0) * kept.factor
 
 
-def _task(group: Group, keep: Callable[..., jax.Array] | None, *, elect: bool) -> jax.Array:
+def _dropped(group: Group, drop: Callable[..., jax.Array], rescale: masks.Rescale) -> list[jax.Array]:
+    """Returns what chance leaves of each change."""
+    options = {"epsilon": float(group.shared["epsilon"])} if "epsilon" in group.shared else {}
+    keys = [jax.random.fold_in(group.key, i) for i in range(len(group.deltas))]
+    given = zip(keys, group.deltas, map(float, group.each["density"]), strict=True)
+    return [drop(key, d, density=p, rescale=rescale, row=group.row, **options) for key, d, p in given]
+
+
+def _measure_dropped(drop: Callable[..., jax.Array], whole: Tensors) -> np.ndarray | None:
+    """Returns what restores each change's sum of magnitudes, 1 where nothing but zeros is left."""
+    if whole.shared["rescale"] != "l1":
+        return None
+    sums = np.zeros((2, whole.count))
+    for group in whole.read():
+        for at, changes in enumerate((group.deltas, _dropped(group, drop, "none"))):
+            sums[at] += [float(jnp.abs(change).sum()) for change in changes]
+    return np.divide(sums[0], sums[1], out=np.ones(whole.count), where=sums[1] > 0)
+
+
+def _task(group: Group, drop: Callable[..., jax.Array] | None, *, elect: bool) -> jax.Array:
     """Drops numbers of each change, by ranks or by chance, and adds what is left to the base."""
     deltas = group.deltas
     if group.kept is not None:
         deltas = [_in_band(delta, kept, group.start) for delta, kept in zip(deltas, group.kept, strict=True)]
-    if keep is not None:
-        options = {"epsilon": float(group.shared["epsilon"])} if "epsilon" in group.shared else {}
-        options |= {"rescale": group.shared["rescale"]}
-        keys = [jax.random.fold_in(group.key, i) for i in range(len(deltas))]
-        densities = map(float, group.each["density"])
-        deltas = [keep(*given, density=p, **options) for *given, p in zip(keys, deltas, densities, strict=True)]
-    add, normalize = tasks.elected if elect else tasks.summed, bool(group.shared["normalize"])
+    if drop is not None:
+        deltas = _dropped(group, drop, group.shared["rescale"] if group.found is None else "none")
+    if group.found is not None:
+        deltas = [delta * float(factor) for delta, factor in zip(deltas, group.found, strict=True)]
+    total, normalize = tasks.elected if elect else tasks.summed, bool(group.shared["normalize"])
     if normalize and not elect:
         _normalized(group.weights)
-    return group.onto_base(add(deltas, group.weights, normalize=normalize))
+    return group.onto_base(total(deltas, group.weights, normalize=normalize))
+
+
+def _measure_sce(whole: Tensors) -> tuple[Band, np.ndarray]:
+    """Returns which variances are chosen, and the weights of the models."""
+    size = sum(group.tensors[0].size for group in whole.read())
+    count = masks.kept_count(size, float(whole.shared["select_topk"]))
+    variances = lambda: (tasks.variance(group.deltas) for group in whole.read())  # noqa: E731
+    band = find_band(variances, 0, count) if count < size else Band()
+    energies = np.zeros(whole.count)
+    for group in whole.read():
+        energies += np.asarray(tasks.energies(group.deltas, _chosen(group, band)), np.float64)
+    return band, tasks.shares(energies)
+
+
+def _chosen(group: Group, band: Band) -> jax.Array:
+    return masks.marks(tasks.variance(group.deltas), band, group.start)
 
 
 def _sce(group: Group) -> jax.Array:
-    return group.onto_base(tasks.sce(group.deltas, select=float(group.shared["select_topk"])))
+    band, weights = group.found
+    return group.onto_base(tasks.weighed(group.deltas, _chosen(group, band), jnp.asarray(weights, jnp.float32)))
+
+
+def _measure_model_stock(whole: Tensors) -> np.ndarray | None:
+    if whole.shared["filter_wise"] and whole.is_matrix:
+        return None  # a row is whole in its block
+    return spheres.model_stock(add(gram(group.deltas) for group in whole.read()))
 
 
 def _model_stock(group: Group) -> jax.Array:
-    rows = bool(group.shared["filter_wise"]) and group.deltas[0].ndim > 1
-    return group.onto_base(combine(group.deltas, spheres.model_stock(gram(group.deltas, rows=rows))))
+    rows = group.found is None
+    found = spheres.model_stock(gram(group.deltas, rows=True)) if rows else group.found
+    return group.onto_base(combine(group.deltas, found))
 
 
 def _nearswap(group: Group) -> jax.Array:
@@ -153,42 +183,38 @@ TASK = {"lambda": 1.0, "normalize": False}
 _KEEP_PROB, _RANKED = {"rescale": "keep_prob"}, {"rescale": "none", "scope": "tensor"}
 
 
-def _sum_of(keep: Any, elect: bool) -> Callable[[Group], jax.Array]:
-    return functools.partial(_task, keep=keep, elect=elect)
+def _ranked(elect: bool, shared: Mapping[str, Any]) -> Method:
+    """A method that keeps numbers by their ranks."""
+    merge = functools.partial(_task, drop=None, elect=elect)
+    return Method(merge, WEIGHT | DENSITY, {**TASK, **_RANKED, **shared}, "needed")
+
+
+def _dropping(drop: Callable[..., jax.Array], elect: bool, density: float, shared: Mapping[str, Any]) -> Method:
+    """A method that keeps numbers by chance."""
+    merge, measure = functools.partial(_task, drop=drop, elect=elect), functools.partial(_measure_dropped, drop)
+    return Method(merge, WEIGHT | {"density": density}, {**TASK, **_KEEP_PROB, **shared}, "needed", measure=measure)
 
 
 METHODS: Mapping[str, Method] = {
-    "linear": Method(_linear, WEIGHT, {"normalize": True}, blocks=True),
-    "slerp": Method(_slerp, {}, {"t": REQUIRED}, "needed", (1, 1)),
-    "nuslerp": Method(_nuslerp, WEIGHT, {"nuslerp_flatten": True, "nuslerp_row_wise": False}, "optional", (2, 2)),
-    "multislerp": Method(_multislerp, WEIGHT, {}, "optional"),
-    "karcher": Method(_karcher, {}, {"max_iter": 100, "tol": 1e-9}, "optional"),
-    "task_arithmetic": Method(_sum_of(None, False), WEIGHT, TASK, "needed", blocks=True),
-    "ties": Method(_sum_of(None, True), WEIGHT | DENSITY, TASK | _RANKED | {"normalize": True}, "needed", blocks=True),
-    "dare_linear": Method(_sum_of(masks.by_chance, False), WEIGHT | DENSITY, TASK | _KEEP_PROB, "needed"),
-    "dare_ties": Method(_sum_of(masks.by_chance, True), WEIGHT | DENSITY, TASK | _KEEP_PROB, "needed"),
-    "breadcrumbs": Method(
-        _sum_of(None, False), WEIGHT | DENSITY, TASK | _RANKED | {"gamma": 0.01}, "needed", blocks=True
+    "linear": Method(_linear, WEIGHT, {"normalize": True}),
+    "slerp": Method(_found_combined, {}, {"t": REQUIRED}, "needed", (1, 1), _measure_slerp),
+    "nuslerp": Method(
+        _nuslerp, WEIGHT, {"nuslerp_flatten": True, "nuslerp_row_wise": False}, "optional", (2, 2), _measure_nuslerp
     ),
-    "breadcrumbs_ties": Method(
-        _sum_of(None, True), WEIGHT | DENSITY, TASK | _RANKED | {"gamma": 0.01}, "needed", blocks=True
-    ),
-    "della_linear": Method(
-        _sum_of(masks.by_chance_and_size, False),
-        WEIGHT | {"density": 0.7},
-        TASK | _KEEP_PROB | {"epsilon": 0.15},
-        "needed",
-    ),
-    "della": Method(
-        _sum_of(masks.by_chance_and_size, True),
-        WEIGHT | {"density": 0.7},
-        TASK | _KEEP_PROB | {"epsilon": 0.15, "normalize": True},
-        "needed",
-    ),
-    "sce": Method(_sce, {}, {"select_topk": 1.0}, "needed"),
-    "model_stock": Method(_model_stock, {}, {"filter_wise": False}, "needed", (2, 1 << 20)),
-    "nearswap": Method(_nearswap, {}, {"t": REQUIRED}, "needed", (1, 1), blocks=True),
-    "passthrough": Method(_passthrough, {"scale": 1.0}, {}, "none", (1, 1), blocks=True),
+    "multislerp": Method(_on_sphere, WEIGHT, {}, "optional", measure=_measure_multislerp),
+    "karcher": Method(_on_sphere, {}, {"max_iter": 100, "tol": 1e-9}, "optional", measure=_measure_karcher),
+    "task_arithmetic": Method(functools.partial(_task, drop=None, elect=False), WEIGHT, TASK, "needed"),
+    "ties": _ranked(True, {"normalize": True}),
+    "dare_linear": _dropping(masks.by_chance, False, 1.0, {}),
+    "dare_ties": _dropping(masks.by_chance, True, 1.0, {}),
+    "breadcrumbs": _ranked(False, {"gamma": 0.01}),
+    "breadcrumbs_ties": _ranked(True, {"gamma": 0.01}),
+    "della_linear": _dropping(masks.by_chance_and_size, False, 0.7, {"epsilon": 0.15}),
+    "della": _dropping(masks.by_chance_and_size, True, 0.7, {"epsilon": 0.15, "normalize": True}),
+    "sce": Method(_sce, {}, {"select_topk": 1.0}, "needed", measure=_measure_sce),
+    "model_stock": Method(_model_stock, {}, {"filter_wise": False}, "needed", (2, 1 << 20), _measure_model_stock),
+    "nearswap": Method(_nearswap, {}, {"t": REQUIRED}, "needed", (1, 1)),
+    "passthrough": Method(_passthrough, {"scale": 1.0}, {}, "none", (1, 1)),
 }
 """By their names in mergekit's recipes, whose parameters they take; `passes/merge/README.md` says where they differ."""
 

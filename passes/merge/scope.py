@@ -14,7 +14,7 @@ from xlathe.passes.merge.tasks import change
 from xlathe.safetensors_file import Tensor
 
 BLOCK = 1 << 22
-"""Numbers that are merged at a time, where each depends on those of its place alone."""
+"""Numbers that are merged at a time, about."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +41,25 @@ class Change:
         return int(np.prod(self.tensor.shape))
 
     def read(self) -> Iterator[jax.Array]:
-        """Yields float32 [at most BLOCK], in order."""
+        """Yields float32 blocks, in order."""
         for tensor, base in zip(blocks(self.tensor), blocks(self.base), strict=True):
             yield change(tensor, base)
 
 
 def blocks(tensor: Tensor) -> Iterator[jax.Array]:
-    """Yields a tensor's numbers in order, [at most BLOCK], in its dtype; at least one block."""
-    flat = tensor.read().reshape(-1)
-    for start in range(0, max(flat.size, 1), BLOCK):
-        yield jnp.asarray(flat[start : start + BLOCK])
+    """Yields a tensor's rows in order, [at most BLOCK // width or 1, width], in its dtype; a vector whole.
+
+    Axes before the last one are rows together. There is at least one block.
+    """
+    array = tensor.read()
+    if array.ndim < 2:
+        yield jnp.asarray(array.reshape(-1))
+        return
+    width = array.shape[-1]
+    matrix = array.reshape(-1, width) if array.size else array.reshape(0, width)
+    rows = max(BLOCK // max(width, 1), 1)
+    for start in range(0, max(len(matrix), 1), rows):
+        yield jnp.asarray(matrix[start : start + rows])
 
 
 def check_shares(changes: Iterable[Change]) -> None:

@@ -3,13 +3,15 @@ dropped (`masks`), and the methods that choose by comparing models, SCE and near
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from xlathe.passes.merge.combine import add, combine
-from xlathe.passes.merge.masks import kept_count, largest
+from xlathe.passes.merge.masks import kept_count, marks
+from xlathe.passes.merge.ranks import Band, find_band
 
 
 @jax.jit
@@ -49,22 +51,34 @@ def sce(deltas: Sequence[jax.Array], *, select: float = 1.0) -> jax.Array:
     """Selects the share of numbers that vary most between models, weighs each model by the mean square of its changes
     there, and erases those against the sign of the sum (SCE: Wan et al. 2024, arXiv 2408.07990)."""
     count = kept_count(deltas[0].size, select)
-    everything = jnp.ones(deltas[0].shape, bool)
-    return _weighed(list(deltas), largest(_variance(list(deltas)), count) if count < deltas[0].size else everything)
+    band = find_band(lambda: [variance(deltas)], 0, count) if count < deltas[0].size else Band()
+    chosen = marks(variance(deltas), band)
+    return weighed(deltas, chosen, shares(energies(deltas, chosen)))
 
 
 @jax.jit
-def _variance(deltas: Sequence[jax.Array]) -> jax.Array:
+def variance(deltas: Sequence[jax.Array]) -> jax.Array:
+    """Returns the variance of each number over models."""
     mean = add(deltas) / len(deltas)
     return add((d - mean) ** 2 for d in deltas) / len(deltas)
 
 
 @jax.jit
-def _weighed(deltas: Sequence[jax.Array], chosen: jax.Array) -> jax.Array:
+def energies(deltas: Sequence[jax.Array], chosen: jax.Array) -> jax.Array:
+    """Returns each model's sum of squares over what is chosen, float32 [n]."""
+    return jnp.stack([(jnp.where(chosen, d, 0) ** 2).sum() for d in deltas])
+
+
+def shares(energies: Any) -> np.ndarray:
+    """Returns the weights of models by their energies: equal ones where nothing changed."""
+    found = np.asarray(energies, np.float64)
+    return found / found.sum() if found.sum() > 0 else np.full(len(found), 1 / len(found))
+
+
+@jax.jit
+def weighed(deltas: Sequence[jax.Array], chosen: jax.Array, weights: Any) -> jax.Array:
+    """Returns the weighted mean of the changes that are chosen and have the sign of the sum of all of these."""
     kept = [jnp.where(chosen, d, 0) for d in deltas]
-    energy = jnp.stack([(d * d).mean() for d in kept])
-    total = energy.sum()
-    weights = jnp.where(total > 0, energy / jnp.where(total > 0, total, 1), 1 / len(deltas))
     sign = add(kept)
     agree = [jnp.where(sign < 0, d < 0, d > 0) for d in kept]
     merged = add(jnp.where(a, w * d, 0) for a, w, d in zip(agree, weights, kept, strict=True))

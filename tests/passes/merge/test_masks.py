@@ -5,26 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xlathe.passes.merge.masks import by_chance, by_chance_and_size, by_size, largest, without_outliers
+from xlathe.passes.merge.masks import by_chance, by_chance_and_size, by_size, marks, without_outliers
+from xlathe.passes.merge.ranks import find_band
 
 RNG = np.random.default_rng(0)
 DELTA = RNG.normal(size=(8, 250)).astype(np.float32)
 KEY = jax.random.key(3)
 
 
-@pytest.mark.parametrize("count", [0, 1, 7, 1000, 2000])
-def test_the_largest_are_those_of_a_stable_sort(count: int) -> None:
-    """Few different values: most are equal to others, as differences of bfloat16 are."""
-    for values in (np.abs(DELTA), np.abs(np.round(DELTA)), np.zeros_like(DELTA)):
-        order = np.argsort(-values, axis=None, kind="stable")
-        expected = np.zeros(values.size, bool)
-        expected[order[:count]] = True
-        np.testing.assert_array_equal(largest(jnp.asarray(values), count), expected.reshape(values.shape))
-
-
 def test_what_is_no_number_is_larger_than_all() -> None:
     values = np.array([1.0, np.nan, np.inf, -np.nan, 2.0], np.float32)
-    np.testing.assert_array_equal(largest(jnp.abs(values), 3), [False, True, True, True, False])
+    largest = marks(values, find_band(lambda: [values], 0, 3))
+    np.testing.assert_array_equal(largest, [False, True, True, True, False])
 
 
 @pytest.mark.parametrize("density", [1.0, 0.5, 0.2, 1e-9])
@@ -76,6 +68,14 @@ def test_chance_rises_with_rank_in_a_row() -> None:
     mean = np.mean([by_chance_and_size(k, DELTA, density=0.5, epsilon=0.4) for k in keys], axis=0)
     error = np.abs(DELTA) * np.sqrt((1 - expected) / expected / 400)
     assert np.mean(np.abs(mean - DELTA) > 4 * error) < 2e-3
+
+
+@pytest.mark.parametrize("drop", [by_chance, by_chance_and_size])
+def test_rows_are_drawn_by_their_places(drop) -> None:
+    whole = np.asarray(drop(KEY, DELTA, density=0.5))
+    parts = [drop(KEY, DELTA[start : start + 3], density=0.5, row=start) for start in range(0, 8, 3)]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+    assert not np.array_equal(whole[0] != 0, whole[1] != 0)
 
 
 def test_rows_of_one_number_have_the_density() -> None:

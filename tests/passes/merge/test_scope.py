@@ -73,15 +73,26 @@ def test_ranks_of_whole_models(method: str, gamma: float) -> None:
     assert differing
 
 
-@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "breadcrumbs_ties", "nearswap", "passthrough"])
-def test_blocks_of_a_tensor_are_merged_as_the_whole(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    count = min(METHODS[method].count[1], 2)
-    text = recipe_of(method, ["a", "b"][:count])
-    for name, value in {"density": 0.4, "gamma": 0.1, "rescale": "l1"}.items():
-        if name in METHODS[method].each.keys() | METHODS[method].shared.keys():
-            text["parameters"][name] = value
+ROW_WISE = {"nuslerp_flatten": False, "nuslerp_row_wise": True}
+OPTIONS = [
+    *((method, {}) for method in METHODS),
+    *(("nuslerp", ROW_WISE | {"nuslerp_row_wise": rows}) for rows in (True, False)),
+    ("model_stock", {"filter_wise": True}),
+    *((method, {"rescale": "keep_prob"}) for method in ("dare_ties", "della")),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), OPTIONS, ids=lambda x: x if isinstance(x, str) else "-".join(x))
+def test_blocks_of_a_tensor_are_merged_as_the_whole(
+    method: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before: blocks of the tensors [11, 4] and [6, 4]. Expected: to the last bits what two rows at a time give."""
+    text = recipe_of(method, ["a", "b", "c"][: min(METHODS[method].count[1], 3)])
+    known = METHODS[method].each.keys() | METHODS[method].shared.keys()
+    given = {"density": 0.4, "gamma": 0.1, "rescale": "l1", "select_topk": 0.5} | options
+    text["parameters"] |= {name: value for name, value in given.items() if name in known}
     whole = merged(yaml.safe_dump(text))
-    monkeypatch.setattr(scope, "BLOCK", 7)
+    monkeypatch.setattr(scope, "BLOCK", 8)
     for name, array in merged(yaml.safe_dump(text)).items():
         np.testing.assert_allclose(array, whole[name], rtol=1e-6, atol=1e-6, err_msg=name)
 
