@@ -45,15 +45,17 @@ class Coupled:
 class Coupling:
     """What `couple` found: labels of every value.
 
-    heads: the key-value heads of each attention, in order; means: values that are a sum divided by a number of terms,
-    and the axes that were summed over, in one label. A mean over fewer terms is divided by fewer. sums: the axes of
-    sums that are no such means and not with weights, and where: whether they count their terms is not known.
+    heads: the key-value heads of each attention, in order; features: the channels of a head's values.
+    means: values that are a sum divided by a number of terms, and the axes that were summed over, in one label. A mean
+    over fewer terms is divided by fewer. sums: the axes of sums that are no such means and not with weights, and where:
+    whether they count their terms is not known.
     routings: of the atoms that are experts; members: weights of one expert alone, the atom and its number.
     """
 
     dimensions: Dimensions
     values: dict[ir.Var, Coupled]
     heads: tuple[Label, ...]
+    features: tuple[Label, ...]
     means: dict[ir.Var, Label]
     sums: tuple[tuple[Label, str], ...]
     routings: dict[int, Routing]
@@ -66,7 +68,14 @@ def couple(graph: Graph) -> Coupling:
     flow.run()
     routings = flow.routings()
     return Coupling(
-        flow.dims, flow.values, tuple(flow.heads), flow.means, flow.uncounted(), routings, flow.members(routings)
+        flow.dims,
+        flow.values,
+        tuple(flow.heads),
+        tuple(flow.features),
+        flow.means,
+        flow.uncounted(),
+        routings,
+        flow.members(routings),
     )
 
 
@@ -112,6 +121,7 @@ class _Flow:
         self.dims = Dimensions()
         self.values: dict[ir.Var, Coupled] = {}
         self.heads: list[Label] = []
+        self.features: list[Label] = []
         self.means: dict[ir.Var, Label] = {}
         self.summed: dict[ir.Var, tuple[Label, str]] = {}
         self.trained: set[ir.Atom] = set()  # values that are made of weights
@@ -486,5 +496,6 @@ class _Flow:
         if not self.dims.atoms(depth) <= self._zero(q) | self._zero(k):
             self._block([depth], eqn, "sums over it and neither side is zero there")
         self.heads.append(heads)
+        self.features.append(features)
         zero = self._zero(v, (heads, features))
         return [Coupled((batch, queries, heads, groups, features), tuple(sorted(zero)))]

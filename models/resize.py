@@ -52,8 +52,8 @@ def square_sizes(shapes: Shapes, settings: Settings, width: str, heads: str) -> 
     features, attended = shapes["embedding/embedding"][1], shapes["layers/0/attention/output/kernel"][0]
     if features != attended:
         raise CheckpointError(
-            f"{settings.where}: {width} is the number of {heads} times their size, but {attended // dim} heads of "
-            f"{dim} are left in a stream of {features}: no config.json of this family says so; Graph.save keeps it"
+            f"{settings.where}: {width} is {heads} times the size of a head, {dim}: no config.json of this family says "
+            f"that {attended} channels of heads are left in a stream of {features}; Graph.save keeps it"
         )
     return {width: features, heads: attended // dim}
 

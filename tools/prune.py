@@ -10,7 +10,7 @@ from xlathe.tools.distill import fused
 from xlathe.tools.source import define_calibration, open_graph
 from xlathe.tools.text import find_calibration
 
-SHAPE = ("heads", "neurons", "hidden", "experts", "layers", "params", "megabytes")
+SHAPE = ("heads", "neurons", "hidden", "experts", "value_dims", "layers", "params", "megabytes")
 
 
 def define(values: flags.FlagValues) -> None:
@@ -21,6 +21,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_float("neurons", None, "the fraction of neurons to remove", flag_values=values)
     flags.DEFINE_float("hidden", None, "the fraction of the residual stream's features to remove", flag_values=values)
     flags.DEFINE_float("experts", None, "the fraction of each layer's experts to remove", flag_values=values)
+    flags.DEFINE_float("value_dims", None, "the fraction of the channels of values to remove", flag_values=values)
     flags.DEFINE_integer("layers", None, "how many layers to remove", flag_values=values)
     flags.DEFINE_string(
         "score", "activation", "what matters is told by: activation, taylor, weight or weight_l1", flag_values=values

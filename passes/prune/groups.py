@@ -11,8 +11,6 @@ from xlathe.graph import Graph
 from xlathe.passes.prune.plan import Group, Kind
 from xlathe.sections import cut_points
 
-Named = tuple[Kind, int, tuple[tuple[str, int], ...], int]
-
 
 class Groups:
     """The prunable groups of a graph: atoms with their kind, and the weights' axes that hold them."""
@@ -28,6 +26,7 @@ class Groups:
                     self.axes.setdefault(atom, []).append((item.name, axis))
         stream = self._stream()
         heads = {a for label in self.coupling.heads for a in self.dims.resolve(label)}
+        features = {a for label in self.coupling.features for a in self.dims.resolve(label)}
         other = self._inside_attention() | self._residual()
         self.kinds: dict[int, Kind] = {}
         for atom in self.dims.leaves():
@@ -36,6 +35,8 @@ class Groups:
                 self.kinds[atom] = "experts"
             elif not fixed and atom in heads:
                 self.kinds[atom] = "heads"
+            elif not fixed and atom in features:
+                self.kinds[atom] = "value_dims"
             elif not fixed and atom in stream:
                 self.kinds[atom] = "hidden"
             elif not fixed and atom not in other:
@@ -75,12 +76,16 @@ class Groups:
         """The first index of a weight's axis that belongs to an atom."""
         return int(np.argmax(self.dims.index(self.label(*place), atom) >= 0))
 
-    def named(self) -> dict[Named, int]:
-        """Returns the groups by what a plan calls them, their kind, size, axes and start."""
-        return {
-            (kind, int(self.dims.sizes[a]), tuple(self.axes[a]), self.start(a, self.axes[a][0])): a
+    def find(self, group: Group) -> int | None:
+        """Returns the atom that a plan's group is; None where this graph has no such."""
+        same = [
+            a
             for a, kind in self.kinds.items()
-        }
+            if (kind, self.dims.sizes[a], tuple(self.axes[a])) == (group.kind, group.size, group.axes)
+        ]
+        if len(same) == 1:
+            return same[0]
+        return next((a for a in same if self.start(a, group.axes[0]) == group.start), None)
 
     def reasons(self) -> Iterator[str]:
         """Why dimensions of weights cannot shrink."""
@@ -98,9 +103,8 @@ class Groups:
         return self.coupling.values[var].labels[axis]
 
 
-WHOLE = ("heads", "experts")  # which are counted one by one
-MULTIPLE = 32
-"""Widths are kept in multiples of this where they were one: group-wise formats and vector units want it."""
+MULTIPLES: Mapping[Kind, int] = {"heads": 1, "experts": 1, "value_dims": 8, "neurons": 32, "hidden": 32}
+"""Sizes are kept in multiples of these where they were such: group-wise formats and vector units want it."""
 
 
 def choose(
@@ -123,6 +127,6 @@ def choose(
 
 def count_kept(kind: Kind, size: int, fraction: float, least: int) -> int:
     """Returns how many of `size` stay: at least `least`, and a multiple where the size was one."""
-    multiple = 1 if kind in WHOLE else MULTIPLE
+    multiple = MULTIPLES[kind]
     count = max(least, size - round(size * fraction))
     return -(-count // multiple) * multiple if size % multiple == 0 else count

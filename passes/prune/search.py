@@ -26,7 +26,7 @@ from xlathe.shrink import shrink
 from xlathe.verify import compare
 
 TRIED: Final = 8  # candidates whose predictions are compared
-STEPS: Final[Mapping[Kind, int]] = {"heads": 16, "neurons": 64, "hidden": 16, "experts": 16}  # parts of each kind
+STEPS: Final[Mapping[Kind, int]] = {"heads": 16, "neurons": 64, "hidden": 16, "experts": 16}  # parts of a kind
 
 
 @final

@@ -11,7 +11,7 @@ from xlathe.errors import OptionError, PassError
 from xlathe.graph import Graph, Record
 from xlathe.passes.prune.cost import cost
 from xlathe.passes.prune.depth import block_influence, without_layers
-from xlathe.passes.prune.groups import MULTIPLE, WHOLE, Groups, choose
+from xlathe.passes.prune.groups import MULTIPLES, Groups, choose
 from xlathe.passes.prune.plan import WORDS, Group, Kind, PrunePlan
 from xlathe.passes.prune.scores import BY_WEIGHT, SCORES, Score, score_groups
 from xlathe.passes.prune.search import Budget, least, search
@@ -27,10 +27,12 @@ UNCUT = "features of the stream are left alone: by the size of weights (score={}
 class PruneStructured(Pass):
     """Removes the least important part of every group of coupled dimensions, and whole layers.
 
-    heads, neurons, hidden, experts: the fraction to remove of each group, 0 <= fraction < 1. A head group is a
-    key-value head with the query heads that share it; neurons are inner dimensions between weights that belong to
+    heads, neurons, hidden, experts, value_dims: the fraction to remove of each group, 0 <= fraction < 1. A head group
+    is a key-value head with the query heads that share it; neurons are inner dimensions between weights that belong to
     neither attention nor the residual stream; hidden is the features of that stream, whose norms then count the
     features that are kept. An expert goes with its row of the router, and as many stay as a token gets.
+    value_dims are channels of values, the same of every head of a layer, which budgets leave alone: no config.json
+    says that values are narrower than keys.
     layers: how many to remove, those that change the residual stream least (block influence,
     Men et al. 2024, https://arxiv.org/abs/2403.03853), which needs calibration tokens.
     params, megabytes: a budget instead, as a fraction of the parameters or in 10^6 bytes of weights: `search` finds
@@ -57,6 +59,7 @@ class PruneStructured(Pass):
     megabytes: float | None = None
     force: bool = False
     experts: float = 0.0
+    value_dims: float = 0.0
 
     def __post_init__(self) -> None:
         for name in WORDS:
@@ -76,15 +79,14 @@ class PruneStructured(Pass):
         if not isinstance(self.plan, str | None):
             raise OptionError(f"prune_structured: plan is the path of a file, got {self.plan!r}")
         self._check_budget()
-        shape = self.heads or self.neurons or self.hidden or self.experts or self.layers
+        shape = any(getattr(self, kind) for kind in (*WORDS, "layers"))
         if self.plan is not None and (shape or self._budget is not None):
             raise OptionError(
-                "prune_structured: a plan is replayed as it is; leave out heads, neurons, hidden, experts, layers and "
-                "budgets"
+                f"prune_structured: a plan is replayed as it is; leave out {', '.join(WORDS)}, layers and budgets"
             )
         if self._budget is not None and shape:
             raise OptionError(
-                "prune_structured: a budget finds the shape; leave out heads, neurons, hidden, experts and layers"
+                f"prune_structured: a budget finds the shape; leave out {', '.join(WORDS)} and layers"
             )
 
     def _check_budget(self) -> None:
@@ -104,7 +106,7 @@ class PruneStructured(Pass):
         """Returns what this pass would do to the graph, without doing it."""
         removed: dict[Kind, float] = {kind: getattr(self, kind) for kind in WORDS}
         if self._budget is not None:
-            kinds: list[Kind] = [kind for kind in removed if kind != "hidden" or self._may_cut_hidden]
+            kinds: list[Kind] = ["heads", "neurons", "experts", *(["hidden"] if self._may_cut_hidden else [])]  # type: ignore[list-item]
             plan = search(separate(graph), self._budget, self.score, kinds, context)
             return plan if self._may_cut_hidden else dataclasses.replace(plan, notes=(UNCUT.format(self.score),))
         if not (any(removed.values()) or self.layers):
@@ -145,7 +147,7 @@ def _whole(found: Groups, groups: Sequence[Group], removed: Mapping[Kind, float]
     sizes = {kind: sorted({int(found.dims.sizes[a]) for a, k in found.kinds.items() if k == kind}) for kind in removed}
     return tuple(
         f"{kind}={fraction} takes none: groups of {', '.join(map(str, sizes[kind]))}"
-        + ("" if kind in WHOLE else f", kept in multiples of {MULTIPLE} where they are such")
+        + ("" if MULTIPLES[kind] == 1 else f", kept in multiples of {MULTIPLES[kind]} where they are such")
         for kind, fraction in removed.items()
         if fraction and kind not in cut
     )
@@ -166,12 +168,12 @@ def prune(graph: Graph, plan: PrunePlan) -> Graph:
     """Returns the graph with only what the plan keeps. Raises OptionError where the plan is of another model."""
     graph = without_layers(separate(graph), plan.layers)
     found = Groups(graph)
-    known = found.named()
     kept = {}
     for group in plan.groups:
-        atom = known.get((group.kind, group.size, group.axes, group.start))
+        atom = found.find(group)
         if atom is None:
-            sizes = [size for kind, size, axes, _ in known if (kind, axes) == (group.kind, group.axes)]
+            sizes = [int(found.dims.sizes[a]) for a, k in found.kinds.items()
+                     if (k, tuple(found.axes[a])) == (group.kind, group.axes)]  # fmt: skip
             raise OptionError(
                 f"the plan is of another model: it has {group.size} {group.kind} in {group.name}, "
                 f"this graph has {sizes[0] if sizes else 'no such group'}"

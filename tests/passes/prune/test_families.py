@@ -1,5 +1,6 @@
 """Laws of pruning for every family of pretrained models, one tiny configuration each."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from flax import nnx
 import xlathe as xl
 from tests.models.parity import cases
 from tests.models.tiny import tiny_checkpoint
-from tests.passes.decoding import difference
+from tests.passes.decoding import difference, fused
 from tests.passes.prune.masks import masked
+from tests.variants.experts import DECODERS as ROUTED
+from tests.variants.experts import one_expert, repeated_rows, sorted_and_back, stacked_when_used
 from xlathe import jaxpr as ir
 from xlathe import passes
 from xlathe.coupling import couple, separate
@@ -30,10 +33,11 @@ from xlathe.shrink import shrink
 FAMILIES = (cases.LLAMA, cases.MISTRAL, cases.QWEN2, cases.QWEN3, cases.GEMMA2, cases.GEMMA3, cases.PHI3, cases.GPT2,
             cases.GPT_NEOX, cases.MIXTRAL, cases.QWEN3_MOE, cases.DEEPSEEK_V3)  # fmt: skip
 WITH_EXPERTS = (cases.MIXTRAL, cases.QWEN3_MOE)
+WITH_VALUES = (cases.LLAMA, cases.GPT2, cases.GEMMA2, cases.GPT_NEOX)
 DIFFERENT = (cases.LLAMA, cases.PHI3, cases.GPT2, cases.GPT_NEOX, cases.MIXTRAL, cases.DEEPSEEK_V3)
 SQUARE = ("gpt2", "gpt_neox")  # whose heads fill the stream
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 9), dtype=np.int32)
-KEPT = {"heads": 0.75, "neurons": 0.5, "hidden": 0.75, "experts": 0.75}
+KEPT = {"heads": 0.75, "neurons": 0.5, "hidden": 0.75, "experts": 0.75, "value_dims": 0.5}
 
 
 def config_of(family: cases.Family, **changes: Any) -> dict[str, Any]:
@@ -68,7 +72,8 @@ def plan_of(graph: Graph, *kinds: Kind) -> PrunePlan:
             drawn = np.random.default_rng(atom).permutation(size)
             kept[atom] = np.sort(drawn[: int(size * KEPT[kind])])
             axes = tuple(found.axes[atom])
-            groups.append(Group(kind, size, axes, tuple(kept[atom].tolist()), (0.0,) * size))
+            start = found.start(atom, axes[0])
+            groups.append(Group(kind, size, axes, tuple(kept[atom].tolist()), (0.0,) * size, start))
     before, after = cost(graph, found.coupling, {}), cost(graph, found.coupling, kept)
     return PrunePlan(tuple(groups), (), (), before, after)
 
@@ -116,10 +121,40 @@ def unchosen(graph: Graph, plan: PrunePlan) -> Graph:
     return graph.replace(jaxpr=ir.retrace(graph.jaxpr, rule))
 
 
+@pytest.mark.parametrize("author", [sorted_and_back, repeated_rows, stacked_when_used, one_expert])
+def test_experts_of_other_authors_go_or_are_named(author: Callable) -> None:
+    graph = separate(fused(next(variant for variant in ROUTED if variant.name == author.__name__)))
+    if author is one_expert:
+        with pytest.raises(xl.PassError, match=r"found no experts to prune; .*argmax has no rule for shrinking it"):
+            passes.PruneStructured(experts=0.5)(graph)
+        return
+    plan = plan_of(graph, "experts")
+    assert {(len(group.kept), group.size) for group in plan.groups} == {(3, 4)}
+    tokens = TOKENS % graph.vocab
+    assert difference(prune(graph, plan)(tokens), unchosen(graph, plan)(tokens)) <= 1e-5
+
+
 def test_experts_that_are_chosen_by_groups_stay() -> None:
     graph = graph_of(config_of(cases.DEEPSEEK_V3))
     with pytest.raises(xl.PassError, match="found no experts to prune; "):
         passes.PruneStructured(experts=0.5)(graph)
+
+
+@pytest.mark.parametrize("graph", WITH_VALUES, ids=lambda family: family.model_type, indirect=True)
+def test_narrower_values_equal_the_masked_graph_and_have_no_configuration(graph: Graph, tmp_path: Path) -> None:
+    plan = plan_of(graph, "value_dims")
+    assert len(plan.groups) == 1
+    small = prune(graph, plan)
+    assert difference(logits_of(small), logits_of(masked(graph, plan))) <= 1e-5
+    assert cost(small, couple(small), {}) == plan.after
+    with pytest.raises(xl.CheckpointError, match=r"Graph\.save keeps it"):
+        small.save_pretrained(tmp_path / "out")
+
+
+def test_values_that_are_rotated_with_the_keys_stay() -> None:
+    """Phi-3 makes queries, keys and values in one product of heads; what is rotated is looked up by index."""
+    with pytest.raises(xl.PassError, match=r"found no value_dims to prune; .* gather looks it up by index"):
+        passes.PruneStructured(value_dims=0.5)(graph_of(config_of(cases.PHI3)))
 
 
 class Mixed(nnx.Module):
@@ -169,7 +204,7 @@ def test_sorting_changes_nothing(graph: Graph) -> None:
 def test_a_stream_that_its_heads_do_not_fill_has_no_configuration(family: cases.Family, tmp_path: Path) -> None:
     graph = graph_of(config_of(family))
     small = prune(graph, plan_of(graph, "hidden"))
-    with pytest.raises(xl.CheckpointError, match=r"4 heads of 8 are left in a stream of 24: .* Graph\.save keeps it"):
+    with pytest.raises(xl.CheckpointError, match=r"32 channels of heads are left in a stream of 24; Graph\.save keeps"):
         small.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -243,7 +243,7 @@ def test_before_and_after() -> None:
     assert small.aval("up").shape == (6, 2) and small.aval("down").shape == (2, 6)
     np.testing.assert_array_equal(small.weights["up"], params["up"][:, [1, 3]])
     np.testing.assert_array_equal(small.weights["down"], params["down"][[1, 3]])
-    assert small.history[-1].hits == {"heads": 0, "neurons": 2, "hidden": 0, "experts": 0, "layers": 0}
+    assert small.history[-1].hits == {"heads": 0, "neurons": 2, "hidden": 0, "experts": 0, "value_dims": 0, "layers": 0}
 
 
 @pytest.mark.parametrize(("score", "order"), [("weight", 2), ("weight_l1", 1)])
@@ -337,7 +337,7 @@ def test_missing_calibration(options: dict) -> None:
 
 
 def test_nothing_to_remove() -> None:
-    options = "heads, neurons, hidden, experts, layers, params, megabytes or a plan"
+    options = "heads, neurons, hidden, experts, value_dims, layers, params, megabytes or a plan"
     with pytest.raises(OptionError, match=f"nothing to remove; give {options}"):
         PruneStructured()(fused(named("llama")))
 
