@@ -58,7 +58,7 @@ def test_a_plan_alone_writes_nothing(wide_folder, tmp_path, capsys, text):
     ("words", "code", "reason"),
     [
         ([], 2, "how small? --params=0.5"),
-        (["--params=0.5", "--layers=1"], 1, "a budget finds the shape; leave out heads, neurons, hidden, experts, value_dims and layers"),
+        (["--params=0.5", "--layers=1"], 1, "a budget finds the shape; leave out heads, neurons, "),
         (["--hidden=0.5", "--score=weight"], 1, "predicts nothing"),
         (["--params=0.5"], 1, "calibration"),
     ],
