@@ -105,6 +105,8 @@ def _candidates(
     unit = {name: 1 if budget.unit == "params" else jnp.dtype(graph.aval(name).dtype).itemsize for name in sizes}
     whole = sum(int(np.prod(graph.aval(name).shape)) * unit[name] for name in sizes)
     allowed = budget.value * (whole if budget.unit == "params" else 1e6)
+    if allowed >= whole:
+        raise OptionError(f"megabytes={budget.value}: the model has {np.ceil(whole / 1e3) / 1e3} already")
     kept = _shares(found, scores, counts, len(grid))
     stream = [counts[atom] for atom, kind in found.kinds.items() if kind == "hidden" and atom in counts]
     best: dict[tuple[int, ...], Candidate] = {}

@@ -160,15 +160,29 @@ def test_values_that_are_rotated_with_the_keys_stay() -> None:
 class Mixed(nnx.Module):
     """Experts on embeddings, and nothing else."""
 
-    def __init__(self) -> None:
+    def __init__(self, router: type[SoftmaxRouter] = SoftmaxRouter) -> None:
         rngs = nnx.Rngs(0)
         self.embed = nnx.Embed(64, 16, rngs=rngs)
-        router = SoftmaxRouter(16, Choice(experts=6, chosen=2), rngs=rngs)
-        self.experts = SparseFeedForward(16, 12, router, rngs=rngs)
+        chooser = router(16, Choice(experts=6, chosen=2), rngs=rngs)
+        self.experts = SparseFeedForward(16, 12, chooser, rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         x = self.embed(tokens)
         return self.embed.attend(x + self.experts(x))
+
+
+class Shared(SoftmaxRouter):
+    """Weighs experts by their part of the sum of all logits' sizes, which an expert that is gone is no part of."""
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = self.gate(x)
+        return jax.lax.top_k(logits / jnp.abs(logits).sum(-1, keepdims=True), self.choice.chosen)
+
+
+def test_a_router_that_sums_over_all_experts_keeps_them() -> None:
+    graph = passes.Canonicalize()(xl.trace(Mixed(Shared), max_len=16))
+    with pytest.raises(xl.PassError, match=r"found no experts to prune; .*router/gate/kernel axis 1: reduce_sum sums"):
+        passes.PruneStructured(experts=0.5)(graph)
 
 
 def test_scores_of_experts_are_norms_of_what_they_give() -> None:

@@ -207,10 +207,28 @@ def test_a_budget_by_the_size_of_weights_leaves_the_stream_alone_and_says_so() -
     assert "features of the stream are left alone: by the size of weights (score=weight_l1)" in str(plan)
 
 
+def test_a_budget_in_megabytes_is_met_without_a_layer() -> None:
+    """Before: two layers. Expected: 0.42 of the bytes, which one layer with fewer neurons has; scores go along."""
+    graph = fused(named("llama"))
+    whole = sum(np.asarray(graph.weights[name]).nbytes for name in graph.names("weight"))
+    plan = PruneStructured(megabytes=0.42 * whole / 1e6, score="weight").make_plan(graph, Context(batches(61)))
+    small = prune(graph, plan)
+    assert len(plan.layers) == 1 and plan.groups
+    assert sum(np.asarray(small.weights[name]).nbytes for name in small.names("weight")) == plan.after.bytes
+    assert plan.after.bytes <= 0.42 * whole
+    for group in plan.groups:
+        assert group.kept == tuple(np.sort(np.argsort(-np.array(group.scores), kind="stable")[: len(group.kept)]))
+
+
 @pytest.mark.parametrize("options", [{"params": 0.01}, {"megabytes": 0.001}])
 def test_a_budget_that_cannot_be_met(options: dict) -> None:
     with pytest.raises(OptionError, match=r"(params|megabytes)=[\d.]+ cannot be met: the smallest possible is [\d,.]+"):
         PruneStructured(**options, score="activation")(fused(named("llama")), Context(batches(61)))
+
+
+def test_a_budget_that_is_met_already() -> None:
+    with pytest.raises(OptionError, match=r"megabytes=5: the model has 0\.0\d+ already"):
+        PruneStructured(megabytes=5)(fused(named("llama")), Context(batches(61)))
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in LACKS.items() for name in names])
