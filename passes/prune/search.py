@@ -165,9 +165,13 @@ def _realize(
     gone = least(influence, candidate.depth)
     smaller = without_layers(graph, gone)
     left = Groups(smaller)
-    of = {(place, found.start(a, place), found.dims.sizes[a]): a for a in found.kinds for place in found.axes[a]}
+    of = {
+        (kind, place, found.start(a, place), found.dims.sizes[a]): a
+        for a, kind in found.kinds.items()
+        for place in found.axes[a]
+    }
     first = {a: left.axes[a][0] for a in left.kinds}
-    same = {a: of[place, left.start(a, place), left.dims.sizes[a]] for a, place in first.items()}
+    same = {a: of[left.kinds[a], place, left.start(a, place), left.dims.sizes[a]] for a, place in first.items()}
     groups, kept = choose(left, {a: scores[same[a]] for a in left.kinds}, candidate.removed)
     after = cost(smaller, left.coupling, kept)
     plan = PrunePlan(tuple(groups), gone, influence, cost(graph, couple(graph), {}), after)

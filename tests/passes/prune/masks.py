@@ -13,14 +13,16 @@ def masked(graph: Graph, plan: PrunePlan) -> Graph:
     """Sets every weight of the graph to zero where an index is concerned that the plan removes."""
     found = Groups(graph)
     arrays = {name: jnp.asarray(graph.weights[name]) for name in graph.names("weight", "const")}
-    atoms = {tuple(axes): atom for atom, axes in found.axes.items() if atom in found.kinds}
+    kept: dict[int, np.ndarray] = {}
     for group in plan.groups:
+        atom = found.find(group)
+        assert atom is not None
+        kept[atom] = np.asarray(group.kept)
         for name, axis in group.axes:
-            owner = found.dims.index(found.label(name, axis), atoms[group.axes])
+            owner = found.dims.index(found.label(name, axis), atom)
             stays = (owner < 0) | np.isin(owner, group.kept)
             shape = [-1 if i == axis else 1 for i in range(arrays[name].ndim)]
             arrays[name] = jnp.where(stays.reshape(shape), arrays[name], 0)
-    kept = {atoms[group.axes]: np.asarray(group.kept) for group in plan.groups}
     return counting(graph, found, kept).replace(weights=Weights(arrays))
 
 
