@@ -28,6 +28,8 @@ OFF: Final = (
     *("trainable_token_indices", "alora_invocation_tokens", "use_bdlora", "velora_config", "arrow_config"),
 )
 """Settings of adapters that are no sum of a weight and a product."""
+BEGUN: Final = (True, False, None, "gaussian", "orthogonal", "eva")
+"""What factors may begin as: others (PiSSA, OLoRA, LoftQ, ...) are trained beside a base that was changed for them."""
 _FACTOR = re.compile(r"(.+)\.lora_([AB])\.weight")
 
 
@@ -64,6 +66,19 @@ def _check_config(config: Mapping[str, Any], where: Path) -> None:
     for key in OFF:
         if config.get(key):
             raise CheckpointError(f"{where}: {key} is {brief(config[key])}: such adapters are not supported")
+    if (begun := config.get("init_lora_weights")) not in BEGUN:
+        raise CheckpointError(
+            f"{where}: init_lora_weights is {brief(begun)}: such factors belong to another base; convert them to plain "
+            "LoRA when they are saved (path_initial_model_for_weight_conversion)"
+        )
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise CheckpointError(f"{where}: alpha_pattern: expected an object, found {brief(patterns)}")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise CheckpointError(f"{where}: alpha_pattern: {brief(pattern)}: no regular expression: {error}") from None
 
 
 def _factors(folder: Path) -> dict[str, dict[str, Tensor]]:
@@ -88,7 +103,7 @@ def _scale(config: Mapping[str, Any], module: str, rank: int, where: Path) -> fl
     patterns = config.get("alpha_pattern") or {}
     matching = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
     alpha = next(matching, config.get("lora_alpha"))
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha) or rank < 1:
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e300 or rank < 1:
         raise CheckpointError(f"{where}: lora_alpha: expected a number for {module} of rank {rank}, found {alpha!r}")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
@@ -102,6 +117,7 @@ def _folded(weight: Tensor, a: Tensor, b: Tensor, scale: float, turned: bool, wh
     def read() -> np.ndarray:
         change = b.read().astype(np.float32) @ a.read().astype(np.float32)
         change = (change.T if turned else change) * np.float32(scale)
-        return (weight.read().astype(np.float32) + change).astype(weight.dtype)
+        with np.errstate(over="ignore"):  # who reads a tensor says what is not finite
+            return (weight.read().astype(np.float32) + change).astype(weight.dtype)
 
     return Tensor(weight.shape, weight.dtype, read)

@@ -66,10 +66,11 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Tensors:
-    """The whole tensors of one name. count: of the models, without a base; each, shared: as of `Group`. read: yields
-    their blocks in order, each time anew."""
+    """The whole tensors of one name. count: of the models, without a base; size: of a tensor; each, shared: as of
+    `Group`. read: yields their blocks in order, each time anew."""
 
     count: int
+    size: int
     each: Mapping[str, Sequence[Any]]
     shared: Mapping[str, Any]
     is_matrix: bool

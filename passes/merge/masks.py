@@ -79,6 +79,8 @@ def by_chance_and_size(
 
     Rows of one number have the probability `density`. row: as of `by_chance`.
     """
+    if delta.size == 0:
+        return delta
     width = delta.shape[-1] if delta.ndim else 1
     ranks = jnp.argsort(jnp.argsort(jnp.abs(delta).reshape(-1, width), axis=-1), axis=-1)
     share = ranks.astype(jnp.float32) / max(width - 1, 1) if width > 1 else jnp.full(ranks.shape, 0.5)

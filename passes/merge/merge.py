@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xlathe.errors import CheckpointError, OptionError, XlatheError
+from xlathe.errors import CheckpointError, OptionError, PassError, XlatheError
 from xlathe.models.checkpoint import Checkpoint
 from xlathe.passes.merge.group import Group, Tensors
 from xlathe.passes.merge.methods import METHODS, REQUIRED, Method, check_value
@@ -30,6 +30,8 @@ MEANINGS = (
     *("hidden_activation", "activation_function", "num_experts_per_tok"),
 )
 """Settings without which equal shapes mean other things."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Work:
     """What one tensor of the result is made of: the base's tensor, the other models', and the method's parameters."""
@@ -61,7 +63,11 @@ def merge(recipe: Recipe, opened: Mapping[str, Checkpoint], seed: int = 0) -> Ch
         _check_alike(recipe, model, opened)
     for each in recipe.slices:
         check_layers(recipe, each, opened)
-    works = [_work(part, recipe, method, opened) for part in find_parts(recipe, opened)]
+    if not 0 <= seed < 1 << 32:
+        raise OptionError(f"seed={seed}: expected a whole number of 32 bits, not negative")
+    parts = list(find_parts(recipe, opened))
+    _check_filters(recipe, [part.name for part in parts])
+    works = [_work(part, recipe, method, opened) for part in parts]
     changes = [each for work in works for each in _ranked_together(work)]
     check_shares(changes)
     bands = functools.cache(lambda: find_bands(changes))
@@ -81,6 +87,19 @@ def peak_bytes(recipe: Recipe, checkpoint: Checkpoint) -> int:
     sizes = [math.prod(tensor.shape) for tensor in checkpoint.tensors.values()]
     results = max(tensor.nbytes for tensor in checkpoint.tensors.values())
     return results + max(4 * held * min(size, BLOCK) for size in sizes)
+
+
+def _check_filters(recipe: Recipe, names: Sequence[str]) -> None:
+    """Raises OptionError for a filter that no tensor's name holds."""
+    sources = [source.parameters for each in recipe.slices for source in each.sources]
+    for parameters in (recipe.parameters, *(each.parameters for each in recipe.slices), *sources):
+        for key, choices in parameters.items():
+            for choice in choices:
+                if choice.filter is not None and not any(choice.filter in name for name in names):
+                    raise OptionError(
+                        f"{recipe.where}: {key}: the filter {choice.filter!r} is part of no tensor's name; there are "
+                        f"{names[0]}, {names[len(names) // 2]}, ..."
+                    )
 
 
 def _check_alike(recipe: Recipe, model: str, opened: Mapping[str, Checkpoint]) -> None:
@@ -118,16 +137,22 @@ def _work(part: Part, recipe: Recipe, method: Method, opened: Mapping[str, Check
                 f"{part.name} is {list(shape)} in {recipe.models[0]} and {list(tensor.shape)} in {source.model}"
                 + (": the vocabularies differ" if LAYER.search(part.name) is None and len(shape) == 2 else "")
             )
-    return Work(part, base, tuple(others), *_values(part, recipe, method, [source for source, _ in others]))
+    each, shared = _values(part, recipe, method, [source for source, _ in others])
+    try:
+        method.check(each, shared)
+    except PassError as error:
+        raise OptionError(f"{recipe.where}: {recipe.method} of {part.name}: {error}") from None
+    return Work(part, base, tuple(others), each, shared)
 
 
 def _changes(work: Work) -> list[Change]:
     """Returns a tensor's changes by each model, where ranks say what is kept of them."""
     if "scope" not in work.shared or work.base is None:
         return []
+    gammas = work.each.get("gamma", [0] * len(work.others))
     return [
-        Change(source.model, work.part.name, tensor, work.base, float(density), float(work.shared.get("gamma", 0)))
-        for (source, tensor), density in zip(work.others, work.each["density"], strict=True)
+        Change(source.model, work.part.name, tensor, work.base, float(density), float(gamma))
+        for (source, tensor), density, gamma in zip(work.others, work.each["density"], gammas, strict=True)
     ]
 
 
@@ -153,35 +178,42 @@ def _merged(
     def read() -> np.ndarray:
         result, start = np.empty(math.prod(first.shape), dtype), 0
         try:
-            whole = _whole(work, _kept(work, bands), seed)
+            whole = _whole(work, recipe, _kept(work, bands), seed)
             found = None if method.measure is None else method.measure(whole)
             for group in whole.read():
                 group = dataclasses.replace(group, found=found)
                 with np.errstate(over="ignore"):  # told below
-                    merged = np.asarray(method.merge(group)).reshape(-1).astype(dtype)
-                result[start : start + merged.size] = merged
+                    merged = np.asarray(method.merge(group)).reshape(-1)
+                    result[start : start + merged.size] = merged.astype(dtype)
+                if not np.isfinite(merged).all():
+                    raise PassError("the result holds NaN or infinite numbers")
                 start += merged.size
         except XlatheError as error:
             raise CheckpointError(f"{recipe.method} of {name}: {error}") from None
         if not np.isfinite(result).all():
-            raise CheckpointError(f"{recipe.method} of {name}: the result holds NaN or infinite numbers")
+            raise CheckpointError(f"{recipe.method} of {name}: the result holds numbers that {dtype} does not reach")
         return result.reshape(first.shape)
 
     return Tensor(first.shape, dtype, read)
 
 
-def _whole(work: Work, kept: list[Kept] | None, seed: int) -> Tensors:
+def _whole(work: Work, recipe: Recipe, kept: list[Kept] | None, seed: int) -> Tensors:
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(work.part.name.encode()))
-    tensors = [*([] if work.base is None else [work.base]), *(tensor for _, tensor in work.others)]
+    based = [] if work.base is None else [(recipe.base, work.base)]
+    tensors = [*based, *((source.model, tensor) for source, tensor in work.others)]
 
     def read() -> Iterator[Group]:
         start = 0
-        for arrays in zip(*map(blocks, tensors), strict=True):
+        for arrays in zip(*(blocks(tensor) for _, tensor in tensors), strict=True):
+            for (model, _), array in zip(tensors, arrays, strict=True):
+                if not bool(jnp.isfinite(array).all()):
+                    raise PassError(f"{model} holds NaN or infinite numbers")
             base, others = (None, arrays) if work.base is None else (arrays[0], arrays[1:])
             yield Group(others, base, work.each, work.shared, key, kept, start)
             start += arrays[0].size
 
-    return Tensors(len(work.others), work.each, work.shared, len(work.first.shape) > 1, read)
+    shape = work.first.shape
+    return Tensors(len(work.others), math.prod(shape), work.each, work.shared, len(shape) > 1, read)
 
 
 def _find(opened: Mapping[str, Checkpoint], model: str, name: str, part: Part) -> Tensor:
@@ -204,26 +236,27 @@ def _values(
 ) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     """Returns the parameters of one tensor: a source's own before its slice's, and these before the recipe's."""
 
-    def value(name: str, default: Any, chain: Sequence[Parameters], known: Mapping[str, Any]) -> Any:
-        for parameters in chain:
+    def value(name: str, default: Any, own: Parameters) -> Any:
+        for parameters in (own, part.slice.parameters, recipe.parameters):
             choice = _first(parameters.get(name, ()), part.name)
             if choice is not None:
                 try:
-                    return check_value(name, choice.at(part.place), known)
+                    return check_value(name, choice.at(part.place))
                 except OptionError as error:
                     raise OptionError(f"{recipe.where}: {part.name}: {error}") from None
         if default is REQUIRED:
             raise OptionError(f"{recipe.where}: {recipe.method} needs {name}, and {part.name} has none")
-        return check_value(name, default, known)
+        return check_value(name, default)
 
-    outer = [part.slice.parameters, recipe.parameters]
-    everywhere = [*outer, *(source.parameters for source, _ in part.sources)]
     shared: dict[str, Any] = {}
     for name, default in method.shared.items():
-        shared[name] = value(name, default, everywhere, shared)
+        own = [value(name, default, source.parameters) for source, _ in part.sources if name in source.parameters]
+        if any(other != own[0] for other in own):
+            given = ", ".join(map(str, own))
+            raise OptionError(f"{recipe.where}: {part.name}: {name} is one for all models; found {given}")
+        shared[name] = own[0] if own else value(name, default, {})
     each = {
-        name: [value(name, default, [source.parameters, *outer], shared) for source in others]
-        for name, default in method.each.items()
+        name: [value(name, default, source.parameters) for source in others] for name, default in method.each.items()
     }
     return each, shared
 

@@ -13,7 +13,7 @@ from xlathe.errors import OptionError, PassError
 from xlathe.passes.merge import masks, spheres, tasks
 from xlathe.passes.merge.combine import add, combine, gram
 from xlathe.passes.merge.group import Group, Tensors
-from xlathe.passes.merge.ranks import Band, find_band
+from xlathe.passes.merge.ranks import Band, find_whole_band
 from xlathe.passes.merge.scope import Kept
 
 REQUIRED = object()
@@ -24,7 +24,8 @@ REQUIRED = object()
 class Method:
     """merge: of a group, float32. each, shared: parameters and their defaults. base: whether there must be one.
     count: the fewest and the most models beside the base. measure: what `merge` has to know of the whole tensors,
-    beside what `Group.kept` says."""
+    beside what `Group.kept` says. check: raises PassError where parameters have no result,
+    whatever the tensors hold."""
 
     merge: Callable[[Group], jax.Array]
     each: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -32,6 +33,7 @@ class Method:
     base: Literal["none", "needed", "optional"] = "none"
     count: tuple[int, int] = (1, 1 << 20)
     measure: Callable[[Tensors], Any] | None = None
+    check: Callable[[Mapping[str, Sequence[Any]], Mapping[str, Any]], None] = lambda each, shared: None
 
 
 def _normalized(weights: Sequence[float]) -> np.ndarray:
@@ -39,6 +41,21 @@ def _normalized(weights: Sequence[float]) -> np.ndarray:
     if abs(total) < 1e-8:
         raise PassError(f"the weights {', '.join(f'{w:g}' for w in weights)} have the sum 0, by which they are divided")
     return np.asarray(weights, np.float64) / total
+
+
+def _check_mean(each: Mapping[str, Sequence[Any]], shared: Mapping[str, Any]) -> None:
+    if shared.get("normalize", True):
+        _normalized([float(weight) for weight in each["weight"]])
+
+
+def _check_task(elect: bool, each: Mapping[str, Sequence[Any]], shared: Mapping[str, Any]) -> None:
+    """Sums of elected changes are divided by a sum of magnitudes."""
+    if shared["normalize"]:
+        _normalized([abs(float(weight)) if elect else float(weight) for weight in each["weight"]])
+    for density, epsilon in zip(each.get("density", ()), each.get("epsilon", ()), strict=False):
+        low, high = density - epsilon, density + epsilon
+        if low <= 0 or high > 1:
+            raise PassError(f"density={density}, epsilon={epsilon}: {low:g} to {high:g} are no chances")
 
 
 def _linear(group: Group) -> jax.Array:
@@ -51,6 +68,8 @@ def _found_combined(group: Group) -> jax.Array:
 
 
 def _measure_slerp(whole: Tensors) -> np.ndarray:
+    if whole.size == 1:  # a number has no direction to turn
+        return np.array([1 - float(whole.shared["t"]), float(whole.shared["t"])])
     return spheres.slerp(add(gram(group.all) for group in whole.read()), float(whole.shared["t"]))
 
 
@@ -60,6 +79,8 @@ def _columns(vectors: Sequence[jax.Array]) -> list[jax.Array]:
 
 def _measure_nuslerp(whole: Tensors) -> np.ndarray | None:
     t = float(_normalized([float(weight) for weight in whole.each["weight"]])[1])
+    if whole.size == 1:
+        return np.array([1 - t, t])
     if whole.shared["nuslerp_flatten"] or not whole.is_matrix:
         return spheres.slerp(add(gram(group.vectors) for group in whole.read()), t)
     if whole.shared["nuslerp_row_wise"]:
@@ -79,6 +100,8 @@ def _nuslerp(group: Group) -> jax.Array:
 
 
 def _measure_sphere(weights: Sequence[float], whole: Tensors, **options: Any) -> np.ndarray:
+    if whole.size == 1:
+        return _normalized(weights)
     return spheres.karcher(add(gram(group.vectors) for group in whole.read()), _normalized(weights), **options)
 
 
@@ -102,10 +125,12 @@ def _in_band(delta: jax.Array, kept: Kept, start: int) -> jax.Array:
 
 def _dropped(group: Group, drop: Callable[..., jax.Array], rescale: masks.Rescale) -> list[jax.Array]:
     """Returns what chance leaves of each change."""
-    options = {"epsilon": float(group.shared["epsilon"])} if "epsilon" in group.shared else {}
-    keys = [jax.random.fold_in(group.key, i) for i in range(len(group.deltas))]
-    given = zip(keys, group.deltas, map(float, group.each["density"]), strict=True)
-    return [drop(key, d, density=p, rescale=rescale, row=group.row, **options) for key, d, p in given]
+    shares = {name: group.each[name] for name in ("density", "epsilon") if name in group.each}
+    dropped = []
+    for i, delta in enumerate(group.deltas):
+        own = {name: float(values[i]) for name, values in shares.items()}
+        dropped.append(drop(jax.random.fold_in(group.key, i), delta, rescale=rescale, row=group.row, **own))
+    return dropped
 
 
 def _measure_dropped(drop: Callable[..., jax.Array], whole: Tensors) -> np.ndarray | None:
@@ -129,17 +154,14 @@ def _task(group: Group, drop: Callable[..., jax.Array] | None, *, elect: bool) -
     if group.found is not None:
         deltas = [delta * float(factor) for delta, factor in zip(deltas, group.found, strict=True)]
     total, normalize = tasks.elected if elect else tasks.summed, bool(group.shared["normalize"])
-    if normalize and not elect:
-        _normalized(group.weights)
     return group.onto_base(total(deltas, group.weights, normalize=normalize))
 
 
 def _measure_sce(whole: Tensors) -> tuple[Band, np.ndarray]:
     """Returns which variances are chosen, and the weights of the models."""
-    size = sum(group.tensors[0].size for group in whole.read())
-    count = masks.kept_count(size, float(whole.shared["select_topk"]))
+    count = masks.kept_count(whole.size, float(whole.shared["select_topk"]))
     variances = lambda: (tasks.variance(group.deltas) for group in whole.read())  # noqa: E731
-    band = find_band(variances, 0, count) if count < size else Band()
+    band = find_whole_band(variances, 0, count) if count < whole.size else Band()
     energies = np.zeros(whole.count)
     for group in whole.read():
         energies += np.asarray(tasks.energies(group.deltas, _chosen(group, band)), np.float64)
@@ -178,39 +200,47 @@ def _passthrough(group: Group) -> jax.Array:
     return combine(group.tensors, [float(group.each["scale"][0])])
 
 
-WEIGHT, DENSITY = {"weight": REQUIRED}, {"density": 1.0}
+WEIGHT, DENSITY, DELLA = {"weight": REQUIRED}, {"density": 1.0}, {"density": 0.7, "epsilon": 0.15}
+VECTORS = {"nuslerp_flatten": True, "nuslerp_row_wise": False}
 TASK = {"lambda": 1.0, "normalize": False}
 _KEEP_PROB, _RANKED = {"rescale": "keep_prob"}, {"rescale": "none", "scope": "tensor"}
 
 
-def _ranked(elect: bool, shared: Mapping[str, Any]) -> Method:
+def _ranked(elect: bool, each: Mapping[str, Any], shared: Mapping[str, Any]) -> Method:
     """A method that keeps numbers by their ranks."""
-    merge = functools.partial(_task, drop=None, elect=elect)
-    return Method(merge, WEIGHT | DENSITY, {**TASK, **_RANKED, **shared}, "needed")
+    merge, check = functools.partial(_task, drop=None, elect=elect), functools.partial(_check_task, elect)
+    return Method(merge, {**WEIGHT, **DENSITY, **each}, {**TASK, **_RANKED, **shared}, "needed", check=check)
 
 
-def _dropping(drop: Callable[..., jax.Array], elect: bool, density: float, shared: Mapping[str, Any]) -> Method:
+def _dropping(
+    drop: Callable[..., jax.Array], elect: bool, each: Mapping[str, Any], shared: Mapping[str, Any]
+) -> Method:
     """A method that keeps numbers by chance."""
     merge, measure = functools.partial(_task, drop=drop, elect=elect), functools.partial(_measure_dropped, drop)
-    return Method(merge, WEIGHT | {"density": density}, {**TASK, **_KEEP_PROB, **shared}, "needed", measure=measure)
+    check = functools.partial(_check_task, elect)
+    return Method(merge, {**WEIGHT, **each}, {**TASK, **_KEEP_PROB, **shared}, "needed", measure=measure, check=check)
 
 
 METHODS: Mapping[str, Method] = {
-    "linear": Method(_linear, WEIGHT, {"normalize": True}),
+    "linear": Method(_linear, WEIGHT, {"normalize": True}, check=_check_mean),
     "slerp": Method(_found_combined, {}, {"t": REQUIRED}, "needed", (1, 1), _measure_slerp),
-    "nuslerp": Method(
-        _nuslerp, WEIGHT, {"nuslerp_flatten": True, "nuslerp_row_wise": False}, "optional", (2, 2), _measure_nuslerp
-    ),
-    "multislerp": Method(_on_sphere, WEIGHT, {}, "optional", measure=_measure_multislerp),
+    "nuslerp": Method(_nuslerp, WEIGHT, VECTORS, "optional", (2, 2), _measure_nuslerp, _check_mean),
+    "multislerp": Method(_on_sphere, WEIGHT, {}, "optional", measure=_measure_multislerp, check=_check_mean),
     "karcher": Method(_on_sphere, {}, {"max_iter": 100, "tol": 1e-9}, "optional", measure=_measure_karcher),
-    "task_arithmetic": Method(functools.partial(_task, drop=None, elect=False), WEIGHT, TASK, "needed"),
-    "ties": _ranked(True, {"normalize": True}),
-    "dare_linear": _dropping(masks.by_chance, False, 1.0, {}),
-    "dare_ties": _dropping(masks.by_chance, True, 1.0, {}),
-    "breadcrumbs": _ranked(False, {"gamma": 0.01}),
-    "breadcrumbs_ties": _ranked(True, {"gamma": 0.01}),
-    "della_linear": _dropping(masks.by_chance_and_size, False, 0.7, {"epsilon": 0.15}),
-    "della": _dropping(masks.by_chance_and_size, True, 0.7, {"epsilon": 0.15, "normalize": True}),
+    "task_arithmetic": Method(
+        functools.partial(_task, drop=None, elect=False),
+        WEIGHT,
+        TASK,
+        "needed",
+        check=functools.partial(_check_task, False),
+    ),
+    "ties": _ranked(True, {}, {"normalize": True}),
+    "dare_linear": _dropping(masks.by_chance, False, DENSITY, {}),
+    "dare_ties": _dropping(masks.by_chance, True, DENSITY, {}),
+    "breadcrumbs": _ranked(False, {"gamma": 0.01}, {}),
+    "breadcrumbs_ties": _ranked(True, {"gamma": 0.01}, {}),
+    "della_linear": _dropping(masks.by_chance_and_size, False, DELLA, {}),
+    "della": _dropping(masks.by_chance_and_size, True, DELLA, {"normalize": True}),
     "sce": Method(_sce, {}, {"select_topk": 1.0}, "needed", measure=_measure_sce),
     "model_stock": Method(_model_stock, {}, {"filter_wise": False}, "needed", (2, 1 << 20), _measure_model_stock),
     "nearswap": Method(_nearswap, {}, {"t": REQUIRED}, "needed", (1, 1)),
@@ -223,11 +253,8 @@ _FLAGS = ("normalize", "nuslerp_flatten", "nuslerp_row_wise", "filter_wise")
 _RESCALES = {True: "l1", False: "none"} | {name: name for name in ("none", "keep_prob", "l1")}
 
 
-def check_value(name: str, value: Any, others: Mapping[str, Any]) -> Any:
-    """Returns a parameter's value as methods take it; OptionError for what cannot be one.
-
-    others: the other values of the same tensor, as far as they are known.
-    """
+def check_value(name: str, value: Any) -> Any:
+    """Returns a parameter's value as methods take it; OptionError for what cannot be one."""
     if name in _FLAGS:
         if not isinstance(value, bool):
             raise OptionError(f"{name}: expected true or false, found {value!r}")
@@ -240,7 +267,7 @@ def check_value(name: str, value: Any, others: Mapping[str, Any]) -> Any:
         if value not in SCOPES:
             raise OptionError(f"scope: expected {' or '.join(SCOPES)}, found {value!r}")
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
         raise OptionError(f"{name}: expected a number, found {value!r}")
     if name in ("density", "select_topk") and not 0 < value <= 1:
         raise OptionError(f"{name}={value}: expected a share, above 0 and at most 1")
@@ -250,8 +277,4 @@ def check_value(name: str, value: Any, others: Mapping[str, Any]) -> Any:
         raise OptionError(f"{name}={value}: expected at least 0")
     if name == "max_iter" and (value != int(value) or value < 1):
         raise OptionError(f"max_iter={value}: expected a whole number of at least 1")
-    if name == "density" and "epsilon" in others:
-        low, high = value - others["epsilon"], value + others["epsilon"]
-        if low <= 0 or high > 1:
-            raise OptionError(f"density={value}, epsilon={others['epsilon']}: {low:g} to {high:g} are no chances")
     return value

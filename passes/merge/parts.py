@@ -5,13 +5,13 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from xlathe.errors import OptionError
+from xlathe.errors import CheckpointError, OptionError
 from xlathe.models.checkpoint import Checkpoint
 from xlathe.passes.merge.recipe import Recipe, Slice, Source
 
 LAYER = re.compile(r"(?<![^.])(\d+)(?![^.])")
 """A layer's number in the name of a tensor: the first part that is a number; an expert's is a later one."""
-_FIRST = re.compile(r"embed|wte|wpe|embd", re.IGNORECASE)
+_FIRST = re.compile(r"embed(?!_out)|wte|wpe|embd", re.IGNORECASE)
 """Tensors without a number that come before the layers; others come after them."""
 COUNTS = ("num_hidden_layers", "n_layer")
 PER_LAYER = ("layer_types", "mlp_only_layers", "no_rope_layers")
@@ -33,13 +33,39 @@ class Part:
 
 
 def check_layers(recipe: Recipe, each: Slice, opened: Mapping[str, Checkpoint]) -> None:
-    """Raises OptionError where a slice takes layers that a model does not have."""
+    """Raises OptionError where a slice takes layers that a model does not have, CheckpointError where one of its models
+    has other tensors outside of layers than the recipe's first, or layers of other tensors, naming the first."""
+    first = recipe.models[0]
+    outside, kinds = _tensors_of(opened[first])
     for source in each.sources:
-        count = _layer_count(opened[source.model])
-        if source.layers is not None and source.layers[1] > count:
+        own, layers = _tensors_of(opened[source.model])
+        for name in sorted(outside ^ own):
+            lacks, has = (source.model, first) if name in outside else (first, source.model)
+            raise CheckpointError(f"{lacks} has no tensor {name!r}, which {has} has")
+        if source.layers is None:
+            continue
+        start, end = source.layers
+        if end > len(layers):
             raise OptionError(
-                f"{recipe.where}: layer_range {list(source.layers)} of {source.model}, which has {count} layers"
+                f"{recipe.where}: layer_range {list(source.layers)} of {source.model}, which has {len(layers)} layers"
             )
+        beside = _tensors_of(opened[each.sources[0].model])[1][each.sources[0].layers[0] :]  # type: ignore[index]
+        for i in range(start, end):
+            like = beside[i - start] if layers[i] in kinds else kinds[min(i, len(kinds) - 1)]
+            for name in sorted(layers[i] ^ like):
+                raise CheckpointError(f"layer {i} of {source.model} and a layer of {first} differ: one has no {name!r}")
+
+
+def _tensors_of(checkpoint: Checkpoint) -> tuple[frozenset[str], list[frozenset[str]]]:
+    """Returns the names outside of layers, and those of each layer with * in the place of its number."""
+    outside, layers = set[str](), [set[str]() for _ in range(_layer_count(checkpoint))]
+    for name in checkpoint.tensors:
+        match = LAYER.search(name)
+        if match is None:
+            outside.add(name)
+        else:
+            layers[int(match[1])].add(f"{name[: match.start()]}*{name[match.end() :]}")
+    return frozenset(outside), list(map(frozenset, layers))
 
 
 def find_parts(recipe: Recipe, opened: Mapping[str, Checkpoint]) -> Iterator[Part]:

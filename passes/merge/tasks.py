@@ -11,7 +11,7 @@ import numpy as np
 
 from xlathe.passes.merge.combine import add, combine
 from xlathe.passes.merge.masks import kept_count, marks
-from xlathe.passes.merge.ranks import Band, find_band
+from xlathe.passes.merge.ranks import Band, find_whole_band
 
 
 @jax.jit
@@ -49,9 +49,12 @@ def _elected(deltas: Sequence[jax.Array], weights: jax.Array, normalize: bool) -
 
 def sce(deltas: Sequence[jax.Array], *, select: float = 1.0) -> jax.Array:
     """Selects the share of numbers that vary most between models, weighs each model by the mean square of its changes
-    there, and erases those against the sign of the sum (SCE: Wan et al. 2024, arXiv 2408.07990)."""
+    there, and erases those against the sign of the sum (SCE: Wan et al. 2024, arXiv 2408.07990).
+
+    Numbers that vary as much as the last one chosen are chosen as well, so that no order of numbers matters.
+    """
     count = kept_count(deltas[0].size, select)
-    band = find_band(lambda: [variance(deltas)], 0, count) if count < deltas[0].size else Band()
+    band = find_whole_band(lambda: [variance(deltas)], 0, count) if count < deltas[0].size else Band()
     chosen = marks(variance(deltas), band)
     return weighed(deltas, chosen, shares(energies(deltas, chosen)))
 
