@@ -7,7 +7,8 @@ and llama.cpp's blocks, q4_0, q4_1, q5_0, q5_1, q8_0, iq4_nl, q2_k, q3_k, q4_k, 
 options: what shares a scale, `tensor`, `channel`, `g32` (successive weights of a channel) or `b128x128` (rows by
 columns, cut at the end of the weight); the type of scales, `s=f32`, `bf16`, `f16`, `e8m0` (powers of two) or `e4m3`
 (beside a float32 factor for the tensor); `asym`, a zero point of 8 bits, for integers, or `z=bf16`, `z=f16`, one that
-need not be whole.
+need not be whole; in all but llama.cpp's blocks `2of4`, two of every four successive weights of a channel and a bit
+for each that says which, the others zero.
 """
 
 import functools
@@ -21,6 +22,7 @@ from xlathe.storage.cast import DTYPES as CASTS
 from xlathe.storage.cast import Cast
 from xlathe.storage.elements import FLOATS, INTEGERS, find_element
 from xlathe.storage.format import Format
+from xlathe.storage.masked import Masked
 from xlathe.storage.scaled import DTYPES, ZEROS, Scaled
 
 WHOLE: Mapping[str, Format] = {
@@ -33,6 +35,7 @@ SHARED = {"int8": "channel", "fp8_e4m3": "channel", "fp8_e5m2": "channel", "nf4"
 """What shares a scale by default; a group of 32 in others."""
 _BLOCK = re.compile(r"b([1-9]\d*)x([1-9]\d*)")
 _GROUP = re.compile(r"g([1-9]\d*)")
+_KEPT = re.compile(r"([1-9]\d*)of([1-9]\d*)")
 
 
 @functools.cache
@@ -40,6 +43,8 @@ def parse_format(text: str) -> Format:
     """Returns the format of a text. Raises OptionError for what is unknown or does not go together."""
     name, _, rest = text.partition(":")
     options = rest.split(",") if rest else []
+    if patterns := [option for option in options if _KEPT.fullmatch(option)]:
+        return _masked(text, name, [option for option in options if option not in patterns], patterns)
     if name in WHOLE:
         if options:
             raise OptionError(f"{text!r}: {name} has no options")
@@ -48,6 +53,20 @@ def parse_format(text: str) -> Format:
     if name not in known:
         raise OptionError(f"{text!r}: {name!r} is not known{did_you_mean(name, [*known, *WHOLE])}")
     return _scaled(text, name, options)
+
+
+def _masked(text: str, name: str, options: list[str], patterns: list[str]) -> Masked:
+    dense = parse_format(f"{name}:{','.join(options)}" if options else name)
+    if len(patterns) > 1:
+        raise OptionError(f"{text!r}: {' and '.join(patterns)} exclude each other")
+    keep, of = map(int, patterns[0].split("of"))
+    if keep >= of:
+        raise OptionError(f"{text!r}: expected fewer than {of} of {of}")
+    if not isinstance(dense, Cast | Scaled):
+        raise OptionError(f"{text!r}: blocks hold all of their weights")
+    if isinstance(dense, Scaled) and dense.columns % of:
+        raise OptionError(f"{text!r}: expected a group of {dense.columns} to be whole times {of}")
+    return Masked(dense, keep, of)
 
 
 def _scaled(text: str, name: str, options: list[str]) -> Scaled:

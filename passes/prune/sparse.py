@@ -1,22 +1,24 @@
 """Methods that set single weights to zero; they go through a model as methods of rounding do (`Quantize(method=)`).
 
-Weights are kept in 16 bits, zeros among them. A product takes no less time for them: XLA has no sparse products.
+Weights are kept in 16 bits, zeros among them, or as a scheme with a pattern (`bf16:2of4`, `int4:g128,2of4`) stores them,
+without. A product takes no less time for them: XLA has no sparse products.
 """
 
 import abc
 import dataclasses
 from typing import ClassVar, Literal, final
 
+import jax.numpy as jnp
 import numpy as np
 
 from xlathe.errors import OptionError, PassError
 from xlathe.passes.prune.algorithms.magnitude import magnitude
-from xlathe.passes.prune.algorithms.sparsegpt import sparsegpt
+from xlathe.passes.prune.algorithms.sparsegpt import Grid, sparsegpt
 from xlathe.passes.prune.algorithms.sparsity import Sparsity
 from xlathe.passes.prune.algorithms.wanda import wanda
 from xlathe.passes.quantize.method import WeightMethod
 from xlathe.stats import InputStats
-from xlathe.storage import Format
+from xlathe.storage import Format, Masked, Scaled
 from xlathe.storage.cast import Cast
 
 
@@ -25,7 +27,7 @@ class Sparse(WeightMethod):
     """Sets weights to zero. sparsity: the fraction of each weight, above 0 and below 1.
 
     keep, of: or at most `keep` of every `of` successive inputs of an output stay (2 of 4), and `sparsity` is not read.
-    What calibration never reached loses its smallest weights. Raises OptionError for values out of range, PassError
+    A scheme with a pattern says so for all three. What calibration never reached loses its smallest weights. Raises OptionError for values out of range, PassError
     for weights that such groups do not divide.
     """
 
@@ -40,23 +42,30 @@ class Sparse(WeightMethod):
         if not counts or not (0 < self.keep < self.of or self.keep == self.of == 0):
             raise OptionError(f"{self}: expected 0 < keep < of, as in 2 of 4, found {self.keep!r} of {self.of!r}")
 
-    @final
     def refusal(self, stored: Format) -> str | None:
-        return None if isinstance(stored, Cast) else "zeros are kept among bf16 or f16"
+        if isinstance(stored, Masked):
+            own = self.keep == self.of == 0 or (self.keep, self.of) == (stored.keep, stored.of)
+            return None if own else f"{stored} keeps {stored.keep} of {stored.of}"
+        return None if isinstance(stored, Cast) else "zeros are kept among bf16 or f16, or by a pattern, as int4:g32,2of4"
 
     @final
     def __call__(
         self, name: str, weight: np.ndarray, stored: Format, stats: InputStats | None
     ) -> tuple[np.ndarray, ...]:
-        if self.of and weight.shape[1] % self.of:
-            raise PassError(f"quantize: {name}: {weight.shape[1]} inputs are no multiple of {self.of}")
-        how = Sparsity(1 - self.keep / self.of, self.keep, self.of) if self.of else Sparsity(self.sparsity)
+        keep, of = (stored.keep, stored.of) if isinstance(stored, Masked) else (self.keep, self.of)
+        if of and weight.shape[1] % of:
+            raise PassError(f"quantize: {name}: {weight.shape[1]} inputs are no multiple of {of}")
+        how = Sparsity(1 - keep / of, keep, of) if of else Sparsity(self.sparsity)
         if stats is None or not stats.count:
             return stored.encode(magnitude(weight, how))
         try:
-            return stored.encode(np.asarray(self.zeroed(weight, how, stats), np.float32))
+            return self.parts(weight, stored, how, stats)
         except PassError as error:
             raise PassError(f"quantize: {name}, calibrated on {int(stats.count)} tokens: {error}") from None
+
+    def parts(self, weight: np.ndarray, stored: Format, how: Sparsity, stats: InputStats) -> tuple[np.ndarray, ...]:
+        """Returns the parts of a weight float32 [n, k] with zeros; stats: of some tokens."""
+        return stored.encode(np.asarray(self.zeroed(weight, how, stats), np.float32))
 
     @abc.abstractmethod
     def zeroed(self, weight: np.ndarray, how: Sparsity, stats: InputStats) -> np.ndarray:
@@ -86,9 +95,27 @@ class Wanda(Sparse):
 @final
 @dataclasses.dataclass(frozen=True)
 class SparseGpt(Sparse):
-    """The weights behind make good for those that go: `xlathe.passes.prune.algorithms.sparsegpt`."""
+    """The weights behind make good for those that go: `xlathe.passes.prune.algorithms.sparsegpt`.
+
+    With levels they make good for rounding too, column by column.
+    """
 
     statistics: ClassVar[Literal["none", "moments", "gram"]] = "gram"
+
+    def refusal(self, stored: Format) -> str | None:
+        if isinstance(stored, Scaled):
+            return "a zero point may leave no zero" if stored.zero else None
+        return super().refusal(stored)
+
+    def parts(self, weight: np.ndarray, stored: Format, how: Sparsity, stats: InputStats) -> tuple[np.ndarray, ...]:
+        dense = stored.dense if isinstance(stored, Masked) else stored
+        if not isinstance(dense, Scaled):
+            return super().parts(weight, stored, how, stats)
+        assert stats.gram is not None
+        grid = Grid(dense, dense.fit(jnp.asarray(weight)))
+        values = np.asarray(sparsegpt(weight, stats.gram, how, grid=grid)[0])
+        levels = np.asarray(grid.levels(values))
+        return stored.pack(levels, values, grid.steps) if isinstance(stored, Masked) else dense.pack(levels, grid.steps)
 
     def zeroed(self, weight: np.ndarray, how: Sparsity, stats: InputStats) -> np.ndarray:
         assert stats.gram is not None

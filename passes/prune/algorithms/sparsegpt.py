@@ -1,23 +1,43 @@
-"""SparseGPT: the error of a weight that becomes zero is made good by the columns behind it.
+"""SparseGPT: the error of a weight that becomes zero is made good by the columns behind it, and that of rounding
+the others with it.
 
-Frantar & Alistarh 2023, https://arxiv.org/abs/2301.00774; the inverse Hessian is GPTQ's.
+Frantar & Alistarh 2023, https://arxiv.org/abs/2301.00774 (3.5 for rounding); the inverse Hessian is GPTQ's.
 """
 
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from xlathe.passes.prune.algorithms.sparsity import Sparsity, lowest
-from xlathe.passes.quantize.algorithms.gptq import BLOCK, inverse_factor
+from xlathe.passes.quantize.algorithms.gptq import BLOCK, inverse_factor, steps_by_block
+from xlathe.storage import Scaled, Steps
 
 
-def sparsegpt(weight: Any, gram: np.ndarray, sparsity: Sparsity, *, block: int = BLOCK) -> tuple[jax.Array, float]:
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["steps"], meta_fields=["stored"])
+@final
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """What weights that are kept are rounded to: levels, and the steps of all blocks of a weight."""
+
+    stored: Scaled
+    steps: Steps
+
+    def levels(self, weight: Any) -> Any:
+        """Returns the level nearest to each weight, [n, k]."""
+        return self.stored.nearest(weight, *self.stored.spread(self.steps, weight.shape))
+
+
+def sparsegpt(
+    weight: Any, gram: np.ndarray, sparsity: Sparsity, *, grid: Grid | None = None, block: int = BLOCK
+) -> tuple[jax.Array, float]:
     """Returns a weight with zeros, and the damping that was used.
 
-    weight: floating [n, k], k a multiple of `sparsity.of`. gram: X^T X, [k, k]; a factor of it changes nothing. block:
+    weight: floating [n, k], k a multiple of `sparsity.of`. gram: X^T X, [k, k]; a factor of it changes nothing. grid:
+    what the others are rounded to, column by column; which become zero is chosen by what they are before. block:
     columns whose weights, in all rows, are compared with each other; with a pattern it does not change the result.
     A column whose activations were always zero goes first.
     Raises PassError as `inverse_factor` does.
@@ -28,7 +48,7 @@ def sparsegpt(weight: Any, gram: np.ndarray, sparsity: Sparsity, *, block: int =
     unit = diagonal.mean()  # of what `inverse_factor` gives columns that were always zero
     upper, damping = inverse_factor(gram / unit if unit > 0 else gram)
     counts = [sparsity.count(len(weight) * min(block, len(gram) - i)) for i in range(0, len(gram), block)]
-    swept = _sweep(weight, jnp.asarray(upper, weight.dtype), diagonal == 0, np.array(counts), sparsity, block)
+    swept = _sweep(weight, jnp.asarray(upper, weight.dtype), diagonal == 0, np.array(counts), grid, sparsity, block)
     return swept, damping
 
 
@@ -38,16 +58,25 @@ def _sweep(
     factor: jax.Array,  # [k, k], upper triangular
     dead: jax.Array,  # bool [k]
     counts: jax.Array,  # [blocks], zeros of each
+    grid: Grid | None,
     sparsity: Sparsity,
     block: int,
 ) -> jax.Array:
     """Returns the weight with zeros, [n, k]."""
-    k = weight.shape[1]
+    n, k = weight.shape
+    by_block = None if grid is None else steps_by_block(grid.steps, grid.stored, n, k)
     padding = -k % block
     size, columns = k + padding, jnp.arange(block)
     rows = jnp.pad(weight.T, ((0, padding), (0, 0)))  # columns of the weight, [k, n]
     factor = jnp.pad(factor, (0, padding)) + jnp.diag(jnp.arange(size) >= k)
     dead = jnp.pad(dead, (0, padding))
+
+    def rounded(values: jax.Array, column: jax.Array) -> jax.Array:
+        if grid is None or by_block is None:
+            return values
+        place = jnp.minimum(column, k - 1) // (grid.stored.columns or k)
+        scale, zero = by_block[0][place], by_block[1][place]
+        return grid.stored.values(grid.stored.nearest(values, scale, zero), scale, zero)
 
     def one_block(number: jax.Array, rows: jax.Array) -> jax.Array:
         start = number * block
@@ -77,10 +106,10 @@ def _sweep(
             if sparsity.of:
                 begins = i % sparsity.of == 0
                 gone = jax.lax.cond(begins, chosen_of_group, lambda i, inside, gone: gone, i, inside, gone)
-            error = jnp.where(gone[i], inside[i], 0) / own[i, i]
+            value = jnp.where(gone[i], 0, rounded(inside[i], start + i))
+            error = (inside[i] - value) / own[i, i]
             later = jnp.where(columns > i, own[i], 0)
-            inside = inside.at[i].set(jnp.where(gone[i], 0, inside[i])) - later[:, None] * error
-            return inside, gone, errors.at[i].set(error)
+            return inside.at[i].set(value) - later[:, None] * error, gone, errors.at[i].set(error)
 
         gone = jnp.zeros(inside.shape, bool) if sparsity.of else chosen(inside)
         inside, _, errors = jax.lax.fori_loop(0, block, one_column, (inside, gone, jnp.zeros_like(inside)))

@@ -144,7 +144,7 @@ def _sweep(
     padding = -k % block
     rows = jnp.pad(weight.T[order], ((0, padding), (0, 0)))  # columns of the weight in order, [k, n]
     place = jnp.pad(order // (stored.columns or k), (0, padding))  # of each column's steps
-    scale, zero = _steps_by_block(steps, stored, n, k)
+    scale, zero = steps_by_block(steps, stored, n, k)
     factor = jnp.pad(factor, (0, padding)) + jnp.diag(jnp.arange(k + padding) >= k) if padding else factor
 
     def one_block(number: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -172,7 +172,7 @@ def _sweep(
     return levels[back].T, rows[back].T
 
 
-def _steps_by_block(steps: Steps, stored: Scaled, n: int, k: int) -> tuple[jax.Array, jax.Array]:
+def steps_by_block(steps: Steps, stored: Scaled, n: int, k: int) -> tuple[jax.Array, jax.Array]:
     """Returns scale and zero of each row in each block of columns, [blocks, n]."""
     blocks = -(-k // stored.columns) if stored.columns else 1
     narrow = dataclasses.replace(stored, columns=1) if stored.columns else stored
