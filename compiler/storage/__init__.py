@@ -11,4 +11,15 @@ from xlathe.storage.masked import Masked
 from xlathe.storage.scaled import Scaled, Steps
 from xlathe.storage.text import parse_format
 
-__all__ = ["Blocks", "Format", "Masked", "Part", "Scaled", "Steps", "all_lines", "as_bytes", "parse_format", "take_lines"]
+__all__ = [
+    "Blocks",
+    "Format",
+    "Masked",
+    "Part",
+    "Scaled",
+    "Steps",
+    "all_lines",
+    "as_bytes",
+    "parse_format",
+    "take_lines",
+]

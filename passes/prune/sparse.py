@@ -1,14 +1,13 @@
 """Methods that set single weights to zero; they go through a model as methods of rounding do (`Quantize(method=)`).
 
-Weights are kept in 16 bits, zeros among them, or as a scheme with a pattern (`bf16:2of4`, `int4:g128,2of4`) stores them,
-without. A product takes no less time for them: XLA has no sparse products.
+Weights are kept in 16 bits, zeros among them, or without their zeros by a scheme with a pattern (`bf16:2of4`,
+`int4:g128,2of4`). A product takes no less time for them: XLA has no sparse products.
 """
 
 import abc
 import dataclasses
 from typing import ClassVar, Literal, final
 
-import jax.numpy as jnp
 import numpy as np
 
 from xlathe.errors import OptionError, PassError
@@ -27,8 +26,8 @@ class Sparse(WeightMethod):
     """Sets weights to zero. sparsity: the fraction of each weight, above 0 and below 1.
 
     keep, of: or at most `keep` of every `of` successive inputs of an output stay (2 of 4), and `sparsity` is not read.
-    A scheme with a pattern says so for all three. What calibration never reached loses its smallest weights. Raises OptionError for values out of range, PassError
-    for weights that such groups do not divide.
+    A scheme with a pattern decides instead of all three. What calibration never reached loses its smallest weights.
+    Raises OptionError for values out of range, PassError for weights that such groups do not divide.
     """
 
     sparsity: float = 0.5
@@ -46,7 +45,7 @@ class Sparse(WeightMethod):
         if isinstance(stored, Masked):
             own = self.keep == self.of == 0 or (self.keep, self.of) == (stored.keep, stored.of)
             return None if own else f"{stored} keeps {stored.keep} of {stored.of}"
-        return None if isinstance(stored, Cast) else "zeros are kept among bf16 or f16, or by a pattern, as int4:g32,2of4"
+        return None if isinstance(stored, Cast) else "zeros are kept among bf16 or f16, or by a pattern, int4:g32,2of4"
 
     @final
     def __call__(
@@ -97,7 +96,7 @@ class Wanda(Sparse):
 class SparseGpt(Sparse):
     """The weights behind make good for those that go: `xlathe.passes.prune.algorithms.sparsegpt`.
 
-    With levels they make good for rounding too, column by column.
+    With levels they make good for rounding too, column by column; scales just reach what is kept without rounding.
     """
 
     statistics: ClassVar[Literal["none", "moments", "gram"]] = "gram"
@@ -112,7 +111,7 @@ class SparseGpt(Sparse):
         if not isinstance(dense, Scaled):
             return super().parts(weight, stored, how, stats)
         assert stats.gram is not None
-        grid = Grid(dense, dense.fit(jnp.asarray(weight)))
+        grid = Grid(dense, dense.fit(self.zeroed(weight, how, stats)))
         values = np.asarray(sparsegpt(weight, stats.gram, how, grid=grid)[0])
         levels = np.asarray(grid.levels(values))
         return stored.pack(levels, values, grid.steps) if isinstance(stored, Masked) else dense.pack(levels, grid.steps)

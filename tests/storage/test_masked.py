@@ -28,7 +28,7 @@ def test_parts_are_the_largest_and_where_they_are(form: str) -> None:
     stored, weight = masked(form), normal()
     parts = stored.encode(weight)
     told = stored.parts(N, K)
-    assert list(told)[0] == "mask"
+    assert next(iter(told)) == "mask"
     assert [(p.shape, p.dtype) for p in parts] == [(t.shape, t.dtype) for t in told.values()]
     bits = np.unpackbits(parts[0], axis=1, bitorder="little")[:, :K].astype(bool)
     groups = bits.reshape(N, -1, stored.of)

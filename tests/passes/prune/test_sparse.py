@@ -1,5 +1,7 @@
 """Zeros in a whole model: each method on what the sparse weights before make."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import xlathe as xl
 from xlathe.errors import OptionError, PassError
 from xlathe.passes import Quantize
 from xlathe.passes.quantize.methods import find_method
+from xlathe.storage import parse_format
 
 VOCAB, WIDTH, HIDDEN = 61, 24, 40
 TOKENS = np.random.default_rng(5).integers(0, VOCAB, (2, 1, 48), dtype=np.int32)
@@ -34,8 +37,8 @@ def graph() -> xl.Graph:
     return xl.trace(forward, params, max_len=48)
 
 
-def sparse(graph: xl.Graph, method: str) -> xl.Graph:
-    return xl.Pipeline([Quantize("bf16", weights="up|down", method=method)])(graph, calibration=list(TOKENS))
+def sparse(graph: xl.Graph, method: str, scheme: str = "bf16") -> xl.Graph:
+    return xl.Pipeline([Quantize(scheme, weights="up|down", method=method)])(graph, calibration=list(TOKENS))
 
 
 def stored(graph: xl.Graph, name: str) -> np.ndarray:
@@ -71,6 +74,48 @@ def test_what_a_method_knows_lowers_the_error_of_the_model(graph: xl.Graph) -> N
     expected = np.asarray(graph(TOKENS[:, 0]))
     errors = [np.square(np.asarray(sparse(graph, method)(TOKENS[:, 0])) - expected).sum() for method in METHODS]
     assert errors[2] < errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_pattern_of_the_scheme_is_the_methods(graph: xl.Graph, method: str) -> None:
+    """Expected: the numbers of `keep=2,of=4`, in 9 bits each instead of 16."""
+    whole, packed = sparse(graph, f"{method}{{keep=2,of=4}}"), sparse(graph, method, "bf16:2of4")
+    for name in ("up", "down"):
+        parts = [packed.arrays[f"{name}.{part}"] for part in ("mask", "codes")]
+        values = parse_format("bf16:2of4").dequantize(*map(jnp.asarray, parts))
+        np.testing.assert_array_equal(values, stored(whole, name))
+        assert sum(np.asarray(part).nbytes for part in parts) == stored(whole, name).size * 9 / 8
+    expected = np.asarray(whole(TOKENS[:, 0]))
+    np.testing.assert_allclose(packed(TOKENS[:, 0]), expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_what_lies_without_zeros_is_saved_and_compiled(graph: xl.Graph, tmp_path: Path) -> None:
+    packed = sparse(graph, "magnitude", "bf16:2of4")
+    packed.save(tmp_path / "saved")
+    np.testing.assert_array_equal(xl.load_graph(tmp_path / "saved")(TOKENS[:, 0]), packed(TOKENS[:, 0]))
+    program = xl.compile(packed, max_len=48)
+    logits = np.asarray(packed(TOKENS[0, :, :40]))[0, -1]
+    assert list(program.generate(TOKENS[0, :, :40], max_tokens=1)[0].tokens) == [logits.argmax()]
+
+
+@pytest.mark.parametrize("scheme", ["int4:g8", "int4:g8,2of4", "int4:g8,asym,2of4", "nf4:g8,2of4"])
+def test_zeros_among_levels(graph: xl.Graph, scheme: str) -> None:
+    """Before: SparseGPT with a scheme of levels. Expected: half zeros in the scheme's own parts."""
+    joint = sparse(graph, "sparse_gpt", scheme)
+    planned = parse_format(scheme).parts(HIDDEN, WIDTH)
+    parts = [joint.arrays[f"up.{part}"] for part in planned]
+    assert [part.shape for part in parts] == [part.shape for part in planned.values()]
+    values = np.asarray(parse_format(scheme).dequantize(*map(jnp.asarray, parts)))
+    assert (values == 0).mean() >= 0.5
+    if "2of4" in scheme:
+        assert ((values.reshape(HIDDEN, -1, 4) != 0).sum(-1) <= 2).all()
+
+
+def test_another_pattern_than_the_schemes_is_refused(graph: xl.Graph) -> None:
+    with pytest.raises(OptionError, match="bf16:2of4 keeps 2 of 4"):
+        sparse(graph, "wanda{keep=1,of=4}", "bf16:2of4")
+    with pytest.raises(OptionError, match="a zero point may leave no zero"):
+        sparse(graph, "sparse_gpt", "int4:g8,asym")
 
 
 def test_groups_that_do_not_divide_are_named(graph: xl.Graph) -> None:

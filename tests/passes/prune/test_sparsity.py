@@ -1,14 +1,16 @@
 """Magnitude, Wanda and SparseGPT against NumPy written out from the papers, and their laws."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from xlathe.errors import OptionError
 from xlathe.passes.prune.algorithms.magnitude import magnitude
-from xlathe.passes.prune.algorithms.sparsegpt import sparsegpt
+from xlathe.passes.prune.algorithms.sparsegpt import Grid, sparsegpt
 from xlathe.passes.prune.algorithms.sparsity import Sparsity
 from xlathe.passes.prune.algorithms.wanda import wanda
+from xlathe.storage import Scaled, parse_format
 
 ROWS, COLUMNS = 16, 96
 HALF, TWO_OF_FOUR = Sparsity(0.5), Sparsity.parse("2:4")
@@ -40,8 +42,13 @@ def pruned(method: str, sparsity: Sparsity, seed: int = 0) -> np.ndarray:
     return np.asarray(sparsegpt(w, x.T @ x, sparsity, block=32)[0])
 
 
-def written_out(w: np.ndarray, gram: np.ndarray, sparsity: Sparsity, block: int) -> np.ndarray:
-    """Optimal Brain Surgeon, a column at a time, with the inverse Hessian of the columns that are left."""
+def written_out(
+    w: np.ndarray, gram: np.ndarray, sparsity: Sparsity, block: int, scales: np.ndarray | None = None
+) -> np.ndarray:
+    """Optimal Brain Surgeon, a column at a time, with the inverse Hessian of the columns that are left.
+
+    scales: [n, k], of 4-bit integers that what stays is rounded to, or None.
+    """
     w, gone = w.copy(), np.zeros(w.shape, bool)
     inverse = np.linalg.inv(gram + 0.01 * np.mean(np.diagonal(gram)) * np.eye(COLUMNS))
     schur = inverse.copy()
@@ -58,9 +65,10 @@ def written_out(w: np.ndarray, gram: np.ndarray, sparsity: Sparsity, block: int)
             score = w[:, j : j + block] ** 2 / left[j : j + block]
             last = np.sort(score.ravel())[round(sparsity.fraction * score.size) - 1]
             gone[:, j : j + block] = score <= last
-        error = np.where(gone[:, j], w[:, j], 0) / inverse[j, j]
-        w -= np.outer(error, inverse[j])
-        w[gone[:, j], j] = 0
+        stays = w[:, j] if scales is None else scales[:, j] * np.clip(np.rint(w[:, j] / scales[:, j]), -8, 7)
+        value = np.where(gone[:, j], 0, stays)
+        w -= np.outer((w[:, j] - value) / inverse[j, j], inverse[j])
+        w[:, j] = value
         inverse -= np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
     return w
 
@@ -72,6 +80,35 @@ def test_sparsegpt_is_optimal_brain_surgeon(sparsity: Sparsity, block: int) -> N
     found, damping = sparsegpt(weight(), gram, sparsity, block=block)
     assert damping == 0.01
     np.testing.assert_allclose(found, written_out(weight(), gram, sparsity, block), atol=1e-9)
+
+
+def grid_of(w: np.ndarray) -> Grid:
+    stored = parse_format("int4:g32")
+    assert isinstance(stored, Scaled)
+    return Grid(stored, stored.fit(jnp.asarray(w)))
+
+
+@pytest.mark.parametrize("sparsity", [HALF, TWO_OF_FOUR], ids=str)
+def test_rounding_is_made_good_column_by_column(sparsity: Sparsity) -> None:
+    w, gram = weight(), activations().T @ activations()
+    groups = w.reshape(ROWS, -1, 32)
+    largest = np.take_along_axis(groups, np.abs(groups).argmax(-1)[..., None], -1)[..., 0]
+    scales = np.repeat(np.asarray(jnp.asarray(largest / -8, jnp.bfloat16), np.float64), 32, axis=1)
+    found, _ = sparsegpt(w, gram, sparsity, grid=grid_of(w), block=24)
+    np.testing.assert_allclose(found, written_out(w, gram, sparsity, 24, scales), atol=1e-9)
+
+
+@pytest.mark.parametrize("sparsity", [HALF, TWO_OF_FOUR], ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_rounding_as_it_goes_has_less_error_than_after(sparsity: Sparsity, seed: int) -> None:
+    w, x = weight(seed), activations(seed + 1)
+    zeroed = np.asarray(pruned("sparsegpt", sparsity, seed))
+    grid = grid_of(zeroed)
+    after = np.asarray(grid.stored.values(grid.levels(zeroed), *grid.stored.spread(grid.steps, w.shape)))
+    joint = np.asarray(sparsegpt(w, x.T @ x, sparsity, grid=grid, block=32)[0])
+    error = [np.square(x @ (each - w).T).sum() for each in (joint, after)]
+    assert error[0] < error[1]
+    assert (joint == 0).sum() >= w.size // 2
 
 
 def test_wanda_compares_a_row_and_magnitude_all() -> None:
