@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from xlathe.errors import OptionError
-from xlathe.storage import Masked, parse_format, take_lines
+from xlathe.storage import Masked, Scaled, parse_format, take_lines
 
 FORMS = ["bf16:2of4", "f16:1of3", "bf16:48of96", "int8:channel,2of4", "int4:g32,2of4", "int4:g32,asym,4of8"]
 FORMS += ["nf4:g48,1of3", "mxfp4:2of4", "nvfp4:4of8", "int8:tensor,2of4", "fp8_e4m3:b4x32,2of4"]
@@ -53,6 +53,21 @@ def test_numbers_that_are_floats_come_back() -> None:
     np.testing.assert_array_equal(stored.dequantize(*map(jnp.asarray, stored.encode(exact))), exact)
     assert stored.bits(N, K) == 9
     assert masked("int4:g32,2of4").bits(N, K) == 1 + 2 + 16 / 32
+
+
+@pytest.mark.parametrize("form", ["int8:channel,2of4", "int4:g32,2of4", "int4:g32,asym,4of8", "nf4:g48,1of3"])
+def test_levels_that_a_method_chose_are_kept(form: str) -> None:
+    stored, weight = masked(form), normal()
+    dense = stored.dense
+    assert isinstance(dense, Scaled)
+    steps = dense.fit(weight)
+    scale, zero = dense.spread(steps, weight.shape)
+    levels = dense.nearest(weight, scale, zero)
+    parts = stored.pack(levels, weight, steps)
+    bits = np.unpackbits(parts[0], axis=1, bitorder="little")[:, :K].astype(bool)
+    found = stored.dequantize(*map(jnp.asarray, parts))
+    np.testing.assert_array_equal(found, np.where(bits, dense.values(levels, scale, zero), 0))
+    np.testing.assert_array_equal(parts[0], stored.encode(weight)[0])
 
 
 def test_gradients_reach_the_kept() -> None:
