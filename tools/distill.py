@@ -33,6 +33,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("text", None, "file of the text, in UTF-8; the demo has its own", flag_values=values)
     flags.DEFINE_integer("tokens", None, "of the text to train on, again and again if need be", flag_values=values)
     define_training(values)
+    flags.DEFINE_float("on_policy", 0.0, "fraction of steps on text that the student writes", flag_values=values)
     flags.DEFINE_boolean("shared_vocab", False, "compare the logits that both models have", flag_values=values)
     flags.DEFINE_string("plan", None, "pruning plan that made the student, for features", flag_values=values)
     flags.DEFINE_string(
@@ -63,13 +64,14 @@ def run(options: Options, source: str, destination: str) -> None:
         raise UsageError("for how long? --tokens=N")
     if options["teacher"] is None and objective.needs_teacher:
         raise UsageError(f"which teacher? --teacher=MODEL; {objective} asks for one")
-    names = ("tokens", "rows", "accumulate", "learning_rate", "seed")
+    names = ("tokens", "rows", "accumulate", "learning_rate", "seed", "on_policy")
     settings, console = Settings(**{name: options[name] for name in names}), make_console()
     files = {name: output_file(options, name) for name in ("json", "html")}
     student = fused(open_graph(source, changing=True))
     teacher = fused(open_graph(options["teacher"])) if options["teacher"] else None
     mine = DEMO in (source, options["teacher"])
-    rows = find_rows(student, source, options["text"], options["context"], settings, demo=mine)
+    context = options["context"] if teacher is None else min(options["context"], teacher.max_len)
+    rows = find_rows(student, source, options["text"], context, settings, demo=mine)
     workdir = Path(options["workdir"] or destination + UNFINISHED)
     with bar(console, "distill") as progress:
         lesson = _lesson(options, objective, student, teacher, rows, progress)
@@ -128,9 +130,11 @@ def _lesson(
     from xlathe.passes.distill.vocabularies import check_vocabularies
     from xlathe.passes.prune.plan import PrunePlan
 
-    if teacher is None:
+    if teacher is None or not objective.needs_teacher:
         return Lesson(objective)
-    check_vocabularies(student, teacher, options["shared_vocab"] and options["teacher_logits"] is None)
+    if options["shared_vocab"] and options["teacher_logits"] is not None:
+        raise UsageError("--shared_vocab: stored logits are of all that the teacher knows; leave out --teacher_logits")
+    check_vocabularies(student, teacher, options["shared_vocab"])
     kept = Kept().then(PrunePlan.load(options["plan"]), count_layers(teacher)) if options["plan"] else Kept()
     pairs = pair_features(student, teacher, kept) if objective.needs_features else NO_PAIRS
     if options["teacher_logits"] is None:

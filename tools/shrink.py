@@ -89,11 +89,11 @@ class Shrinking:
             plan_file = self.workdir / f"{number + 1}-pruned-{digest}.json"
             graph = self._stage(plan_file.with_suffix(""), self._pruned(number, graph, plan_file))
             kept = kept.then(PrunePlan.load(plan_file), count_layers(self.whole))
-            self._judge(f"{number + 1}: pruned", graph, plan_file.with_suffix(".quality"))
+            self._judge(f"{number + 1}: pruned", graph, plan_file.with_suffix(""))
             digest = _follow(digest, "distill", str(self.objective), str(self.settings))
             folder = self.workdir / f"{number + 1}-healed-{digest}"
             graph = self._stage(folder, self._healed(graph, kept))
-            self._judge(f"{number + 1}: healed", graph, folder.with_suffix(".quality"))
+            self._judge(f"{number + 1}: healed", graph, folder)
         return graph, digest
 
     def write(self, made: "tuple[Graph, str]", destination: Path) -> None:
@@ -105,14 +105,12 @@ class Shrinking:
         folder = self.workdir / f"quantized-{digest}"
         passes = parse_passes(self.recipe.quantize)
         quantized = self._stage(folder, lambda: passes(graph, calibration=self._calibration))
-        self._judge("quantized", quantized, folder.with_suffix(".quality"))
-        written = folder.with_suffix(".written")  # says that the bundle is of this student
-        if not (written.exists() and is_bundle(str(destination))):
+        self._judge("quantized", quantized, folder)
+        written = folder.with_suffix(".written")  # says which bundle is of this student
+        if not (written.exists() and written.read_text() == _bundle_text(destination)):
             with bar(self.console, "compile"):
                 compile(quantized).save(destination)
-            for other in self.workdir.glob("*.written"):
-                other.unlink()
-            written.touch()
+            written.write_text(_bundle_text(destination))
 
     def _begin(self) -> str:
         import numpy as np
@@ -120,11 +118,13 @@ class Shrinking:
         from xlathe.passes.quantize.work import digest_of
 
         arrays = {name: np.asarray(array) for name, array in self.whole.arrays.items()}
-        return digest_of("", [self.whole.structural_hash], {**arrays, "tokens": self.rows.tokens})
+        texts = {"tokens": self.rows.tokens, "mask": self.rows.mask}
+        return digest_of("", [self.whole.structural_hash], {**arrays, **texts})
 
     @property
     def _calibration(self) -> "list[np.ndarray]":
-        return list(self.rows.tokens[:CALIBRATION_ROWS, None, :-1])
+        whole = self.rows.tokens[self.rows.mask.all(1)]  # padding is no text
+        return list(whole[:CALIBRATION_ROWS, None, :-1])
 
     def _stage(self, folder: Path, make: "Callable[[], Graph]") -> "Graph":
         """Returns the graph of a stage, made where it is not there."""
@@ -165,10 +165,13 @@ class Shrinking:
 
         return make
 
-    def _judge(self, name: str, graph: "Graph", file: Path) -> None:
-        """Prints how far a graph is from the whole model, measured where no file says so."""
+    def _judge(self, name: str, graph: "Graph", folder: Path) -> None:
+        """Prints how far the graph of a stage is from the whole model, measured where no file says so."""
+        from xlathe.passes.quantize.work import digest_of
         from xlathe.report import count_parameters, weight_bytes
 
+        judged_by = digest_of("", [], {"windows": self.windows})
+        file = folder.with_name(f"{folder.name}-{judged_by}.quality")
         if not file.exists():
             with replaced(file) as written:
                 written.write((json.dumps(self._quality(graph), indent=1) + "\n").encode())
@@ -183,6 +186,15 @@ class Shrinking:
         with bar(self.console, "evaluate") as progress:
             (found,) = qualities(self.whole, [graph], self.windows, progress)
         return {"perplexity": dataclasses.asdict(found.perplexity), "KL": dataclasses.asdict(found.kl)}
+
+
+def _bundle_text(destination: Path) -> str:
+    """Returns where a bundle lies and what tells it from others; nothing where there is none."""
+    from xlathe.manifest import MANIFEST
+
+    if not is_bundle(str(destination)):
+        return ""
+    return f"{destination.absolute()}\n{(destination / MANIFEST).read_text()}"
 
 
 def _follow(digest: str, *texts: str) -> str:

@@ -23,10 +23,25 @@ class Kept:
     width: tuple[int, ...] | None = None
 
     def then(self, plan: PrunePlan, count: int) -> "Kept":
-        """Returns what is left of a teacher of `count` layers after a further plan, of what was kept before."""
+        """Returns what is left of a teacher of `count` layers after a further plan, of what was kept before.
+
+        Raises OptionError for a plan of a model with other layers, or with another stream than what is left so far.
+        """
         left = [i for i in range(count) if i not in self.removed]
+        if plan.layers and (max(plan.layers) >= len(left) or len(plan.influence) not in (0, len(left))):
+            of = f" of {len(plan.influence)}" if plan.influence else ""
+            raise OptionError(
+                f"the plan is of another model: it removes layer {max(plan.layers)}{of}, and {len(left)} of the "
+                f"teacher's {count} are left"
+            )
         width = plan.width
         if width is not None and self.width is not None:
+            size = next(group.size for group in plan.groups if group.kind == "hidden")
+            if size != len(self.width):
+                raise OptionError(
+                    f"the plan is of another model: it keeps {len(width)} of {size} features of the stream, and "
+                    f"{len(self.width)} are left"
+                )
             width = tuple(self.width[i] for i in width)
         removed = tuple(sorted((*self.removed, *(left[i] for i in plan.layers))))
         return Kept(removed, self.width if width is None else width)
@@ -64,6 +79,11 @@ def pair_features(student: Graph, teacher: Graph, kept: Kept) -> Pairs:
     last = [nxt - 1 for nxt in [*left[1:], len(others)]]  # what is removed in between belongs to the layer before
     pairs = Pairs(tuple(own), tuple(others[i] for i in last), kept)
     narrow, wide = (int(each[0].aval.shape[-1]) for each in (own, others))
+    if kept.width is not None and max(kept.width) >= wide:
+        raise OptionError(
+            f"features: the plan is of another model: it keeps feature {max(kept.width)} of a residual stream, and the "
+            f"teacher's has {wide}"
+        )
     if narrow != (wide if kept.width is None else len(kept.width)):
         raise OptionError(
             f"features: the student's residual stream has {narrow} features, the teacher's {wide}; the pruning plan "

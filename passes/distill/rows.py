@@ -23,6 +23,8 @@ class Rows:
     @staticmethod
     def cut(tokens: np.ndarray, length: int) -> "Rows":
         """Cuts int [count] into windows; each token but the first is learned once. OptionError for less than two."""
+        if length < 1:
+            raise OptionError(f"expected rows of at least 1 token, got a length of {length}")
         if tokens.size < 2:
             raise OptionError(f"the text has {tokens.size} tokens, expected at least 2 to learn from")
         count = -(-(tokens.size - 1) // length)

@@ -30,7 +30,9 @@ class Settings:
     """How long and how a student is trained.
 
     tokens: of text in all, rounded up to whole steps; rows: computed at once, shared out evenly among all devices;
-    accumulate: so many times these make a step, with the gradient of all of them together; learning_rate: the highest.
+    accumulate: so many times these make a step, with the gradient of all of them together; learning_rate: the highest;
+    on_policy: the fraction of the steps whose rows the student goes on with itself; seed: of the order of rows and of
+    what it writes, 0 or more.
     """
 
     tokens: int
@@ -38,6 +40,7 @@ class Settings:
     accumulate: int = 1
     learning_rate: float = 2e-3
     seed: int = 0
+    on_policy: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("tokens", "rows", "accumulate"):
@@ -46,6 +49,10 @@ class Settings:
                 raise OptionError(f"distill: {name} must be a positive whole number, got {value!r}")
         if not 0 < self.learning_rate < math.inf:
             raise OptionError(f"distill: learning_rate must be a positive number, got {self.learning_rate!r}")
+        if not (isinstance(self.on_policy, int | float) and 0 <= self.on_policy <= 1):
+            raise OptionError(f"distill: on_policy must be a fraction of 0 to 1, got {self.on_policy!r}")
+        if type(self.seed) is not int or self.seed < 0:
+            raise OptionError(f"distill: seed must be a whole number of at least 0, got {self.seed!r}")
 
     def steps(self, length: int) -> int:
         """The steps that it takes on rows of this length."""
@@ -68,7 +75,7 @@ class Lesson:
 
 
 class State(NamedTuple):
-    """What a checkpoint holds; losses: float32 [steps], of the steps taken."""
+    """What a checkpoint holds; losses: float32 [steps], of the steps taken, nan where weights are not finite since."""
 
     step: jax.Array
     weights: dict[str, jax.Array]
@@ -119,7 +126,9 @@ def make_step(
         gradient = jax.tree.map(lambda g: g / count, total.gradient)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.weights)
         weights: Any = optax.apply_updates(state.weights, updates)
-        return State(state.step + 1, weights, optimizer_state, state.losses.at[state.step].set(total.loss / count))
+        finite = jnp.stack([jnp.isfinite(each).all() for each in weights.values()]).all()
+        loss = jnp.where(finite, total.loss / count, jnp.nan)
+        return State(state.step + 1, weights, optimizer_state, state.losses.at[state.step].set(loss))
 
     return add, update
 

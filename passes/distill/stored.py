@@ -61,10 +61,12 @@ def store_teacher(
 ) -> StoredTeacher:
     """Returns the teacher's k likeliest tokens at every place of the rows, from `folder` if they are there, else made.
 
-    Raises OptionError for a k beyond the vocabulary, CheckpointError where the folder holds something else.
+    Raises OptionError for a k beyond the vocabulary, RequestError for rows that do not fit the teacher, CheckpointError
+    where the folder holds something else.
     """
     if not 1 <= k <= teacher.vocab:
         raise OptionError(f"top_k: k={k}: expected 1 to {teacher.vocab:,}, the teacher's vocabulary")
+    teacher.check_batch(rows.tokens[:, :-1])
     digest = _digest(teacher, rows, k, temperature)
     if (folder / INDEX).exists():
         return _open(folder, digest)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from xlathe.errors import OptionError
+from xlathe.errors import OptionError, PassError
 from xlathe.graph import Graph, Record
 from xlathe.passes.distill.optimizer import make_optimizer
 from xlathe.passes.distill.rows import Rows
+from xlathe.passes.distill.sampled import Sampler, check_sampled, is_own, make_sampler, own_seed
 from xlathe.passes.distill.step import Lesson, Piece, Settings, State, Total, make_step, trained_names
 from xlathe.passes.quantize.work import digest_of
 
@@ -48,10 +50,11 @@ def distill(
     workdir: for checkpoints. With the same arguments training goes on from the last one there and ends with the same
     bits; runs with other arguments have folders of their own.
 
-    Raises OptionError where rows do not share out among the devices or do not fit the student, and where it has
-    nothing to train.
+    Raises OptionError where rows do not share out among the devices, where the student has nothing to train and where
+    a teacher is missing; RequestError for rows that do not fit student or teacher; PassError where a loss or the
+    weights are no longer finite: the last checkpoint is of a step before that.
     """
-    _check(student, rows, settings)
+    _check(student, rows, lesson, settings)
     steps = settings.steps(rows.length)
     optimizer = make_optimizer(student, settings.learning_rate, steps)
     add, update = make_step(student, lesson, optimizer)
@@ -61,27 +64,48 @@ def distill(
     fixed = {name: array for name, array in student.arrays.items() if name not in weights}
     constants = jax.device_put((fixed, {} if lesson.teacher is None else lesson.teacher.arrays), copied)
     state, clock = jax.device_put(state, copied), _Clock(steps, settings.rows * settings.accumulate * rows.length)
+    sampler = make_sampler(student, settings.rows, rows.length) if settings.on_policy else None
     with _checkpoints(workdir, student, rows, lesson, settings) as checkpoints:
         state = checkpoints.load(state)
         for step in range(int(state.step), steps):
             total = Total(jax.tree.map(jnp.zeros_like, state.weights), jnp.float32(0), jnp.float32(0))
             for part in range(settings.accumulate):
-                piece = _piece(rows, lesson, settings, step * settings.accumulate + part)
+                number = step * settings.accumulate + part
+                piece = _piece(rows, lesson, settings, number)
+                if sampler is not None and is_own(settings, step):
+                    piece = _own(piece, sampler, student, state, own_seed(settings, number))
                 total = add(total, state.weights, constants, jax.device_put(piece, spread))
             state = update(state, total)
+            loss = _finite(float(state.losses[step]), step, settings)
             checkpoints.save(state, step + 1, last=step + 1 == steps)
-            report(clock.tick(step + 1, float(state.losses[step])))
+            report(clock.tick(step + 1, loss))
     note = f"{lesson.objective}: {steps:,} steps of {clock.tokens:,} tokens at {settings.learning_rate:g}"
+    note += f", {settings.on_policy:g} of them on the student's own text" if settings.on_policy else ""
     return _put_back(student, state, note, clock.seconds), np.asarray(state.losses)
 
 
-def _check(student: Graph, rows: Rows, settings: Settings) -> None:
+def _check(student: Graph, rows: Rows, lesson: Lesson, settings: Settings) -> None:
     devices = jax.device_count()
     if settings.rows % devices:
         raise OptionError(f"distill: rows={settings.rows} do not share out among {devices} devices; give a multiple")
     if not trained_names(student):
         raise OptionError("distill: the student has no weights in floats; train before quantizing")
-    student.check_batch(rows.tokens[:, :-1])
+    if lesson.objective.needs_teacher and lesson.teacher is None and lesson.stored is None:
+        raise OptionError(f"distill: {lesson.objective} asks for a teacher, and the lesson has none")
+    for graph in (student, lesson.teacher):
+        if graph is not None:
+            graph.check_batch(rows.tokens[:, :-1])
+    if settings.on_policy:
+        check_sampled(student, lesson, rows.length)
+
+
+def _finite(loss: float, step: int, settings: Settings) -> float:
+    if not math.isfinite(loss):
+        raise PassError(
+            f"distill: step {step + 1} left a loss or weights that are not finite, at a learning rate of "
+            f"{settings.learning_rate:g}; a smaller one may help"
+        )
+    return loss
 
 
 def _shardings() -> tuple[jax.sharding.NamedSharding, jax.sharding.NamedSharding]:
@@ -93,6 +117,12 @@ def _shardings() -> tuple[jax.sharding.NamedSharding, jax.sharding.NamedSharding
 def _piece(rows: Rows, lesson: Lesson, settings: Settings, number: int) -> Piece:
     tokens, mask, places = rows.at(number, settings.rows, settings.seed)
     return Piece(tokens, mask, None if lesson.stored is None else lesson.stored.at(places))
+
+
+def _own(piece: Piece, sampler: Sampler, student: Graph, state: State, seed: int) -> Piece:
+    weights = jax.device_get({name: value.astype(student.aval(name).dtype) for name, value in state.weights.items()})
+    tokens, mask = sampler.go_on(weights, piece.tokens, piece.mask, seed)
+    return Piece(tokens, mask, None)
 
 
 def _put_back(student: Graph, state: State, note: str, seconds: float) -> Graph:

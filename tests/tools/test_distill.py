@@ -69,6 +69,10 @@ def test_a_teacher_on_disk_is_of_one_text_and_k(tiny_folder, teacher_folder, tmp
         (("--loss=jsd{beta=2.0}",), 1, "beta must be 0 (forward KL) to 1 (reverse KL)"),
         (("--loss=forward_kl", "--teacher_logits=x"), 2, "--teacher_logits holds what top_k reads"),
         (("--loss=features",), 1, "found no repeated layers in the student"),
+        (("--context=0",), 1, "expected rows of at least 1 token, got a length of 0"),
+        (("--seed=-1",), 1, "seed must be a whole number of at least 0, got -1"),
+        (("--on_policy=1.5",), 1, "on_policy must be a fraction of 0 to 1, got 1.5"),
+        (("--loss=top_k", "--teacher_logits=x", "--shared_vocab"), 2, "leave out --teacher_logits"),
         (("--html=/nowhere/page.html",), 2, "expected a file in a folder that exists"),
     ],
 )

@@ -1,8 +1,10 @@
 """`xlathe shrink`: rounds of pruning and healing, what is not done twice, and recipes that are refused."""
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -10,8 +12,10 @@ import xlathe as xl
 from xlathe.errors import OptionError
 from xlathe.models import demo
 from xlathe.models.llama import Llama, LlamaConfig
+from xlathe.passes.distill.rows import Rows
 from xlathe.report import count_parameters
 from xlathe.tools.main import main
+from xlathe.tools.shrink import Shrinking
 from xlathe.tools.shrink_recipe import find_recipe, read_recipe
 
 SIZES = LlamaConfig(vocab=4096, width=16, layers=2, query_heads=4, key_value_heads=4, head_dim=16, hidden=512)
@@ -58,6 +62,18 @@ def test_rounds_end_in_a_bundle_and_are_not_done_twice(folder, capsys):
         line for line in again.splitlines() if line[:2] in ("1:", "2:")
     ]
     assert {path: path.stat().st_mtime_ns for path in folder.glob("out*/**/*") if path.is_file()} == made
+    (folder / "other").write_text("import os\n" * 40)
+    shutil.copytree(folder / "out", folder / "elsewhere")
+    (folder / "elsewhere" / "manifest.json").write_text("another bundle")
+    line = words(folder)
+    line[2] = str(folder / "elsewhere")
+    assert main([*line, f"--eval_text={folder / 'other'}", f"--workdir={stages}"]) == 0
+    others = [line for line in capsys.readouterr().out.splitlines() if "parameters" in line and "KL" in line]
+    before = [line for line in again.splitlines() if "parameters" in line and "KL" in line]
+    assert [line.partition("MB")[0] for line in others] == [line.partition("MB")[0] for line in before]
+    assert not set(others) & set(before)  # judged by another text
+    assert {path for path in made if path.stat().st_mtime_ns != made[path]} <= set(stages.glob("*.written"))
+    assert (folder / "elsewhere" / "manifest.json").read_text() == (folder / "out" / "manifest.json").read_text()
 
 
 def test_a_round_removes_at_most_a_third(folder, capsys):
@@ -66,6 +82,14 @@ def test_a_round_removes_at_most_a_third(folder, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert "round 1 removes" in line and "at most a third" in line
     assert not (folder / "out").exists()
+
+
+def test_padding_is_no_calibration():
+    rows = Rows.cut(np.arange(1, 4 * 8 + 4), 8)
+    shrinking = Shrinking(find_recipe("half"), None, rows, None, None, None, Path(), None)
+    assert not rows.mask[-1].all() and [batch.tolist() for batch in shrinking._calibration] == [
+        [row.tolist()] for row in rows.tokens[:-1, :-1]
+    ]
 
 
 def test_presets_are_recipes():

@@ -14,7 +14,7 @@ from xlathe.passes.distill.rows import Rows
 from xlathe.passes.distill.stored import INDEX, store_teacher
 from xlathe.passes.distill.vocabularies import check_vocabularies
 from xlathe.passes.prune.depth import without_layers
-from xlathe.passes.prune.plan import Cost, PrunePlan
+from xlathe.passes.prune.plan import Cost, Group, PrunePlan
 from xlathe.sections import layers
 
 RNG = np.random.default_rng(0)
@@ -70,6 +70,19 @@ def test_what_is_kept_after_several_plans() -> None:
     plan = PrunePlan((), (1,), (), Cost(1, 1, 1), Cost(1, 1, 1))
     assert Kept().then(plan, 4) == Kept(removed=(1,))
     assert Kept().then(plan, 4).then(plan, 4) == Kept(removed=(1, 2))  # the second of the layers 0, 2 and 3
+
+
+def test_a_plan_of_another_model() -> None:
+    size = Cost(1, 1, 1)
+    with pytest.raises(OptionError, match="another model: it removes layer 9, and 4 of the teacher's 4 are left"):
+        Kept().then(PrunePlan((), (9,), (), size, size), 4)
+    with pytest.raises(OptionError, match="another model: it removes layer 1 of 3, and 4 of the teacher's 4 are left"):
+        Kept().then(PrunePlan((), (1,), (0.1, 0.2, 0.3), size, size), 4)
+    wide = PrunePlan((Group("hidden", 9, (), (1, 3), ()),), (), (), size, size)
+    with pytest.raises(OptionError, match="another model: it keeps 2 of 9 features of the stream, and 8 are left"):
+        Kept(width=tuple(range(8))).then(wide, 4)
+    with pytest.raises(OptionError, match="it keeps feature 32 of a residual stream, and the teacher's has 32"):
+        pair_features(teacher(), teacher(), Kept(width=tuple(range(1, 33))))
 
 
 def test_another_width_needs_a_plan() -> None:

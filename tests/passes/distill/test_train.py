@@ -4,7 +4,6 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 
 from tests.passes.distill import models
 from tests.passes.distill.models import tokens
-from xlathe.errors import OptionError
+from xlathe.errors import OptionError, PassError, RequestError
 from xlathe.graph import Graph
 from xlathe.passes.distill import train
 from xlathe.passes.distill.features import Kept, pair_features
@@ -29,15 +28,6 @@ teacher, student = (functools.partial(each, layers=1) for each in (models.teache
 
 STEPS = 4
 SETTINGS = Settings(STEPS * 32)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once() -> Iterator[None]:
-    """Runs of the same student, lesson and length share what is compiled."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("make_optimizer", "make_step"):
-            patch.setattr(train, name, functools.cache(getattr(train, name)))
-        yield
 
 
 @functools.cache
@@ -163,3 +153,27 @@ def test_what_cannot_be_trained() -> None:
         Settings(0)
     with pytest.raises(OptionError, match="learning_rate must be a positive number"):
         Settings(8, learning_rate=-1.0)
+    with pytest.raises(OptionError, match="seed must be a whole number of at least 0, got -1"):
+        Settings(8, seed=-1)
+    with pytest.raises(OptionError, match="expected rows of at least 1 token, got a length of 0"):
+        Rows.cut(tokens(), 0)
+    with pytest.raises(OptionError, match="forward_kl asks for a teacher, and the lesson has none"):
+        distill(student(), ROWS, Lesson(Objective.parse("forward_kl")), SETTINGS)
+
+
+def test_a_teacher_of_shorter_rows_is_asked_for_none(tmp_path: Path) -> None:
+    short = teacher().replace(max_len=7)
+    with pytest.raises(RequestError, match="7"):
+        distill(student(), ROWS, Lesson(Objective.parse("forward_kl"), short), SETTINGS)
+    with pytest.raises(RequestError, match="7"):
+        store_teacher(short, ROWS, 4, 1.0, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite_ends_training_and_is_not_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "CHECKPOINT_EVERY", 0.0)
+    with pytest.raises(PassError, match="step 1 left a loss or weights that are not finite, at a learning rate of"):
+        distill(student(), ROWS, lesson(), Settings(STEPS * 32, learning_rate=1e38), workdir=tmp_path)
+    assert [path.name for path in tmp_path.glob("*/[0-9]*")] == []
