@@ -33,8 +33,8 @@ class Sampler:
         """Returns tokens int32 [rows, t + 1], the first half of each row and what the student writes after it, and the
         mask [rows, t] of what it wrote: Agarwal et al. 2023, https://arxiv.org/abs/2306.13649.
 
-        tokens, mask: of rows of the text, as in `Rows`; nothing is written after a prompt that is not whole. weights: of
-        the student, in its dtypes. The last token is padding.
+        tokens, mask: of rows of the text, as in `Rows`; what follows a prompt that is not whole is not learned.
+        weights: of the student, in its dtypes. The last token is padding.
         """
         program = dataclasses.replace(self.program, arrays=self._arrays(weights))
         prompts = tokens[:, : self.prompt]

@@ -99,10 +99,8 @@ class Piece(NamedTuple):
     top: losses.TopK | None
 
 
-def make_step(
-    student: Graph, lesson: Lesson, optimizer: optax.GradientTransformation
-) -> tuple[Callable[..., Total], Callable[[State, Total], State]]:
-    """Returns what adds a piece to the sums of a step, and what takes the step; both are compiled."""
+def make_add(student: Graph, lesson: Lesson) -> Callable[..., Total]:
+    """Returns what adds a piece to the sums of a step, compiled."""
     dtypes = {name: student.aval(name).dtype for name in trained_names(student)}
     own, see = ir.expose(student.jaxpr, lesson.pairs.student), _make_teacher(lesson)
 
@@ -120,6 +118,12 @@ def make_step(
         (value, count), gradient = jax.value_and_grad(loss, has_aux=True)(weights, constants, piece)
         return jax.tree.map(jnp.add, total, Total(gradient, value, count))
 
+    return add
+
+
+def make_update(optimizer: optax.GradientTransformation) -> Callable[[State, Total], State]:
+    """Returns what takes a step, compiled."""
+
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state: State, total: Total) -> State:
         count = jnp.maximum(total.tokens, 1)
@@ -130,7 +134,7 @@ def make_step(
         loss = jnp.where(finite, total.loss / count, jnp.nan)
         return State(state.step + 1, weights, optimizer_state, state.losses.at[state.step].set(loss))
 
-    return add, update
+    return update
 
 
 def _make_teacher(lesson: Lesson) -> Callable[[Arrays, Arrays], Taught]:

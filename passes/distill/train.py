@@ -17,7 +17,7 @@ from xlathe.graph import Graph, Record
 from xlathe.passes.distill.optimizer import make_optimizer
 from xlathe.passes.distill.rows import Rows
 from xlathe.passes.distill.sampled import Sampler, check_sampled, is_own, make_sampler, own_seed
-from xlathe.passes.distill.step import Lesson, Piece, Settings, State, Total, make_step, trained_names
+from xlathe.passes.distill.step import Lesson, Piece, Settings, State, Total, make_add, make_update, trained_names
 from xlathe.passes.quantize.work import digest_of
 
 CHECKPOINT_EVERY = 120.0  # seconds
@@ -57,7 +57,7 @@ def distill(
     _check(student, rows, lesson, settings)
     steps = settings.steps(rows.length)
     optimizer = make_optimizer(student, settings.learning_rate, steps)
-    add, update = make_step(student, lesson, optimizer)
+    add, update = make_add(student, lesson), make_update(optimizer)
     spread, copied = _shardings()
     weights = {name: jnp.array(student.arrays[name], jnp.float32) for name in trained_names(student)}
     state = State(jnp.int32(0), weights, optimizer.init(weights), jnp.zeros(steps, jnp.float32))

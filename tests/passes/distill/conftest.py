@@ -12,6 +12,6 @@ from xlathe.passes.distill import train
 def compiled_once() -> Iterator[None]:
     """Runs of the same student, lesson and length share what is compiled."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("make_optimizer", "make_step", "make_sampler"):
+        for name in ("make_optimizer", "make_add", "make_update", "make_sampler"):
             patch.setattr(train, name, functools.cache(getattr(train, name)))
         yield
