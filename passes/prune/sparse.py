@@ -25,7 +25,7 @@ from xlathe.storage.cast import Cast
 class Sparse(WeightMethod):
     """Sets weights to zero. sparsity: the fraction of each weight, above 0 and below 1.
 
-    keep, of: or at most `keep` of every `of` successive inputs of an output stay (2 of 4), and `sparsity` is not read.
+    keep, of: or at most `keep` of every `of` successive inputs of an output stay (2 of 4), and `sparsity` is left out.
     A scheme with a pattern decides instead of all three. What calibration never reached loses its smallest weights.
     Raises OptionError for values out of range, PassError for weights that such groups do not divide.
     """
@@ -40,6 +40,8 @@ class Sparse(WeightMethod):
         counts = type(self.keep) is int and type(self.of) is int
         if not counts or not (0 < self.keep < self.of or self.keep == self.of == 0):
             raise OptionError(f"{self}: expected 0 < keep < of, as in 2 of 4, found {self.keep!r} of {self.of!r}")
+        if self.of and self.sparsity != 0.5:
+            raise OptionError(f"{self}: {self.keep} of {self.of} says how many stay; leave out sparsity")
 
     def refusal(self, stored: Format) -> str | None:
         if isinstance(stored, Masked):

@@ -1,15 +1,10 @@
 """How many weights become zero, and which are the lowest by a score."""
 
 import dataclasses
-import re
 from typing import Any, final
 
 import jax.numpy as jnp
 import numpy as np
-
-from xlathe.errors import OptionError
-
-_PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
 
 
 @final
@@ -21,18 +16,6 @@ class Sparsity:
     fraction: float
     keep: int = 0
     of: int = 0
-
-    @staticmethod
-    def parse(text: str) -> "Sparsity":
-        """Reads `2:4`. Raises OptionError where it is no pattern that removes something."""
-        match = _PATTERN.fullmatch(text)
-        keep, of = map(int, match.groups()) if match else (0, 0)
-        if not 0 < keep < of:
-            raise OptionError(f"pattern={text!r}: expected n:m with 0 < n < m, such as 2:4")
-        return Sparsity(1 - keep / of, keep, of)
-
-    def __str__(self) -> str:
-        return f"{self.keep}:{self.of}" if self.of else f"{self.fraction:g}"
 
     def count(self, size: int) -> int:
         """Returns how many of some weights that are compared with each other become zero."""

@@ -123,9 +123,16 @@ def test_groups_that_do_not_divide_are_named(graph: xl.Graph) -> None:
         _ = sparse(graph, "magnitude{keep=2,of=7}").arrays["down.codes"]
 
 
-@pytest.mark.parametrize("text", ["sparsity=1.0", "sparsity=0.0", "keep=4,of=4", "keep=2", "keep=3,of=2"])
-def test_options_out_of_range(text: str) -> None:
-    with pytest.raises(OptionError, match=r"expected 0 < keep < of|above 0 and below 1"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        *((text, "above 0 and below 1") for text in ("sparsity=1.0", "sparsity=0.0")),
+        *((text, "expected 0 < keep < of") for text in ("keep=4,of=4", "keep=2", "keep=3,of=2")),
+        ("sparsity=0.9,keep=2,of=4", "2 of 4 says how many stay; leave out sparsity"),
+    ],
+)
+def test_options_out_of_range(text: str, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         find_method(f"wanda{{{text}}}")
 
 
