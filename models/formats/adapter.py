@@ -76,7 +76,7 @@ def _check_config(config: Mapping[str, Any], where: Path) -> None:
         raise CheckpointError(f"{where}: alpha_pattern: expected an object, found {brief(patterns)}")
     for pattern in patterns:
         try:
-            re.compile(pattern)
+            re.compile(_module_pattern(pattern))
         except re.error as error:
             raise CheckpointError(f"{where}: alpha_pattern: {brief(pattern)}: no regular expression: {error}") from None
 
@@ -98,10 +98,14 @@ def _factors(folder: Path) -> dict[str, dict[str, Tensor]]:
     return found
 
 
+def _module_pattern(key: str) -> str:
+    return rf"(.*\.)?({key})$"
+
+
 def _scale(config: Mapping[str, Any], module: str, rank: int, where: Path) -> float:
     """Returns alpha over the rank; the rank is that of the factors, whatever `r` and `rank_pattern` say."""
     patterns = config.get("alpha_pattern") or {}
-    matching = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+    matching = (alpha for key, alpha in patterns.items() if re.match(_module_pattern(key), module))
     alpha = next(matching, config.get("lora_alpha"))
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e300 or rank < 1:
         raise CheckpointError(f"{where}: lora_alpha: expected a number for {module} of rank {rank}, found {alpha!r}")

@@ -23,7 +23,16 @@ BY_WEIGHT: Final = ("weight", "weight_l1")
 
 
 def score_groups(found: Groups, score: Score, context: Context) -> dict[int, np.ndarray]:
-    """Returns one number an index by atom; raises OptionError where calibration tokens are needed and missing."""
+    """Returns one number an index by atom. Raises OptionError where calibration tokens are needed and missing,
+    PassError where a number is not finite."""
+    scores = _score(found, score, context)
+    for atom, numbers in scores.items():
+        if not np.isfinite(numbers).all():
+            raise PassError(f"prune: scores of {found.kinds[atom]} are not finite: a weight or an activation is not")
+    return scores
+
+
+def _score(found: Groups, score: Score, context: Context) -> dict[int, np.ndarray]:
     if score in BY_WEIGHT:
         return weight_scores(found, 1 if score == "weight_l1" else 2)
     if not len(context.calibration):

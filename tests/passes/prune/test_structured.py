@@ -401,3 +401,11 @@ def test_a_plan_keeps_known_indices_once_and_in_order(kept: list, found: str, tm
     path.write_text(json.dumps(content))
     with pytest.raises(OptionError, match=rf"is no pruning plan: ValueError: .*{found}"):
         PrunePlan.load(path)
+
+
+def test_weights_that_are_not_finite_are_no_order() -> None:
+    graph = fused(next(variant for variant in DECODERS if variant.name == "llama"))
+    broken = np.array(graph.arrays["layers/0/down/kernel"])
+    broken[0, 0] = np.nan
+    with pytest.raises(PassError, match="scores of neurons are not finite"):
+        PruneStructured(neurons=0.5)(graph.with_weights({"layers/0/down/kernel": broken}))
