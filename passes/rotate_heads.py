@@ -16,11 +16,11 @@ from xlathe.pipeline import REASSOCIATED, Context, Keeps, Pass, is_forward
 class RotateHeads(Pass):
     """Multiplies queries, keys and values by a Hadamard matrix as the program runs, and turns the result back.
 
-    Scores and results stay, but a cache that is derived afterwards holds turned keys and values: a loud feature is
-    spread over all of a head, and costs the others no precision (QuaRot, Ashkboos et al. 2024, arXiv 2404.00456,
-    section 4: keys are turned after their rotary positions, so that no weight can take it). It takes d products a
-    feature, of which a head has d. Heads whose size is no power of two are turned in blocks of the largest one that
-    divides it. Run it after `FuseAttention` and before `KVCache`.
+    Scores and results stay (in 16 bits but for one more rounding), but a cache that is derived afterwards holds turned
+    keys and values: a loud feature is spread over all of a head, and costs the others no precision (QuaRot, Ashkboos et
+    al. 2024, arXiv 2404.00456, section 4: keys are turned after their rotary positions, so that no weight can take it).
+    It takes d products a feature, of which a head has d. Heads whose size is no power of two are turned in blocks of
+    the largest one that divides it. Run it after `FuseAttention` and before `KVCache`.
     """
 
     needs = (is_forward,)
@@ -60,7 +60,7 @@ def turn(x: jax.Array) -> jax.Array:
     odd = jax.lax.population_count(rows[:, None] & rows[None, :]) % 2
     matrix = jnp.where(odd, -1.0, 1.0) / size**0.5
     blocks = x.reshape(*x.shape[:-1], x.shape[-1] // size, size)
-    product = jnp.matmul(blocks, matrix.astype(x.dtype), preferred_element_type=jnp.float32)
+    product = jnp.matmul(blocks, matrix.astype(x.dtype), preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
     return product.astype(x.dtype).reshape(x.shape)
 
 

@@ -68,7 +68,8 @@ def run(options: Options, source: str, destination: str) -> None:
     settings, console = Settings(**{name: options[name] for name in names}), make_console()
     files = {name: output_file(options, name) for name in ("json", "html")}
     student = fused(open_graph(source, changing=True))
-    teacher = fused(open_graph(options["teacher"])) if options["teacher"] else None
+    asked = options["teacher"] and objective.needs_teacher
+    teacher = fused(open_graph(options["teacher"])) if asked else None
     mine = DEMO in (source, options["teacher"])
     context = options["context"] if teacher is None else min(options["context"], teacher.max_len)
     rows = find_rows(student, source, options["text"], context, settings, demo=mine)

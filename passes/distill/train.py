@@ -80,7 +80,8 @@ def distill(
             checkpoints.save(state, step + 1, last=step + 1 == steps)
             report(clock.tick(step + 1, loss))
     note = f"{lesson.objective}: {steps:,} steps of {clock.tokens:,} tokens at {settings.learning_rate:g}"
-    note += f", {settings.on_policy:g} of them on the student's own text" if settings.on_policy else ""
+    if settings.on_policy:
+        note += f", {sum(is_own(settings, step) for step in range(steps)):,} of them on the student's own text"
     return _put_back(student, state, note, clock.seconds), np.asarray(state.losses)
 
 

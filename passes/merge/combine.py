@@ -46,6 +46,8 @@ def gram(tensors: Sequence[jax.Array], *, rows: bool = False) -> np.ndarray:
 def _partial_products(tensors: Sequence[jax.Array], rows: bool) -> jax.Array:
     """Returns float32 [(rows,) chunks, n, n]."""
     outer = tensors[0].shape[:1] if rows else ()
+    if tensors[0].size == 0:
+        return jnp.zeros((*outer, 1, len(tensors), len(tensors)))
     flat = [t.astype(jnp.float32).reshape(*outer, -1) for t in tensors]
     width = min(CHUNK, max(flat[0].shape[-1], 1))
     padded = [jnp.pad(t, [*[(0, 0)] * len(outer), (0, -t.shape[-1] % width)]) for t in flat]

@@ -250,11 +250,11 @@ def _values(
 
     shared: dict[str, Any] = {}
     for name, default in method.shared.items():
-        own = [value(name, default, source.parameters) for source, _ in part.sources if name in source.parameters]
-        if any(other != own[0] for other in own):
-            given = ", ".join(map(str, own))
+        first, *more = [value(name, default, source.parameters) for source in others]
+        if any(other != first for other in more):
+            given = ", ".join(map(str, (first, *more)))
             raise OptionError(f"{recipe.where}: {part.name}: {name} is one for all models; found {given}")
-        shared[name] = own[0] if own else value(name, default, {})
+        shared[name] = first
     each = {
         name: [value(name, default, source.parameters) for source in others] for name, default in method.each.items()
     }

@@ -110,12 +110,15 @@ MULTIPLES: Mapping[Kind, int] = {"heads": 1, "experts": 1, "value_dims": 8, "neu
 def choose(
     found: Groups, scores: Mapping[int, np.ndarray], removed: Mapping[Kind, float]
 ) -> tuple[list[Group], dict[int, np.ndarray]]:
-    """Returns the groups that shrink when a fraction of each kind goes, the lowest scores first, and what stays."""
+    """Returns the groups that shrink when a fraction of each kind goes, the lowest scores first, and what stays.
+
+    A group without scores stays whole.
+    """
     groups, kept = [], {}
     for atom, kind in found.kinds.items():
         size = int(found.dims.sizes[atom])
         count = count_kept(kind, size, removed.get(kind, 0.0), found.least(atom))
-        if count == size:
+        if count == size or atom not in scores:
             continue
         assert len(scores[atom]) == size
         kept[atom] = np.sort(np.argsort(-scores[atom], kind="stable")[:count])

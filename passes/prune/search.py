@@ -171,8 +171,9 @@ def _realize(
         for place in found.axes[a]
     }
     first = {a: left.axes[a][0] for a in left.kinds}
-    same = {a: of[left.kinds[a], place, left.start(a, place), left.dims.sizes[a]] for a, place in first.items()}
-    groups, kept = choose(left, {a: scores[same[a]] for a in left.kinds}, candidate.removed)
+    keys = {a: (left.kinds[a], place, left.start(a, place), left.dims.sizes[a]) for a, place in first.items()}
+    known = {a: scores[of[key]] for a, key in keys.items() if key in of}  # others were blocked by a layer that is gone
+    groups, kept = choose(left, known, candidate.removed)
     after = cost(smaller, left.coupling, kept)
     plan = PrunePlan(tuple(groups), gone, influence, cost(graph, couple(graph), {}), after)
     return plan, shrink(smaller, left.coupling, kept)

@@ -95,7 +95,7 @@ def test_padding_is_no_calibration():
 
 def test_presets_are_recipes():
     recipe = find_recipe("half")
-    assert len(recipe.rounds) == 2 and recipe.prune(0).heads == 0.25
+    assert len(recipe.rounds) == 2 and recipe.prune(0).params == 0.71
 
 
 @pytest.mark.parametrize(

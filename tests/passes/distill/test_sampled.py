@@ -77,7 +77,7 @@ def test_nothing_is_learned_after_a_prompt_that_is_not_whole() -> None:
 def test_the_student_comes_closer_to_its_teacher_on_its_own_text() -> None:
     after, losses = trained()
     assert reverse_kl(after) < 0.9 * reverse_kl(student())
-    assert losses.shape == (STEPS,) and "1 of them on the student's own text" in after.history[-1].notes[0]
+    assert losses.shape == (STEPS,) and f"{STEPS} of them on the student's own text" in after.history[-1].notes[0]
 
 
 @pytest.mark.parametrize("text", ["forward_kl", "jsd{beta=0.5}"])

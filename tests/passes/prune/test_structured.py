@@ -6,7 +6,9 @@ Means in the whole graph count what is kept.
 import json
 import re
 from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,10 +17,13 @@ import xlathe
 from tests.passes.decoding import difference, fused
 from tests.passes.prune.masks import masked
 from tests.variants import DECODERS, Variant
+from tests.variants.base import decoder_params, mlp, rms_norm
+from tests.variants.blocks import causal
 from xlathe.coupling import couple, separate
 from xlathe.errors import OptionError, PassError
 from xlathe.graph import Graph, Weights
 from xlathe.passes.canonicalize import Canonicalize
+from xlathe.passes.fuse_attention import FuseAttention
 from xlathe.passes.prune import PrunePlan, PruneStructured, prune
 from xlathe.passes.prune.cost import cost
 from xlathe.passes.prune.groups import Groups
@@ -409,3 +414,23 @@ def test_weights_that_are_not_finite_are_no_order() -> None:
     broken[0, 0] = np.nan
     with pytest.raises(PassError, match="scores of neurons are not finite"):
         PruneStructured(neurons=0.5)(graph.with_weights({"layers/0/down/kernel": broken}))
+
+
+def test_a_budget_where_a_layer_that_goes_blocked_the_stream() -> None:
+    """Before: three layers, the least important of which sums over features. Expected: they are left alone, it goes."""
+
+    def model(params: dict[str, Any], tokens: jax.Array) -> jax.Array:
+        x = params["embed"][tokens]
+        for i, layer in enumerate(params["layers"]):
+            x = x + causal(layer, rms_norm(x, layer["norm1"]))
+            h = rms_norm(x, layer["norm2"])
+            x = x + mlp(layer, h / (1 + jnp.abs(h).sum(-1, keepdims=True)) if i == 1 else h)
+        return rms_norm(x, params["norm"]) @ params["unembed"]
+
+    params = decoder_params(0)
+    quiet = jax.tree.map(lambda a: a * 0.001 if a.ndim == 2 else a, params["layers"][1])
+    params["layers"] = [params["layers"][0], quiet, decoder_params(1)["layers"][0]]
+    graph = FuseAttention()(Canonicalize()(xlathe.trace(model, params=params, max_len=16)))
+    rows = list(np.random.default_rng(0).integers(0, 17, (4, 2, 12)))
+    plan = PruneStructured(params=0.4, score="activation").make_plan(graph, Context(rows))
+    assert 1 in plan.layers and plan.width is None and plan.after.parameters <= 0.4 * plan.before.parameters
