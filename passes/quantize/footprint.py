@@ -11,7 +11,7 @@ from xlathe import jaxpr as ir
 from xlathe.graph import Graph
 from xlathe.passes.observe import check_calibration
 from xlathe.passes.quantize.algorithms.gptq import AT_ONCE
-from xlathe.passes.quantize.calibrated import Gptq
+from xlathe.passes.quantize.calibrate import IN_ORDER
 from xlathe.passes.quantize.method import Method, SectionMethod
 from xlathe.passes.quantize.plan import Plan
 from xlathe.passes.quantize.stages import Section, Stage, find_sections
@@ -92,7 +92,7 @@ def _work(
 
 def _rounding(method: Method, n: int, k: int) -> int:
     """Returns what is held while a weight [n, k] is rounded, it and its copy on the device included."""
-    if isinstance(method, Gptq | SectionMethod):  # the factor in float64 on its way to float32, or what some rows take
+    if method.statistics in IN_ORDER:  # the factor in float64 on its way to float32, or what some rows take
         return 8 * n * k + max(24 * k * k, 4 * k * k + 24 * min(n * k, AT_ONCE) + 4 * n * k)
     return 32 * n * k
 
