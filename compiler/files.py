@@ -37,7 +37,18 @@ def written_together(folder: Path, owned: Sequence[str]) -> Iterator[Path]:
     owned: patterns of the files that go then, whoever left them there. What the first one names is what makes the
     folder one of its kind: it goes first, and the new one comes last. Raises OSError where nothing can be written.
     """
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield from _written_together(folder, owned)
+    except BaseException:
+        if made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _written_together(folder: Path, owned: Sequence[str]) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=".written-", dir=folder) as name:
         yield Path(name)
         for old in [file for pattern in owned for file in folder.glob(pattern)]:

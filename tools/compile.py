@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from xlathe.graph import Graph
     from xlathe.memory import MemoryPlan
+    from xlathe.pipeline import Pipeline
 
 _UNITS = {"GB": 10**9, "MB": 10**6, "GiB": 2**30, "MiB": 2**20}
 
@@ -101,6 +102,8 @@ def _shaped(options: Options, source: str, console: "Console") -> "Graph":
     from xlathe.tools.text import find_calibration
 
     pipeline = find_pipeline(options)
+    if pipeline is not None:
+        _check_schemes(pipeline, options["target"])
     if source.endswith(".json"):
         if not options["shapes_only"] or not options["max_len"]:
             raise UsageError(f"{source} has sizes and no weights: it can be planned, --shapes_only --max_len=8192")
@@ -111,6 +114,19 @@ def _shaped(options: Options, source: str, console: "Console") -> "Graph":
         return graph
     with bar(console, "passes") as progress:
         return pipeline(graph, calibration=find_calibration(options, source, graph), progress=progress)
+
+
+def _check_schemes(pipeline: "Pipeline", target: str | None) -> None:
+    """Raises OptionError where the target lacks what a scheme multiplies: passes may run for hours before lowering."""
+    from xlathe.offline import target_here
+    from xlathe.passes import Quantize
+    from xlathe.target import find_target, unit_of
+
+    machine = find_target(target) if target else target_here()
+    for step in pipeline.passes:
+        for rule in step.parsed_rules() if isinstance(step, Quantize) else ():
+            if rule.scheme is not None:
+                unit_of(machine, rule.scheme.activations)
 
 
 def _show(plan: "MemoryPlan", files: Sequence[Path], console: "Console") -> None:

@@ -44,6 +44,12 @@ def quantized(method: str, scheme: str) -> Entry:
     return Entry(method, scheme, f'canonicalize,fuse_attention,quantize{{scheme="{scheme}",method="{method}"}}')
 
 
+def after(first: str, method: str, scheme: str) -> Entry:
+    """Returns a row of `quantize` after a pass that readies the weights for it."""
+    way = f'canonicalize,fuse_attention,{first},quantize{{scheme="{scheme}",method="{method}"}}'
+    return Entry(f"{first}, {method}", scheme, way)
+
+
 def file_of(type: str) -> Entry:
     """Returns a row of a GGUF file."""
     return Entry("gguf", type, f"{GGUF}{type}")
@@ -68,6 +74,8 @@ ENTRIES: Final[tuple[Entry, ...]] = (
     quantized("rtn", "mxfp8"),
     quantized("rtn", "int8"),
     quantized("rtn", "int8:channel,a=int8_token"),
+    after("smooth_quant", "rtn", "int8:channel,a=int8_token"),
+    after("rotate", "rtn", "int8:channel,a=int8_token"),
     quantized("rtn", "fp8_e4m3:channel"),
     file_of("Q6_K"),
     weighed("Q6_K"),
@@ -91,11 +99,18 @@ ENTRIES: Final[tuple[Entry, ...]] = (
     quantized("rtn", "int4:g128"),
     quantized("hqq", "int4:g128"),
     quantized("search", "int4:g128"),
+    after("awq_scales", "clip", "int4:g128"),
     quantized("gptq", "int4:g128"),
+    quantized("auto_round{steps=50}", "int4:g128"),
     file_of("Q3_K_M"),
     weighed("Q3_K_M"),
     file_of("Q2_K"),
     weighed("Q2_K"),
+    quantized("rtn", "int3:g64,asym"),
+    quantized("gptq", "int3:g64,asym"),
+    quantized("rtn", "int2:g64,asym"),
+    quantized("gptq", "int2:g64,asym"),
+    quantized("auto_round{steps=50}", "int2:g64,asym"),
 )
 
 

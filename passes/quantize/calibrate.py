@@ -61,7 +61,7 @@ def _told(plan: Plan, makers: Mapping[str, Encode]) -> tuple[str, ...]:
     seen = {name: make.stats for name, make in makers.items() if make.stats is not None}
     notes = [f"{name}: no token of the calibration chose this expert" for name, s in seen.items() if not s.count]
     short = [name for name, stats in seen.items() if 0 < stats.count < len(stats.absmax)]
-    if short and plan.method.statistics == "gram":
+    if short and plan.method.statistics in IN_ORDER:
         notes.append(_short(short, seen))
     return tuple(notes)
 

@@ -85,18 +85,25 @@ class EachExpert:
         return tuple(np.stack(parts) for parts in zip(*made, strict=True))
 
 
-def check_finite(name: str, matrix: np.ndarray) -> None:
-    """Raises PassError where a weight holds NaN or infinities: no scale is right for it."""
+def check_finite(name: str, matrix: np.ndarray, by: str = "quantize") -> None:
+    """Raises PassError where a weight [n, k] or [k] holds NaN or infinities: no scale is right for it."""
     bad = ~np.isfinite(matrix)
     if bad.any():
-        row, column = np.argwhere(bad)[0]
+        at = tuple(np.argwhere(bad)[0].tolist())
+        places = ", ".join(f"{axis} {i}" for axis, i in zip(("row", "column")[-len(at) :], at, strict=False))
+        hint = "; a rule can leave it out" if by == "quantize" else ""
         raise PassError(
-            f"quantize: {name} has {np.count_nonzero(bad)} of {matrix.size} values that are not finite, the first "
-            f"{matrix[row, column]} in row {row}, column {column} of {list(matrix.shape)}; a rule can leave it out"
+            f"{by}: {name} has {np.count_nonzero(bad)} of {matrix.size} values that are not finite, the first "
+            f"{matrix[at]} in {places} of {list(matrix.shape)}{hint}"
         )
 
 
-def check_calibrated(name: str, stats: InputStats) -> None:
-    """Raises PassError where activations were not finite."""
+def check_calibrated(name: str, stats: InputStats, by: str = "quantize") -> None:
+    """Raises PassError where activations were not finite, or so large that sums of their squares are not."""
     if not stats.is_finite:
-        raise PassError(f"quantize: {name}: the activations of the calibration are not all finite")
+        largest = float(np.max(stats.absmax))
+        what = f"reach {largest:.3g}, whose squares are beyond float32; look at the weights that make them"
+        raise PassError(
+            f"{by}: {name}: the activations of the calibration "
+            + (what if np.isfinite(largest) else "are not all finite")
+        )

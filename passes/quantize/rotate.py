@@ -13,6 +13,7 @@ from xlathe.errors import OptionError, PassError
 from xlathe.graph import Graph, Input, Recipe, Record
 from xlathe.passes.quantize.algorithms.rotation import random_rotation
 from xlathe.passes.quantize.pairs import Pair, find_pairs
+from xlathe.passes.quantize.recipe import check_finite
 from xlathe.passes.quantize.turning import AxisSet, prove
 from xlathe.passes.quantize.uses import Uses
 from xlathe.pipeline import REASSOCIATED, Context, Keeps, Pass, is_forward
@@ -72,11 +73,12 @@ class _Plan:
         for pair in self.folded:
             (norm,) = pair.makers
             factors = np.asarray(graph.weights[norm.name]).astype(np.float64) + norm.offset
+            check_finite(norm.name, factors, by="rotate")
             for reader in pair.readers:
                 scales.setdefault(reader.name, []).append((reader.axis, factors))
             recipes.append(Recipe(norm.name, (norm.name,), _Filled(1.0 - norm.offset)))
         return recipes + [
-            Recipe(name, (name,), _Turned(tuple(found), tuple(sorted(self.turned.get(name, ()))), matrix))
+            Recipe(name, (name,), _Turned(name, tuple(found), tuple(sorted(self.turned.get(name, ()))), matrix))
             for name, found in scales.items()
         ]
 
@@ -97,12 +99,14 @@ class _Filled:
 class _Turned:
     """Recipe of a weight times factors [size] along axes, then times the matrix [size, size] along axes, in float64."""
 
+    name: str
     scales: tuple[tuple[int, np.ndarray], ...]
     axes: tuple[int, ...]
     matrix: np.ndarray
 
     def __call__(self, weight: Any) -> tuple[np.ndarray]:
         array = np.asarray(weight)
+        check_finite(self.name, array, by="rotate")
         result = array.astype(np.float64)
         for axis, factors in self.scales:
             result = result * factors.reshape([-1 if i == axis else 1 for i in range(array.ndim)])

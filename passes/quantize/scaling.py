@@ -12,6 +12,7 @@ from xlathe.graph import Graph, Record
 from xlathe.passes.quantize.algorithms.awq import awq_scales
 from xlathe.passes.quantize.algorithms.smooth import smooth_scales
 from xlathe.passes.quantize.pairs import Pair, find_pairs
+from xlathe.passes.quantize.recipe import check_calibrated, check_finite
 from xlathe.passes.quantize.uses import Uses
 from xlathe.pipeline import REASSOCIATED, Context, Keeps, Pass, is_forward
 from xlathe.stats import InputStats
@@ -47,6 +48,9 @@ class AwqScales(Pass):
 
         def choose(weights: Sequence[np.ndarray], stats: InputStats) -> np.ndarray:
             assert stats.gram is not None
+            for misfit in (stored.misfit(*weight.shape) for weight in weights):
+                if misfit:
+                    raise PassError(f"awq_scales: scheme={self.scheme!r}: {misfit}")
             absolute = stats.sum_absolute / max(int(stats.count), 1)
             return awq_scales([jnp.asarray(w) for w in weights], absolute, stats.gram.astype(np.float32), stored)
 
@@ -96,25 +100,28 @@ def _rescale(
     stats = observe(graph, context.calibration, gram, context.progress).inputs
     found, misses = find_pairs(graph)
     pairs = [p for p in found if (p.by_norm or not norms) and all(side.name in stats for side in p.readers)]
+    uses, result = Uses(graph), graph
+    for pair in pairs:  # else what they make would be blamed
+        _matrices(name, graph, uses, pair)
     for reader in (side.name for pair in pairs for side in pair.readers):
-        if not stats[reader].is_finite:
-            raise PassError(f"{name}: {reader}: the activations of the calibration are not all finite")
+        check_calibrated(reader, stats[reader], by=name)
     if not pairs:
         raise PassError(f"{name}: no channels that weights make and weights read; nearly: {'; '.join(misses[:5])}")
-    uses, result = Uses(graph), graph
     for number, pair in enumerate(pairs):
-        factors = choose(_matrices(result, uses, pair), stats[pair.readers[0].name])
+        factors = choose(_matrices(name, result, uses, pair), stats[pair.readers[0].name])
         result = result.replace(weights=result.weights.derive(*pair.recipes(factors)))
         context.progress(name, (number + 1) / len(pairs))
     hits = {"norm": sum(pair.by_norm for pair in pairs), "projection": sum(not pair.by_norm for pair in pairs)}
     return result, Record(name, hits=hits, misses=misses)
 
 
-def _matrices(graph: Graph, uses: Uses, pair: Pair) -> list[np.ndarray]:
+def _matrices(name: str, graph: Graph, uses: Uses, pair: Pair) -> list[np.ndarray]:
     """Returns the weights that read the channels, as they are by now, float32 [n, k]."""
     found = []
     for side in pair.readers:
         layout = uses.layout(side.name)
         assert layout is not None and layout.contracted == (side.axis,)
-        found.append(layout.matrix(graph.weights[side.name]))
+        matrix = layout.matrix(graph.weights[side.name])
+        check_finite(side.name, matrix, by=name)
+        found.append(matrix)
     return found

@@ -21,7 +21,7 @@ from xlathe.graph import Graph
 from xlathe.passes.quantize.calibrated import Search
 from xlathe.passes.quantize.experts import find_experts
 from xlathe.passes.quantize.method import Method, WeightMethod
-from xlathe.passes.quantize.recipe import Encode, check_finite
+from xlathe.passes.quantize.recipe import Encode, check_calibrated, check_finite
 from xlathe.passes.quantize.schemes import Scheme
 from xlathe.passes.quantize.uses import Layout, plan_weights
 from xlathe.pipeline import Context
@@ -72,6 +72,9 @@ def measure(
         for name in unit.names:
             check_finite(name, unit.layout.matrix(arrays[name]))
     stats = observe(graph, context.calibration, progress=context.progress).inputs
+    for unit in units:
+        for name in unit.names:
+            check_calibrated(name, stats[name], by="budget")
     alone = method if isinstance(method, WeightMethod) and method.statistics != "gram" else Search()
     divergence, found = Divergence(graph, batches), []
     for number, (unit, schemes) in enumerate(zip(units, options, strict=True)):

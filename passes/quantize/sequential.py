@@ -25,7 +25,7 @@ from xlathe.passes.quantize.work import Made, Work, digest_of
 from xlathe.pipeline import Context
 from xlathe.stats import InputStats
 
-LIBRARIES = ("xlathe", "jax", "jaxlib", "numpy", "scipy")
+LIBRARIES = ("xlathe", "jax", "jaxlib", "numpy", "scipy", "optax")
 """A run goes on with what another one finished where these are of the same versions."""
 
 
@@ -75,6 +75,7 @@ class _Run:
             made = self.work.load(digest) if resuming else None
             if made is not None:
                 self._keep(made)
+                self.left.subtract(name for stage in section.stages for name in stage.names)
                 self.resumed += 1
                 continue
             if resuming and self.resumed:

@@ -32,6 +32,34 @@ def test_the_documentation_is_in_step():
         assert len(cells) == len(head) and (cells[2] == "failed" or all(cells[2:-1])), cells
 
 
+def kl(*name: str) -> tuple[float, float]:
+    """Returns a row's divergence and its standard error."""
+    _, _, *rows = table(in_readme(README.read_text(encoding="utf-8")))
+    (found,) = (cells[2] for cells in rows if tuple(cell.strip("`") for cell in cells[:2]) == name)
+    mean, error = found.split(" ±")
+    return float(mean), float(error)
+
+
+def test_the_bars_of_quality_hold_in_it():
+    """GPTQ removes a third of rounding's divergence, AWQ a fifth; two bits keep most of it by calibrated methods."""
+    nearest = kl("rtn", "int4:g128")[0]
+    assert kl("gptq", "int4:g128")[0] < nearest * 2 / 3 and kl("awq_scales, clip", "int4:g128")[0] < nearest * 4 / 5
+    two = "int2:g64,asym"
+    assert kl("auto_round{steps=50}", two)[0] < kl("gptq", two)[0] < kl("rtn", two)[0] * 0.6
+    plain = "int8:channel,a=int8_token"
+    assert kl("rotate, rtn", plain)[0] < kl("smooth_quant, rtn", plain)[0] < kl("rtn", plain)[0]
+    assert kl("budget, search", "4.94 bits of q2_k to q8_0")[0] < kl("gguf", "Q4_K_M")[0] / 4
+
+
+def test_file_types_come_in_their_order():
+    """But for Q4_K_M, which the documentation explains. An importance matrix is never worse by more than an error."""
+    types = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_S", "Q4_0", "Q3_K_M", "Q2_K")
+    found = [kl("gguf", type)[0] for type in types]
+    assert found == sorted(found)
+    for type in types[1:]:
+        assert kl("gguf, imatrix", type)[0] <= kl("gguf", type)[0] + kl("gguf", type)[1]
+
+
 def test_every_row_is_a_way_and_named_once():
     assert len({entry.name for entry in ENTRIES}) == len(ENTRIES)
     for entry in ENTRIES:

@@ -156,6 +156,12 @@ def test_compile_refuses(tmp_path, capsys, flag, message):
     assert message in capsys.readouterr().err
 
 
+def test_compile_refuses_a_scheme_before_passes_run(tmp_path, capsys):
+    words = ["compile", str(tmp_path / "none"), str(tmp_path / "out"), "--target=tpu-7x"]
+    assert main([*words, "--passes=quantize{scheme='int8:channel,a=int8_token',method=gptq}"]) == 1
+    assert "tpu-7x multiplies no int8, which activations are rounded to; use a=fp8_token" in capsys.readouterr().err
+
+
 def test_what_does_not_fit_is_planned_and_not_saved(tiny_folder, tmp_path, capsys):
     words = ["compile", tiny_folder, tmp_path / "out", "--max_len=24", "--memory=0.1MB", f"--json={tmp_path / 'plan'}"]
     assert main(list(map(str, words))) == 1

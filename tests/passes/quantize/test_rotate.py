@@ -199,4 +199,9 @@ def test_text_and_bad_input() -> None:
     graph = Quantize("int8")(plain("llama"))
     with pytest.raises(PassError, match="rotate: "):
         Rotate()(graph)
-    assert find_pairs(Rotate()(plain("llama")))[0]  # norms of one are norms still
+    plain_llama = plain("llama")
+    broken = np.array(plain_llama.arrays["layers/0/up/kernel"])
+    broken[3, 5] = np.inf
+    with pytest.raises(PassError, match=r"rotate: layers/0/up/kernel has 1 of .*, the first inf in row 3, column 5"):
+        dict(Rotate()(plain_llama.with_weights({"layers/0/up/kernel": broken})).arrays)
+    assert find_pairs(Rotate()(plain_llama))[0]  # norms of one are norms still

@@ -104,3 +104,20 @@ def test_bad_input() -> None:
     graph = Canonicalize()(traced("nnx_mask_buffer"))
     with pytest.raises(PassError, match="no channels that weights make and weights read; nearly: "):
         Pipeline([SmoothQuant()])(graph, calibration=[tokens(VARIANTS["nnx_mask_buffer"], 1, 4)])
+
+
+@pytest.mark.parametrize("pass_", [SmoothQuant(), AwqScales("int8:channel")])
+def test_weights_that_are_not_finite_are_named(pass_) -> None:
+    """Before: one NaN in a weight that reads a norm. Expected: an error, where factors would spread it."""
+    graph = Canonicalize()(traced("llama"))
+    name = next(name for name in graph.names("weight") if "up" in name)
+    broken = np.array(graph.arrays[name])
+    broken[3, 5] = np.nan
+    with pytest.raises(PassError, match=rf"{name} has 1 of {broken.size} values that are not finite, the first nan in"):
+        Pipeline([pass_])(graph.with_weights({name: broken}), calibration=[tokens(VARIANTS["llama"], 1, 4)])
+
+
+def test_groups_that_do_not_divide() -> None:
+    graph, batch = Canonicalize()(traced("llama")), tokens(VARIANTS["llama"], 1, 4)
+    with pytest.raises(PassError, match="awq_scales: scheme='int4:g96': group=96 does not divide"):
+        Pipeline([AwqScales("int4:g96")])(graph, calibration=[batch])
