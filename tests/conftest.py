@@ -1,6 +1,8 @@
 """Settings of every test."""
 
+import gc
 import os
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +10,9 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling takes most of the time, and what is compiled is small and runs a few times.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}".strip()
+
+MAPPINGS = Path("/proc/self/maps")
+MOST = 30_000  # of the 65,530 that Linux allows a process; XLA needs a dozen for each program that is compiled
 
 SURFACE = "tests/test_jax_surface.py"  # every fact counts, on every JAX
 
@@ -33,3 +38,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if decoder not in FEW if decoder in ZOO else test in seen and file != SURFACE:
             item.add_marker(pytest.mark.breadth)
         seen.add(test)
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Between files, forgets compiled programs before there are so many that XLA crashes the process."""
+    if nextitem is None or nextitem.path == item.path or not MAPPINGS.exists():
+        return
+    with MAPPINGS.open() as lines:
+        count = sum(1 for _ in lines)
+    if count > MOST:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
