@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from xlathe.graph import Graph
     from xlathe.memory import MemoryPlan
     from xlathe.pipeline import Pipeline
+    from xlathe.target import Target
 
 _UNITS = {"GB": 10**9, "MB": 10**6, "GiB": 2**30, "MiB": 2**20}
 
@@ -59,14 +60,12 @@ def run(options: Options, source: str, destination: str) -> None:
 
 def _plan(options: Options, source: str, memory: int | None, console: "Console") -> "MemoryPlan":
     from xlathe.aot import CHUNKS, UNIT, Buckets, to_step
-    from xlathe.offline import plan_for, target_here
-    from xlathe.target import find_target
+    from xlathe.offline import plan_for
 
-    target = find_target(options["target"]) if options["target"] else target_here()
-    graph = _shaped(options, source, console)
+    machine, graph = _machine(options), _shaped(options, source, console)
     buckets = Buckets.of(options["max_batch"], options["max_len"] or graph.max_len, UNIT, CHUNKS)
     with bar(console, "plan"):
-        return plan_for(to_step(graph), buckets, target, memory=memory)
+        return plan_for(to_step(graph), buckets, machine, memory=memory)
 
 
 def _build(
@@ -103,7 +102,7 @@ def _shaped(options: Options, source: str, console: "Console") -> "Graph":
 
     pipeline = find_pipeline(options)
     if pipeline is not None:
-        _check_schemes(pipeline, options["target"])
+        _check_schemes(pipeline, _machine(options))
     if source.endswith(".json"):
         if not options["shapes_only"] or not options["max_len"]:
             raise UsageError(f"{source} has sizes and no weights: it can be planned, --shapes_only --max_len=8192")
@@ -116,13 +115,19 @@ def _shaped(options: Options, source: str, console: "Console") -> "Graph":
         return pipeline(graph, calibration=find_calibration(options, source, graph), progress=progress)
 
 
-def _check_schemes(pipeline: "Pipeline", target: str | None) -> None:
-    """Raises OptionError where the target lacks what a scheme multiplies: passes may run for hours before lowering."""
+def _machine(options: Options) -> "Target":
+    """Returns the machine that the program is for."""
     from xlathe.offline import target_here
-    from xlathe.passes import Quantize
-    from xlathe.target import find_target, unit_of
+    from xlathe.target import find_target
 
-    machine = find_target(target) if target else target_here()
+    return find_target(options["target"]) if options["target"] else target_here()
+
+
+def _check_schemes(pipeline: "Pipeline", machine: "Target") -> None:
+    """Raises OptionError where the target lacks what a scheme multiplies: passes may run for hours before lowering."""
+    from xlathe.passes import Quantize
+    from xlathe.target import unit_of
+
     for step in pipeline.passes:
         for rule in step.parsed_rules() if isinstance(step, Quantize) else ():
             if rule.scheme is not None:

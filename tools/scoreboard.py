@@ -24,6 +24,7 @@ from xlathe.tools.sweep_rows import GGUF, IMATRIX, Row
 README: Final = Path("passes/quantize/README.md")  # of a checkout
 BEGIN, END = "<!-- scoreboard: begin -->\n", "<!-- scoreboard: end -->"
 CAPTION: Final = "*Caption.* "
+PREPARED: Final = "canonicalize,fuse_attention"  # what each pipeline begins with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +42,13 @@ class Entry:
 
 def quantized(method: str, scheme: str) -> Entry:
     """Returns a row of the pass `quantize` alone."""
-    return Entry(method, scheme, f'canonicalize,fuse_attention,quantize{{scheme="{scheme}",method="{method}"}}')
+    return Entry(method, scheme, f'{PREPARED},quantize{{scheme="{scheme}",method="{method}"}}')
 
 
 def after(first: str, method: str, scheme: str) -> Entry:
     """Returns a row of `quantize` after a pass that readies the weights for it."""
-    way = f'canonicalize,fuse_attention,{first},quantize{{scheme="{scheme}",method="{method}"}}'
-    return Entry(f"{first}, {method}", scheme, way)
+    alone = quantized(method, scheme)
+    return Entry(f"{first}, {method}", scheme, alone.way.replace(PREPARED, f"{PREPARED},{first}", 1))
 
 
 def file_of(type: str) -> Entry:
@@ -68,7 +69,7 @@ def within(scheme: str, bits: float, schemes: Sequence[str], method: str) -> Ent
 
 # By size, the largest first; of one scheme, the plainest method first.
 ENTRIES: Final[tuple[Entry, ...]] = (
-    Entry("none", "float32", "canonicalize,fuse_attention"),
+    Entry("none", "float32", PREPARED),
     quantized("rtn", "bf16"),
     file_of("Q8_0"),
     quantized("rtn", "mxfp8"),

@@ -45,13 +45,13 @@ def _normalized(weights: Sequence[float]) -> np.ndarray:
 
 def _check_mean(each: Mapping[str, Sequence[Any]], shared: Mapping[str, Any]) -> None:
     if shared.get("normalize", True):
-        _normalized([float(weight) for weight in each["weight"]])
+        _normalized(each["weight"])
 
 
 def _check_task(elect: bool, each: Mapping[str, Sequence[Any]], shared: Mapping[str, Any]) -> None:
     """Sums of elected changes are divided by a sum of magnitudes."""
     if shared["normalize"]:
-        _normalized([abs(float(weight)) if elect else float(weight) for weight in each["weight"]])
+        _normalized([abs(weight) if elect else weight for weight in each["weight"]])
     for density, epsilon in zip(each.get("density", ()), each.get("epsilon", ()), strict=False):
         low, high = density - epsilon, density + epsilon
         if low <= 0 or high > 1:
@@ -67,10 +67,14 @@ def _found_combined(group: Group) -> jax.Array:
     return combine(group.all, group.found)
 
 
+def _products(whole: Tensors, of: Callable[[Group], np.ndarray]) -> np.ndarray:
+    """Returns inner products over all blocks; 0 for tensors of one number, which have no direction to turn."""
+    found = add(of(group) for group in whole.read())
+    return np.zeros_like(found) if whole.size == 1 else found
+
+
 def _measure_slerp(whole: Tensors) -> np.ndarray:
-    if whole.size == 1:  # a number has no direction to turn
-        return np.array([1 - float(whole.shared["t"]), float(whole.shared["t"])])
-    return spheres.slerp(add(gram(group.all) for group in whole.read()), float(whole.shared["t"]))
+    return spheres.slerp(_products(whole, lambda group: gram(group.all)), float(whole.shared["t"]))
 
 
 def _columns(vectors: Sequence[jax.Array]) -> list[jax.Array]:
@@ -78,14 +82,12 @@ def _columns(vectors: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def _measure_nuslerp(whole: Tensors) -> np.ndarray | None:
-    t = float(_normalized([float(weight) for weight in whole.each["weight"]])[1])
-    if whole.size == 1:
-        return np.array([1 - t, t])
-    if whole.shared["nuslerp_flatten"] or not whole.is_matrix:
-        return spheres.slerp(add(gram(group.vectors) for group in whole.read()), t)
+    t = float(_normalized(whole.each["weight"])[1])
+    if whole.shared["nuslerp_flatten"] or not whole.is_matrix or whole.size == 1:
+        return spheres.slerp(_products(whole, lambda group: gram(group.vectors)), t)
     if whole.shared["nuslerp_row_wise"]:
         return None  # a row is whole in its block
-    return spheres.slerp(add(gram(_columns(group.vectors), rows=True) for group in whole.read()), t)
+    return spheres.slerp(_products(whole, lambda group: gram(_columns(group.vectors), rows=True)), t)
 
 
 def _nuslerp(group: Group) -> jax.Array:
@@ -100,13 +102,12 @@ def _nuslerp(group: Group) -> jax.Array:
 
 
 def _measure_sphere(weights: Sequence[float], whole: Tensors, **options: Any) -> np.ndarray:
-    if whole.size == 1:
-        return _normalized(weights)
-    return spheres.karcher(add(gram(group.vectors) for group in whole.read()), _normalized(weights), **options)
+    products = _products(whole, lambda group: gram(group.vectors))
+    return spheres.karcher(products, _normalized(weights), **options)
 
 
 def _measure_multislerp(whole: Tensors) -> np.ndarray:
-    return _measure_sphere([float(weight) for weight in whole.each["weight"]], whole, steps=1)
+    return _measure_sphere(whole.each["weight"], whole, steps=1)
 
 
 def _measure_karcher(whole: Tensors) -> np.ndarray:

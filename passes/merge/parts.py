@@ -36,9 +36,10 @@ def check_layers(recipe: Recipe, each: Slice, opened: Mapping[str, Checkpoint]) 
     """Raises OptionError where a slice takes layers that a model does not have, CheckpointError where one of its models
     has other tensors outside of layers than the recipe's first, or layers of other tensors, naming the first."""
     first = recipe.models[0]
-    outside, kinds = _tensors_of(opened[first])
+    found = {model: _tensors_of(opened[model]) for model in {first, *(source.model for source in each.sources)}}
+    outside, kinds = found[first]
     for source in each.sources:
-        own, layers = _tensors_of(opened[source.model])
+        own, layers = found[source.model]
         for name in sorted(outside ^ own):
             lacks, has = (source.model, first) if name in outside else (first, source.model)
             raise CheckpointError(f"{lacks} has no tensor {name!r}, which {has} has")
@@ -49,7 +50,7 @@ def check_layers(recipe: Recipe, each: Slice, opened: Mapping[str, Checkpoint]) 
             raise OptionError(
                 f"{recipe.where}: layer_range {list(source.layers)} of {source.model}, which has {len(layers)} layers"
             )
-        beside = _tensors_of(opened[each.sources[0].model])[1][each.sources[0].layers[0] :]  # type: ignore[index]
+        beside = found[each.sources[0].model][1][each.sources[0].layers[0] :]  # type: ignore[index]
         for i in range(start, end):
             like = beside[i - start] if layers[i] in kinds else kinds[min(i, len(kinds) - 1)]
             for name in sorted(layers[i] ^ like):
