@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from xlathe.op import op
 from xlathe.ops.activations import BLOCK, round_blocks, round_tokens
-from xlathe.storage import Blocks, Format, Scaled, all_lines, parse_format
+from xlathe.storage import Blocks, Format, Scaled, all_lines, parse_format, shares
 
 PARTS = 16
 """Partial sums of a product with activations rounded in blocks."""
@@ -43,7 +43,7 @@ def quantized_dot(
     if activations == "int8" and isinstance(stored, Blocks):
         levels, step = round_blocks(x, stored.layout.numbers)
         rounded = (levels * step[..., None]).reshape(x.shape)
-        return _product(rounded, stored.decode, all_lines(stored, *parts)).astype(out_dtype)
+        return _stored_product(rounded, stored, parts).astype(out_dtype)
     if activations == "int8":
         assert isinstance(stored, Scaled)
         return _rounded_product(x, *stored.grouped(*parts), stored.columns).astype(out_dtype)
@@ -55,7 +55,7 @@ def quantized_dot(
         rounded, steps = round_tokens(x, activations, *[last] * static)
         parts = tuple(weight) if static else parts
     if not is_whole(stored):
-        return (_product(rounded, stored.decode, all_lines(stored, *parts)) * steps).astype(out_dtype)
+        return (_stored_product(rounded, stored, parts) * steps).astype(out_dtype)
     codes, scale = parts
     if activations is not None and activations.startswith("int8"):
         whole = jnp.einsum("...k,nk->...n", rounded.astype(jnp.int8), codes, preferred_element_type=jnp.int32)
@@ -70,17 +70,24 @@ def is_whole(stored: Format) -> bool:
     return isinstance(stored, Scaled) and (stored.element, stored.columns, stored.zero) == ("int8", 0, "")
 
 
-def _product(x: jax.Array, decode: Callable[..., jax.Array], lines: Sequence[jax.Array]) -> jax.Array:
+def _stored_product(x: jax.Array, stored: Format, parts: Sequence[jax.Array]) -> jax.Array:
+    return _product(x, stored.decode, all_lines(stored, *parts), [bool(rows) for rows in shares(stored)])
+
+
+def _product(
+    x: jax.Array, decode: Callable[..., jax.Array], lines: Sequence[jax.Array], of_rows: Sequence[bool] = (True,)
+) -> jax.Array:
     """Returns x w^T; the float32 weight is made of a line of each part, some rows at a time.
 
-    Lines without axes belong to the whole tensor.
+    of_rows: whether an array has a line for each row; what has not belongs to the whole tensor.
     """
     n, k = lines[0].shape[0], x.shape[-1]
     height = max(EXPANDED // k // LINES, 1) * LINES
     whole = n // height if n >= 2 * height else 0
 
     def expanded(rows: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        return jnp.einsum("...k,nk->...n", x, decode(*(rows(line) if line.ndim else line for line in lines)))
+        some = (rows(line) if own else line for line, own in zip(lines, of_rows, strict=True))
+        return jnp.einsum("...k,nk->...n", x, decode(*some))
 
     def block(_: None, i: jax.Array) -> tuple[None, jax.Array]:
         return None, expanded(lambda line: jax.lax.dynamic_slice_in_dim(line, i * height, height))

@@ -46,8 +46,27 @@ class Element(abc.ABC):
         """Returns the codes of levels [n, k]: [n, k], or bytes [n, k * bits / 8] where several share one."""
 
     @abc.abstractmethod
+    def levels_of(self, codes: jax.Array) -> jax.Array:
+        """Returns the level of each code as float32, of uint8 below 2**bits, or of 8 bits as they are stored; floats of
+        8 bits may be uint8."""
+
+    @final
     def unpack(self, codes: jax.Array) -> jax.Array:
         """Returns the levels float32 [..., k] of packed codes; those of 8-bit floats may be uint8."""
+        return self.levels_of(codes if self.bits == 8 else unpack_bits(codes, self.bits))
+
+    @final
+    def unpack_at(self, codes: jax.Array, place: jax.Array) -> jax.Array:
+        """Returns the levels at some places, int32, among the codes of one row, packed or of 8 bits, [bytes]; out of
+        range, the last byte's."""
+        if self.bits == 8:
+            return self.levels_of(jnp.take(codes, place, mode="clip"))
+        unit = math.lcm(self.bits, 8)
+        first = place // (unit // self.bits) * (unit // 8)  # bytes before whole codes
+        begin = place % (unit // self.bits) * self.bits
+        low, high = (jnp.take(codes, first + begin // 8 + i, mode="clip").astype(jnp.uint32) for i in (0, 1))
+        words = low if 8 % self.bits == 0 else low | high << 8
+        return self.levels_of(words >> (begin % 8).astype(jnp.uint32) & (2**self.bits - 1))
 
 
 @final
@@ -76,11 +95,9 @@ class Integer(Element):
             return levels.astype(np.int8 if self.signed else np.uint8)
         return pack_bits((levels - self.least).astype(np.uint8), self.bits)
 
-    def unpack(self, codes: jax.Array) -> jax.Array:
-        if self.bits == 8:
-            return codes.astype(jnp.float32)
-        whole = unpack_bits(codes, self.bits).astype(jnp.float32)
-        return whole + self.least if self.signed else whole
+    def levels_of(self, codes: jax.Array) -> jax.Array:
+        whole = codes.astype(jnp.float32)
+        return whole + self.least if self.signed and self.bits < 8 else whole
 
 
 @final
@@ -104,10 +121,9 @@ class Minifloat(Element):
         codes = levels.astype(getattr(ml_dtypes, self.dtype))
         return codes if self.bits == 8 else pack_bits(codes.view(np.uint8), self.bits)
 
-    def unpack(self, codes: jax.Array) -> jax.Array:
+    def levels_of(self, codes: jax.Array) -> jax.Array:
         """By the same bits of a float16, which has 5 of exponent, times a power of two."""
-        whole = jax.lax.bitcast_convert_type(codes, jnp.uint8)
-        wide = (whole if self.bits == 8 else unpack_bits(whole, self.bits)).astype(jnp.uint16)
+        wide = (jax.lax.bitcast_convert_type(codes, jnp.uint8) if self.bits == 8 else codes).astype(jnp.uint16)
         sign = 1 << (self.bits - 1)
         half = (wide & (sign - 1)) << (10 - self.mantissa) | (wide & sign) << (16 - self.bits)
         values = jax.lax.bitcast_convert_type(half, jnp.float16).astype(jnp.float32) * 2.0 ** (self.smallest + 14)
@@ -134,8 +150,8 @@ class Table(Element):
     def pack(self, levels: np.ndarray) -> np.ndarray:
         return pack_bits(np.searchsorted(np.array(self.levels, np.float32), levels).astype(np.uint8), self.bits)
 
-    def unpack(self, codes: jax.Array) -> jax.Array:
-        return look_up(np.array(self.levels, np.float32), unpack_bits(codes, self.bits))
+    def levels_of(self, codes: jax.Array) -> jax.Array:
+        return look_up(np.array(self.levels, np.float32), codes)
 
 
 def round_to_float(x: Any, mantissa: int, smallest: int, largest: float) -> Any:

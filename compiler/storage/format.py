@@ -39,6 +39,11 @@ class Format(abc.ABC):
     def __str__(self) -> str:
         """The text form, `int4:g32`."""
 
+    @property
+    def sparsity(self) -> float:
+        """The fraction of weights that are zero and not stored."""
+        return 0.0
+
     @abc.abstractmethod
     def parts(self, n: int, k: int) -> Mapping[str, Part]:
         """Returns what is stored, by the suffix of its name, in the order of operands."""
@@ -65,7 +70,7 @@ class Format(abc.ABC):
         return self.decode(*all_lines(self, *parts))
 
 
-def _shares(stored: Format) -> list[int]:
+def shares(stored: Format) -> list[int]:
     """Returns `Part.rows` of each part, which do not depend on sizes."""
     return [part.rows for part in stored.parts(1, 1 << 20).values()]
 
@@ -80,7 +85,7 @@ def take_lines(stored: Format, index: jax.Array, *parts: jax.Array) -> list[jax.
     """Returns a line of each part for every row in `index`, an int array; out of range, the nearest."""
     return [
         jnp.take(as_bytes(part), index if rows == 1 else index // rows, axis=0, mode="clip") if rows else part
-        for part, rows in zip(parts, _shares(stored), strict=False)
+        for part, rows in zip(parts, shares(stored), strict=False)
     ]
 
 
@@ -89,5 +94,5 @@ def all_lines(stored: Format, *parts: jax.Array) -> list[jax.Array]:
     n = parts[0].shape[0]
     return [
         jnp.repeat(as_bytes(part), rows, axis=0)[:n] if rows > 1 else as_bytes(part)
-        for part, rows in zip(parts, _shares(stored), strict=False)
+        for part, rows in zip(parts, shares(stored), strict=False)
     ]

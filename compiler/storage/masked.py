@@ -32,6 +32,10 @@ class Masked(Format):
         return f"{text}{',' if ':' in text else ':'}{self.keep}of{self.of}"
 
     @property
+    def sparsity(self) -> float:
+        return 1 - self.keep / self.of
+
+    @property
     def kept(self) -> Cast | Scaled:
         """The format of what is kept."""
         if isinstance(self.dense, Cast):
@@ -50,13 +54,13 @@ class Masked(Format):
     def encode(self, weight: np.ndarray) -> tuple[np.ndarray, ...]:
         """Keeps the largest of each group, of equals the first."""
         mask = self._largest(weight)
-        return _packed(mask), *self.kept.encode(weight[mask].reshape(len(weight), -1))
+        return pack_mask(mask), *self.kept.encode(weight[mask].reshape(len(weight), -1))
 
     def pack(self, levels: np.ndarray, weight: np.ndarray, steps: Steps) -> tuple[np.ndarray, ...]:
         """Returns the parts of levels [n, k], of those whose weights are the largest; steps: as `dense` has them."""
         assert isinstance(self.kept, Scaled)
         mask = self._largest(weight)
-        return _packed(mask), *self.kept.pack(levels[mask].reshape(len(weight), -1), steps)
+        return pack_mask(mask), *self.kept.pack(levels[mask].reshape(len(weight), -1), steps)
 
     def _largest(self, weight: np.ndarray) -> np.ndarray:
         """Returns bool [n, k], true for the largest of each group, of equals the first."""
@@ -77,6 +81,6 @@ class Masked(Format):
         return jnp.where(bits, found, 0).reshape(*values.shape[:-2], k)
 
 
-def _packed(mask: np.ndarray) -> np.ndarray:
+def pack_mask(mask: np.ndarray) -> np.ndarray:
     """Returns bool [n, k] as it is stored."""
     return pack_bits(np.pad(mask, ((0, 0), (0, -mask.shape[1] % 8))).astype(np.uint8), 1)

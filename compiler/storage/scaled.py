@@ -190,14 +190,18 @@ class Scaled(Format):
         return self.pack(self.nearest(weight, *self.spread(steps, weight.shape)), steps)
 
     def decode(self, *lines: jax.Array) -> jax.Array:
-        codes, scale, *more = lines
-        levels = self.levels.unpack(codes)
+        codes, *shared = lines
+        return self.scaled(self.levels.unpack(codes), *shared)
+
+    def scaled(self, levels: jax.Array, scale: jax.Array, *more: jax.Array) -> jax.Array:
+        """Returns rows float32 [..., k] of their levels and a line of each other part."""
+        rest = list(more)
         if self.zero:
-            levels = levels - self._wide(more.pop(0).astype(jnp.float32), levels.shape[-1])
+            levels = levels - self._wide(rest.pop(0).astype(jnp.float32), levels.shape[-1])
         if self.scale != "e8m0":
             wide = FP8_E4M3.unpack(scale) if self.scale == "e4m3" else scale.astype(jnp.float32)
             values = levels * self._wide(wide, levels.shape[-1])
-            return values * more.pop(0) if more else values
+            return values * rest.pop(0) if rest else values
         # 2**-127 is no normal number: it is 2**-126 for a half.
         powers = jax.lax.bitcast_convert_type(jnp.maximum(scale, 1).astype(jnp.uint32) << 23, jnp.float32)
         halves = jnp.where(scale == 0, 0.5, jnp.where(scale == 255, jnp.nan, 1.0)).astype(jnp.float32)

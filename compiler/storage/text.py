@@ -8,7 +8,7 @@ options: what shares a scale, `tensor`, `channel`, `g32` (successive weights of 
 columns, cut at the end of the weight); the type of scales, `s=f32`, `bf16`, `f16`, `e8m0` (powers of two) or `e4m3`
 (beside a float32 factor for the tensor); `asym`, a zero point of 8 bits, for integers, or `z=bf16`, `z=f16`, one that
 need not be whole; in all but llama.cpp's blocks `2of4`, two of every four successive weights of a channel and a bit
-for each that says which, the others zero.
+for each that says which, the others zero, or `50%` of a matrix zero, wherever they are.
 """
 
 import functools
@@ -24,6 +24,7 @@ from xlathe.storage.elements import FLOATS, INTEGERS, find_element
 from xlathe.storage.format import Format
 from xlathe.storage.masked import Masked
 from xlathe.storage.scaled import DTYPES, ZEROS, Scaled
+from xlathe.storage.scattered import Scattered
 
 WHOLE: Mapping[str, Format] = {
     "mxfp4": Scaled("fp4_e2m1", 1, 32, "e8m0"),
@@ -35,7 +36,7 @@ SHARED = {"int8": "channel", "fp8_e4m3": "channel", "fp8_e5m2": "channel", "nf4"
 """What shares a scale by default; a group of 32 in others."""
 _BLOCK = re.compile(r"b([1-9]\d*)x([1-9]\d*)")
 _GROUP = re.compile(r"g([1-9]\d*)")
-_KEPT = re.compile(r"([1-9]\d*)of([1-9]\d*)")
+_ZEROS = re.compile(r"([1-9]\d*)of([1-9]\d*)|(\d+(?:\.\d+)?)%")
 
 
 @functools.cache
@@ -43,8 +44,8 @@ def parse_format(text: str) -> Format:
     """Returns the format of a text. Raises OptionError for what is unknown or does not go together."""
     name, _, rest = text.partition(":")
     options = rest.split(",") if rest else []
-    if patterns := [option for option in options if _KEPT.fullmatch(option)]:
-        return _masked(text, name, [option for option in options if option not in patterns], patterns)
+    if patterns := [option for option in options if _ZEROS.fullmatch(option)]:
+        return _without_zeros(text, name, [option for option in options if option not in patterns], patterns)
     if name in WHOLE:
         if options:
             raise OptionError(f"{text!r}: {name} has no options")
@@ -55,18 +56,29 @@ def parse_format(text: str) -> Format:
     return _scaled(text, name, options)
 
 
-def _masked(text: str, name: str, options: list[str], patterns: list[str]) -> Masked:
+def _without_zeros(text: str, name: str, options: list[str], patterns: list[str]) -> Masked | Scattered:
     dense = parse_format(f"{name}:{','.join(options)}" if options else name)
     if len(patterns) > 1:
         raise OptionError(f"{text!r}: {' and '.join(patterns)} exclude each other")
+    if not isinstance(dense, Cast | Scaled):
+        raise OptionError(f"{text!r}: blocks hold all of their weights")
+    if patterns[0].endswith("%"):
+        return _scattered(text, dense, patterns[0])
     keep, of = map(int, patterns[0].split("of"))
     if keep >= of:
         raise OptionError(f"{text!r}: expected fewer than {of} of {of}")
-    if not isinstance(dense, Cast | Scaled):
-        raise OptionError(f"{text!r}: blocks hold all of their weights")
     if isinstance(dense, Scaled) and dense.columns % of:
         raise OptionError(f"{text!r}: expected a group of {dense.columns} to be whole times {of}")
     return Masked(dense, keep, of)
+
+
+def _scattered(text: str, dense: Cast | Scaled, option: str) -> Scattered:
+    percent = float(option.removesuffix("%"))
+    if not 0 < percent < 100:
+        raise OptionError(f"{text!r}: expected zeros of more than 0% and less than 100%")
+    if percent != float(f"{percent:g}"):
+        raise OptionError(f"{text!r}: expected at most 6 digits")
+    return Scattered(dense, percent)
 
 
 def _scaled(text: str, name: str, options: list[str]) -> Scaled:

@@ -1,7 +1,7 @@
 """Methods that set single weights to zero; they go through a model as methods of rounding do (`Quantize(method=)`).
 
-Weights are kept in 16 bits, zeros among them, or without their zeros by a scheme with a pattern (`bf16:2of4`,
-`int4:g128,2of4`). A product takes no less time for them: XLA has no sparse products.
+Weights are kept in 16 bits, zeros among them, or without their zeros by a scheme that says which or how many these are
+(`bf16:2of4`, `int4:g128,50%`). A product takes no less time for them: XLA has no sparse products.
 """
 
 import abc
@@ -12,12 +12,12 @@ import numpy as np
 
 from xlathe.errors import OptionError, PassError
 from xlathe.passes.prune.algorithms.magnitude import magnitude
-from xlathe.passes.prune.algorithms.sparsegpt import Grid, sparsegpt
+from xlathe.passes.prune.algorithms.sparsegpt import sparsegpt, sparsegpt_rounded
 from xlathe.passes.prune.algorithms.sparsity import Sparsity
 from xlathe.passes.prune.algorithms.wanda import wanda
 from xlathe.passes.quantize.method import WeightMethod
 from xlathe.stats import InputStats
-from xlathe.storage import Format, Masked, Scaled
+from xlathe.storage import Format, Masked, Scaled, Scattered
 from xlathe.storage.cast import Cast
 
 
@@ -26,7 +26,8 @@ class Sparse(WeightMethod):
     """Sets weights to zero. sparsity: the fraction of each weight, above 0 and below 1.
 
     keep, of: or at most `keep` of every `of` successive inputs of an output stay (2 of 4), and `sparsity` is left out.
-    A scheme with a pattern decides instead of all three. What calibration never reached loses its smallest weights.
+    A scheme that leaves zeros out decides in place of all three. What calibration never reached loses its smallest
+    weights.
     Raises OptionError for values out of range, PassError for weights that such groups do not divide.
     """
 
@@ -44,19 +45,32 @@ class Sparse(WeightMethod):
             raise OptionError(f"{self}: {self.keep} of {self.of} says how many stay; leave out sparsity")
 
     def refusal(self, stored: Format) -> str | None:
-        if isinstance(stored, Masked):
-            own = self.keep == self.of == 0 or (self.keep, self.of) == (stored.keep, stored.of)
-            return None if own else f"{stored} keeps {stored.keep} of {stored.of}"
-        return None if isinstance(stored, Cast) else "zeros are kept among bf16 or f16, or by a pattern, int4:g32,2of4"
+        if isinstance(stored, Cast):
+            return None
+        if not isinstance(stored, Masked | Scattered):
+            return "zeros are kept among bf16 or f16, or left out, as in int4:g32,2of4 or bf16:50%"
+        groups = (stored.keep, stored.of) if isinstance(stored, Masked) else (0, 0)
+        if (self.keep, self.of) in ((0, 0), groups) and self.sparsity in (Sparse.sparsity, stored.sparsity):
+            return None
+        return f"{stored} says what is zero, {stored.sparsity:.6g} of the weights; leave out sparsity, keep and of"
+
+    @final
+    def zeros(self, stored: Format) -> float:
+        return self._sparsity(stored).fraction
+
+    def _sparsity(self, stored: Format) -> Sparsity:
+        if isinstance(stored, Scattered):
+            return Sparsity(stored.sparsity)
+        keep, of = (stored.keep, stored.of) if isinstance(stored, Masked) else (self.keep, self.of)
+        return Sparsity(1 - keep / of, keep, of) if of else Sparsity(self.sparsity)
 
     @final
     def __call__(
         self, name: str, weight: np.ndarray, stored: Format, stats: InputStats | None
     ) -> tuple[np.ndarray, ...]:
-        keep, of = (stored.keep, stored.of) if isinstance(stored, Masked) else (self.keep, self.of)
-        if of and weight.shape[1] % of:
-            raise PassError(f"quantize: {name}: {weight.shape[1]} inputs are no multiple of {of}")
-        how = Sparsity(1 - keep / of, keep, of) if of else Sparsity(self.sparsity)
+        how = self._sparsity(stored)
+        if how.of and weight.shape[1] % how.of:
+            raise PassError(f"quantize: {name}: {weight.shape[1]} inputs are no multiple of {how.of}")
         if stats is None or not stats.count:
             return stored.encode(magnitude(weight, how))
         try:
@@ -109,14 +123,15 @@ class SparseGpt(Sparse):
         return super().refusal(stored)
 
     def parts(self, weight: np.ndarray, stored: Format, how: Sparsity, stats: InputStats) -> tuple[np.ndarray, ...]:
-        dense = stored.dense if isinstance(stored, Masked) else stored
+        dense = stored.dense if isinstance(stored, Masked | Scattered) else stored
         if not isinstance(dense, Scaled):
             return super().parts(weight, stored, how, stats)
         assert stats.gram is not None
-        grid = Grid(dense, dense.fit(self.zeroed(weight, how, stats)))
-        values = np.asarray(sparsegpt(weight, stats.gram, how, grid=grid)[0])
-        levels = np.asarray(grid.levels(values))
-        return stored.pack(levels, values, grid.steps) if isinstance(stored, Masked) else dense.pack(levels, grid.steps)
+        swept, grid = sparsegpt_rounded(weight, stats.gram, how, dense)
+        values, levels = np.asarray(swept), np.asarray(grid.levels(swept))
+        if isinstance(stored, Masked | Scattered):
+            return stored.pack(levels, values, grid.steps)
+        return dense.pack(levels, grid.steps)
 
     def zeroed(self, weight: np.ndarray, how: Sparsity, stats: InputStats) -> np.ndarray:
         assert stats.gram is not None

@@ -16,7 +16,7 @@ from xlathe.errors import PassError
 from xlathe.passes.quantize.algorithms import awq, gptq, hqq, search
 from xlathe.passes.quantize.method import Method, WeightMethod
 from xlathe.stats import InputStats
-from xlathe.storage import Blocks, Format, Masked, Scaled, Steps
+from xlathe.storage import Blocks, Format, Masked, Scaled, Scattered, Steps
 
 SEARCHED_AT_ONCE = 1 << 16
 """Weights whose scales are searched for in one go."""
@@ -28,7 +28,7 @@ class OnLevels(WeightMethod):
 
     @final
     def refusal(self, stored: Format) -> str | None:
-        if isinstance(stored, Masked):
+        if isinstance(stored, Masked | Scattered):
             return "which weights stay is chosen by sparse_gpt, wanda or magnitude"
         return None if isinstance(stored, Scaled) else NO_LEVELS
 

@@ -48,6 +48,10 @@ class Method(abc.ABC):  # noqa: B024  # what its two kinds share
         """Says why the method cannot round to a format, before anything runs; None where it can."""
         return None
 
+    def zeros(self, stored: Format) -> float:
+        """Returns the fraction of weights that become zero, others than by rounding."""
+        return stored.sparsity
+
     @final
     def __str__(self) -> str:
         return print_pass(self)

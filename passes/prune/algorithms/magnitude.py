@@ -10,5 +10,5 @@ def magnitude(weight: np.ndarray, sparsity: Sparsity) -> np.ndarray:
     scores = np.abs(weight)
     if sparsity.of:
         return np.where(lowest_of_groups(scores, sparsity), 0, weight)
-    gone = np.asarray(lowest(scores.ravel(), sparsity.count(scores.size)))
+    gone = np.asarray(lowest(scores.ravel(), sparsity.counts([scores.size])[0]))
     return np.where(gone.reshape(scores.shape), 0, weight)

@@ -6,14 +6,14 @@ Frantar & Alistarh 2023, https://arxiv.org/abs/2301.00774 (3.5 for rounding); th
 
 import dataclasses
 import functools
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from xlathe.passes.prune.algorithms.sparsity import Sparsity, lowest
-from xlathe.passes.quantize.algorithms.gptq import BLOCK, inverse_factor, steps_by_block
+from xlathe.passes.quantize.algorithms.gptq import BLOCK, inverse_factor, rows_at_once, steps_by_block, steps_of
 from xlathe.storage import Scaled, Steps
 
 
@@ -31,6 +31,14 @@ class Grid:
         return self.stored.nearest(weight, *self.stored.spread(self.steps, weight.shape))
 
 
+class _Hessian(NamedTuple):
+    """Of X^T X: the factor of its inverse, [k, k]; which columns were always zero, bool [k]; the damping."""
+
+    factor: jax.Array
+    dead: np.ndarray
+    damping: float
+
+
 def sparsegpt(
     weight: Any, gram: np.ndarray, sparsity: Sparsity, *, grid: Grid | None = None, block: int = BLOCK
 ) -> tuple[jax.Array, float]:
@@ -42,14 +50,42 @@ def sparsegpt(
     A column whose activations were always zero goes first.
     Raises PassError as `inverse_factor` does.
     """
-    weight, diagonal = jnp.asarray(weight), np.diagonal(gram)
-    if sparsity.of:
-        block = -(-block // sparsity.of) * sparsity.of
+    weight = jnp.asarray(weight)
+    hessian = _hessian(gram, weight.dtype)
+    return _swept(weight, hessian, sparsity, grid, block), hessian.damping
+
+
+def sparsegpt_rounded(
+    weight: Any, gram: np.ndarray, sparsity: Sparsity, stored: Scaled, *, block: int = BLOCK
+) -> tuple[jax.Array, Grid]:
+    """Returns a weight with zeros, the others on a grid, and the grid, which just reaches what `sparsegpt` keeps
+    without one. Raises PassError as `inverse_factor` does."""
+    weight = jnp.asarray(weight)
+    hessian = _hessian(gram, weight.dtype)
+    grid = Grid(stored, stored.fit(np.asarray(_swept(weight, hessian, sparsity, None, block))))
+    return _swept(weight, hessian, sparsity, grid, block), grid
+
+
+def _hessian(gram: np.ndarray, dtype: Any) -> _Hessian:
+    diagonal = np.diagonal(gram)
     unit = diagonal.mean()  # of what `inverse_factor` gives columns that were always zero
     upper, damping = inverse_factor(gram / unit if unit > 0 else gram)
-    counts = [sparsity.count(len(weight) * min(block, len(gram) - i)) for i in range(0, len(gram), block)]
-    swept = _sweep(weight, jnp.asarray(upper, weight.dtype), diagonal == 0, np.array(counts), grid, sparsity, block)
-    return swept, damping
+    return _Hessian(jnp.asarray(upper, dtype), diagonal == 0, damping)
+
+
+def _swept(weight: jax.Array, hessian: _Hessian, sparsity: Sparsity, grid: Grid | None, block: int) -> jax.Array:
+    """With a pattern rows do not depend on each other, and go some at a time."""
+    n, k = weight.shape
+    if sparsity.of:
+        block = -(-block // sparsity.of) * sparsity.of
+    counts = sparsity.counts([n * min(block, k - i) for i in range(0, k, block)])
+    height = rows_at_once(k, None if grid is None else grid.stored) if sparsity.of else n
+    found = []
+    for i in range(0, n, height):
+        own = None if grid is None else Grid(grid.stored, steps_of(grid.steps, grid.stored, i, i + height))
+        some = _sweep(weight[i : i + height], hessian.factor, hessian.dead, counts, own, sparsity, block)
+        found.append(jax.block_until_ready(some))
+    return found[0] if len(found) == 1 else jnp.concatenate(found)
 
 
 @functools.partial(jax.jit, static_argnames=("sparsity", "block"))
@@ -68,7 +104,7 @@ def _sweep(
     padding = -k % block
     size, columns = k + padding, jnp.arange(block)
     rows = jnp.pad(weight.T, ((0, padding), (0, 0)))  # columns of the weight, [k, n]
-    factor = jnp.pad(factor, (0, padding)) + jnp.diag(jnp.arange(size) >= k)
+    factor = jnp.pad(factor, (0, padding)) + jnp.diag(jnp.arange(size) >= k) if padding else factor
     dead = jnp.pad(dead, (0, padding))
 
     def rounded(values: jax.Array, column: jax.Array) -> jax.Array:

@@ -1,6 +1,8 @@
 """How many weights become zero, and which are the lowest by a score."""
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from typing import Any, final
 
 import jax.numpy as jnp
@@ -17,9 +19,13 @@ class Sparsity:
     keep: int = 0
     of: int = 0
 
-    def count(self, size: int) -> int:
-        """Returns how many of some weights that are compared with each other become zero."""
-        return self.of - self.keep if self.of else round(self.fraction * size)
+    def counts(self, sizes: Sequence[int]) -> np.ndarray:
+        """Returns how many become zero of weights that are compared with each other, set after set, int64 [sets].
+
+        They sum to what it is of all weights at once, so that this is known whatever is compared.
+        """
+        ends = [0, *(round(self.fraction * size) for size in itertools.accumulate(sizes))]
+        return np.diff(np.array(ends))
 
 
 def lowest(scores: Any, count: Any) -> Any:
@@ -32,4 +38,4 @@ def lowest_of_groups(scores: np.ndarray, sparsity: Sparsity) -> np.ndarray:
     """Returns bool [n, k]: the lowest scores of every `sparsity.of` successive columns of each row."""
     n, k = scores.shape
     groups = scores.reshape(n, k // sparsity.of, sparsity.of)
-    return np.asarray(lowest(groups, sparsity.count(sparsity.of))).reshape(n, k)
+    return np.asarray(lowest(groups, sparsity.of - sparsity.keep)).reshape(n, k)

@@ -13,4 +13,5 @@ def wanda(weight: np.ndarray, sum_squares: np.ndarray, sparsity: Sparsity) -> np
     scores = np.abs(weight) * np.sqrt(sum_squares).astype(weight.dtype)
     if sparsity.of:
         return np.where(lowest_of_groups(scores, sparsity), 0, weight)
-    return np.where(np.asarray(lowest(scores, sparsity.count(weight.shape[1]))), 0, weight)
+    n, k = weight.shape
+    return np.where(np.asarray(lowest(scores, sparsity.counts([k] * n)[:, None])), 0, weight)

@@ -115,21 +115,29 @@ def gptq(
     upper, damping = inverse_factor(gram, order)
     factor = jnp.asarray(upper, weight.dtype)
     del upper
-    rows = max(AT_ONCE // k // max(stored.rows, 1), 1) * max(stored.rows, 1)
+    height = rows_at_once(k, stored)
     found = []
-    for i in range(0, n, rows):
-        own = _steps_of(steps, stored, i, i + rows)
-        found.append(jax.block_until_ready(_sweep(weight[i : i + rows], order, factor, own, stored, block)))
+    for i in range(0, n, height):
+        own = steps_of(steps, stored, i, i + height)
+        found.append(jax.block_until_ready(_sweep(weight[i : i + height], order, factor, own, stored, block)))
     levels, moved = found[0] if len(found) == 1 else map(jnp.concatenate, zip(*found, strict=True))
     return Rounded(levels, moved, damping)
 
 
-def _steps_of(steps: Steps, stored: Scaled, start: int, end: int) -> Steps:
+def rows_at_once(k: int, stored: Scaled | None) -> int:
+    """Returns how many rows of a weight [n, k] are rounded at once, none of whose scales others share."""
+    unit = max(stored.rows, 1) if stored is not None else 1
+    return max(AT_ONCE // k // unit, 1) * unit
+
+
+def steps_of(steps: Steps, stored: Scaled, start: int, end: int) -> Steps:
     """Returns the steps of some rows of a weight."""
     if not stored.rows:
         return steps
     own = slice(start // stored.rows, -(-end // stored.rows))
     return Steps(steps.scale[own], None if steps.zero is None else steps.zero[own], steps.outer)
+
+
 @functools.partial(jax.jit, static_argnames=("stored", "block"))
 def _sweep(
     weight: jax.Array,  # [n, k]

@@ -11,6 +11,7 @@ import xlathe as xl
 from xlathe.errors import OptionError, PassError
 from xlathe.passes import Quantize
 from xlathe.passes.quantize.methods import find_method
+from xlathe.report import weight_bytes
 from xlathe.storage import parse_format
 
 VOCAB, WIDTH, HIDDEN = 61, 24, 40
@@ -89,16 +90,45 @@ def test_a_pattern_of_the_scheme_is_the_methods(graph: xl.Graph, method: str) ->
     np.testing.assert_allclose(packed(TOKENS[:, 0]), expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_what_lies_without_zeros_is_saved_and_compiled(graph: xl.Graph, tmp_path: Path) -> None:
-    packed = sparse(graph, "magnitude", "bf16:2of4")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("percent", [50, 62.5])
+def test_zeros_of_the_scheme_are_the_methods(graph: xl.Graph, method: str, percent: float) -> None:
+    """Expected: the numbers of `sparsity=`, in parts as planned."""
+    scheme = f"bf16:{percent}%"
+    whole, packed = sparse(graph, f"{method}{{sparsity={percent / 100}}}"), sparse(graph, method, scheme)
+    for name in ("up", "down"):
+        n, k = stored(whole, name).shape
+        told = parse_format(scheme).parts(n, k)
+        parts = [packed.arrays[f"{name}.{part}"] for part in told]
+        values = parse_format(scheme).dequantize(*map(jnp.asarray, parts))
+        np.testing.assert_array_equal(values, stored(whole, name))
+        assert (np.asarray(values) == 0).sum() == round(percent / 100 * n * k)
+        assert [np.asarray(part).nbytes for part in parts] == [part.nbytes for part in told.values()]
+    expected = np.asarray(whole(TOKENS[:, 0]))
+    np.testing.assert_allclose(packed(TOKENS[:, 0]), expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("scheme", ["bf16:2of4", "int4:g8,50%"])
+def test_what_lies_without_zeros_is_saved_and_compiled(graph: xl.Graph, tmp_path: Path, scheme: str) -> None:
+    """Expected: files of the bytes that the plan says, and a header."""
+    method = "magnitude" if scheme == "bf16:2of4" else "sparse_gpt"
+    packed = sparse(graph, method, scheme)
     packed.save(tmp_path / "saved")
     np.testing.assert_array_equal(xl.load_graph(tmp_path / "saved")(TOKENS[:, 0]), packed(TOKENS[:, 0]))
+    planned = Quantize(scheme, weights="up|down", method=method).plan(graph)
+    assert sum(entry.after for entry in planned.entries) == weight_bytes(packed) == _file_bytes(tmp_path / "saved")
     program = xl.compile(packed, max_len=48)
     logits = np.asarray(packed(TOKENS[0, :, :40]))[0, -1]
     assert list(program.generate(TOKENS[0, :, :40], max_tokens=1)[0].tokens) == [logits.argmax()]
 
 
-@pytest.mark.parametrize("scheme", ["int4:g8", "int4:g8,2of4", "int4:g8,asym,2of4", "nf4:g8,2of4"])
+def _file_bytes(folder: Path) -> int:
+    """Returns the bytes of tensors in files, whose first 8 bytes are the length of the header."""
+    blobs = [path.read_bytes() for path in folder.glob("*.safetensors")]
+    return sum(len(blob) - 8 - int.from_bytes(blob[:8], "little") for blob in blobs)
+
+
+@pytest.mark.parametrize("scheme", ["int4:g8", "int4:g8,2of4", "int4:g8,asym,2of4", "nf4:g8,2of4", "int3:g8,asym,50%"])
 def test_zeros_among_levels(graph: xl.Graph, scheme: str) -> None:
     """Before: SparseGPT with a scheme of levels. Expected: half zeros in the scheme's own parts."""
     joint = sparse(graph, "sparse_gpt", scheme)
@@ -112,8 +142,14 @@ def test_zeros_among_levels(graph: xl.Graph, scheme: str) -> None:
 
 
 def test_another_pattern_than_the_schemes_is_refused(graph: xl.Graph) -> None:
-    with pytest.raises(OptionError, match="bf16:2of4 keeps 2 of 4"):
-        sparse(graph, "wanda{keep=1,of=4}", "bf16:2of4")
+    for method, scheme in (
+        ("wanda{keep=1,of=4}", "bf16:2of4"),
+        ("magnitude{sparsity=0.7}", "bf16:2of4"),
+        ("sparse_gpt{sparsity=0.7}", "bf16:50%"),
+        ("sparse_gpt{keep=2,of=4}", "int4:g8,50%"),
+    ):
+        with pytest.raises(OptionError, match=f"{scheme} says what is zero, 0.5 of the weights; leave out"):
+            sparse(graph, method, scheme)
     with pytest.raises(OptionError, match="a zero point may leave no zero"):
         sparse(graph, "sparse_gpt", "int4:g8,asym")
 
@@ -121,6 +157,16 @@ def test_another_pattern_than_the_schemes_is_refused(graph: xl.Graph) -> None:
 def test_groups_that_do_not_divide_are_named(graph: xl.Graph) -> None:
     with pytest.raises(PassError, match=r"down: 40 inputs are no multiple of 7"):
         _ = sparse(graph, "magnitude{keep=2,of=7}").arrays["down.codes"]
+
+
+def test_what_does_not_fit_is_named(graph: xl.Graph) -> None:
+    """Before: 24 inputs, of which 7 rows make too few to keep any; and NaN among what would be kept."""
+    with pytest.raises(OptionError, match=r"bf16:99.99% keeps 0 of 960; .* down \[40, 24\] is summed over"):
+        sparse(graph, "magnitude", "bf16:99.99%")
+    broken = np.array(graph.weights["up"])
+    broken[3, 5] = np.nan
+    with pytest.raises(PassError, match="up has 1 of 960 values that are not finite"):
+        _ = sparse(graph.with_weights({"up": broken}), "magnitude", "bf16:50%").arrays["up.codes"]
 
 
 @pytest.mark.parametrize(
