@@ -25,11 +25,10 @@ from xlathe.passes.merge.scope import BLOCK, Change, Kept, blocks, check_shares,
 from xlathe.passes.merge.vocabulary import unite
 from xlathe.safetensors_file import Tensor
 
-MEANINGS = (
-    *("model_type", "num_attention_heads", "n_head", "num_key_value_heads", "head_dim", "hidden_act"),
-    *("hidden_activation", "activation_function", "num_experts_per_tok"),
-)
+MEANINGS = ("model_type", "num_attention_heads", "n_head", "num_key_value_heads", "head_dim")
 """Settings without which equal shapes mean other things."""
+DEFAULTED = ("hidden_act", "hidden_activation", "activation_function", "num_experts_per_tok")
+"""More of them, for which a family has a default: they are compared where both models say them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +105,9 @@ def _check_alike(recipe: Recipe, model: str, opened: Mapping[str, Checkpoint]) -
     """Compares a model with the first: settings, vocabularies and, where layers are not chosen, tensors."""
     first = recipe.models[0]
     ours, theirs = opened[first], opened[model]
-    for key in MEANINGS:
-        pair = ours.card.config.get(key), theirs.card.config.get(key)
-        if pair[0] != pair[1]:
+    for key in (*MEANINGS, *DEFAULTED):
+        pair = _setting(ours.card.config, key), _setting(theirs.card.config, key)
+        if pair[0] != pair[1] and not (key in DEFAULTED and None in pair):
             raise CheckpointError(f"{recipe.where}: {key} is {pair[0]!r} in {first} and {pair[1]!r} in {model}")
     if ours.tokenizer is not None and theirs.tokenizer is not None:
         words = [each.tokenizer.get_vocab() for each in (ours, theirs)]
@@ -124,6 +123,16 @@ def _check_alike(recipe: Recipe, model: str, opened: Mapping[str, Checkpoint]) -
             for has, lacks in ((first, model), (model, first)):
                 if name not in opened[lacks].tensors:
                     raise CheckpointError(f"{lacks} has no tensor {name!r}, which {has} has")
+
+
+def _setting(config: Mapping[str, Any], key: str) -> Any:
+    """Returns a setting, or what leaving it out means: GGUF files say more than many directories do."""
+    heads, width = config.get("num_attention_heads"), config.get("hidden_size")
+    if key == "num_key_value_heads":
+        return config.get(key) or heads
+    if key == "head_dim" and heads and width:
+        return config.get(key) or width // heads
+    return config.get(key)
 
 
 def _work(part: Part, recipe: Recipe, method: Method, opened: Mapping[str, Checkpoint]) -> Work:

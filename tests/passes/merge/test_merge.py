@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.models.tiny import tiny_checkpoint
+from tests.models.tiny import LLAMA, tiny_checkpoint
 from xlathe.card import Card
 from xlathe.errors import CheckpointError, OptionError
 from xlathe.models.checkpoint import Checkpoint
+from xlathe.models.formats.gguf import read_gguf, write_gguf
 from xlathe.models.formats.huggingface import read_huggingface, write_huggingface
 from xlathe.models.pretrained import from_pretrained
 from xlathe.passes.merge.masks import by_chance
@@ -492,3 +493,21 @@ def test_a_merge_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"merge_method": "linear", "models": listed}))
     assert main(["merge", str(tmp_path / "recipe.yaml"), str(tmp_path / "none")]) == 1
     assert "have the sum 0" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("type", ["F32", "Q8_0"])
+def test_a_gguf_file_is_merged_with_a_directory(type: str, tmp_path: Path) -> None:
+    """Expected: the mean of the directory's numbers and what the file's blocks say, as the directory writes them."""
+    plain = tiny_checkpoint({**LLAMA, "intermediate_size": 64})
+    negative = {name: Tensor(t.shape, t.dtype, lambda t=t: -2 * t.read()) for name, t in plain.tensors.items()}
+    write_huggingface(plain, tmp_path / "a")
+    write_gguf(dataclasses.replace(plain, tensors=negative), tmp_path / "b.gguf", type)
+    listed = [{"model": str(tmp_path / name), "parameters": {"weight": 0.5}} for name in ("a", "b.gguf")]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"merge_method": "linear", "models": listed}))
+    assert main(["merge", str(tmp_path / "recipe.yaml"), str(tmp_path / "out")]) == 0
+    found, blocks = (read(tmp_path / name).tensors for read, name in ((read_huggingface, "out"), (read_gguf, "b.gguf")))
+    assert found.keys() == plain.tensors.keys()
+    for name, tensor in found.items():
+        given = plain.tensors[name].read()
+        np.testing.assert_allclose(tensor.read(), (given + blocks[name].read()) / 2, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(tensor.read(), -given / 2, atol=1e-6 if type == "F32" else 0.02)
