@@ -30,12 +30,15 @@ ROUNDS = 3
 
 
 def llama_cpp(source: Path, made: Path, mix: str) -> None:
-    """Has llama.cpp quantize a file."""
+    """Has llama.cpp quantize a file, without its line for each tensor."""
     import llama_cpp as peer  # type: ignore[import-not-found, unused-ignore]  # an extra: llama
 
+    quiet = peer.llama_log_callback(lambda level, text, data: None)
+    peer.llama_log_set(quiet, None)
     options = peer.llama_model_quantize_default_params()
     options.nthread, options.ftype = os.cpu_count() or 1, int(MIXES[mix][1])
     status = peer.llama_model_quantize(str(source).encode(), str(made).encode(), ctypes.byref(options))
+    peer.llama_log_set(peer.llama_log_callback(), None)  # llama.cpp's own again: `quiet` ends here
     if status:
         raise RuntimeError(f"llama_model_quantize returned {status} for {mix}")
 
