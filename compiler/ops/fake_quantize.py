@@ -1,7 +1,7 @@
 """Rounding that gradients pass: what weights and activations will be once they are quantized, in floats.
 
 Gradients are those of the identity (the straight-through estimator of Bengio, Leonard and Courville 2013,
-arXiv 1308.3432), at the rounded value.
+arXiv 1308.3432), at the rounded value. What is not finite becomes NaN.
 """
 
 import jax
@@ -35,5 +35,5 @@ def fake_round(x: jax.Array, *, activations: str) -> jax.Array:
 
 
 def _straight_through(value: jax.Array, rounded: jax.Array) -> jax.Array:
-    """Returns `rounded` to the bit, with the gradient of `value`."""
+    """Returns `rounded` to the bit, with the gradient of `value`; NaN where that is not finite, as its difference."""
     return jax.lax.stop_gradient(rounded) + (value - jax.lax.stop_gradient(value))

@@ -71,7 +71,7 @@ class Scaled(Format):
     """(level - zero) * scale, computed like this in float32; with the scales of less than float32 it is exact.
 
     element: the levels, by name. rows, columns: of the block that shares a scale; 0: all of them. scale: its type.
-    `e4m3` comes with a float32 factor for the tensor: (level * scale) * outer. zero: the type of zero points, or "".
+    `e4m3` comes with a float32 factor for the tensor: level * (scale * outer). zero: the type of zero points, or "".
 
     Symmetric integers of less than 8 bits use all their codes: the weight of largest magnitude of a block is the least
     level, and the scale may be negative, as in ggml's Q4_0. Without zero points a block of zeros has the scale 0.
@@ -200,8 +200,7 @@ class Scaled(Format):
             levels = levels - self._wide(rest.pop(0).astype(jnp.float32), levels.shape[-1])
         if self.scale != "e8m0":
             wide = FP8_E4M3.unpack(scale) if self.scale == "e4m3" else scale.astype(jnp.float32)
-            values = levels * self._wide(wide, levels.shape[-1])
-            return values * rest.pop(0) if rest else values
+            return levels * self._wide(wide * rest.pop(0) if rest else wide, levels.shape[-1])
         # 2**-127 is no normal number: it is 2**-126 for a half.
         powers = jax.lax.bitcast_convert_type(jnp.maximum(scale, 1).astype(jnp.uint32) << 23, jnp.float32)
         halves = jnp.where(scale == 0, 0.5, jnp.where(scale == 255, jnp.nan, 1.0)).astype(jnp.float32)

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from xlathe import jaxpr as ir
 from xlathe.axes import Einsum
 from xlathe.errors import OptionError
-from xlathe.graph import Graph, Record
+from xlathe.graph import Graph, Recipe, Record
 from xlathe.ops.fake_quantize import fake_quantize, fake_round
 from xlathe.passes.quantize.plan import Entry, Plan, Rule
 from xlathe.passes.quantize.quantize import Quantize
+from xlathe.passes.quantize.recipe import check_finite
 from xlathe.passes.quantize.uses import Layout, Uses
 from xlathe.pipeline import APPROXIMATE, Context, Keeps, Pass, is_forward
 from xlathe.rewrite import Replacement, rewrite_graph
@@ -29,6 +30,10 @@ class FakeQuantize(Pass):
     scheme, weights, rules: as `Quantize` has them. The weights stay inputs of the same names, and gradients pass
     straight through the rounding, so that `jax.grad` of a loss on `graph.logits(arrays, batch)` trains them to be
     rounded. Afterwards `graph.with_weights(trained)` of the graph before this pass is what `Quantize` takes.
+
+    A weight of the graph that is not finite is refused by name when it is read (PassError), as `Quantize` refuses it.
+    Inside a program, where values have no names (`jax.grad`, `jax.jit`), what is not finite becomes NaN, in weights and
+    in activations, and with it the loss and its gradients: rounding hides none.
 
     Raises OptionError as `Quantize` does, and for static activations and formats that are encoded outside a program.
     """
@@ -51,7 +56,22 @@ class FakeQuantize(Pass):
     def apply(self, graph: Graph, context: Context) -> tuple[Graph, Record]:
         plan = self._quantizer.plan(graph)
         rounded = _round_weights(rewrite_graph(graph, _rounded_products(graph, plan)), plan)
+        checks = [Recipe(e.name, (e.name,), _Finite(e.name, e.layout)) for e in plan.entries if e.layout is not None]
+        rounded = rounded.replace(weights=rounded.weights.derive(*checks))
         return rounded, Record("fake_quantize", hits={"weight": len(plan.schemes)}, misses=plan.misses)
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class _Finite:
+    """Recipe of a weight from itself, which raises PassError where it is not finite."""
+
+    name: str
+    layout: Layout
+
+    def __call__(self, weight: Any) -> tuple[Any]:
+        check_finite(self.name, self.layout.matrix(weight), by="fake_quantize")
+        return (weight,)
 
 
 def _check(rule: Rule) -> None:

@@ -11,10 +11,12 @@ import optax
 import pytest
 
 import xlathe as xl
+from tests.graphs import graph_of
 from tests.passes.decoding import difference, fused
 from tests.variants import DECODERS
-from xlathe.errors import OptionError
+from xlathe.errors import OptionError, PassError
 from xlathe.graph import Graph
+from xlathe.ops.fake_quantize import fake_quantize, fake_round
 from xlathe.passes import FakeQuantize, Quantize
 from xlathe.storage import parse_format
 
@@ -99,6 +101,33 @@ def test_training_beats_rounding() -> None:
     plain, trained = (Quantize("int2:g8")(graph) for graph in (before, before.with_weights(weights)))
     assert loss_of(trained, trained.arrays) < 0.5 * loss_of(plain, plain.arrays)
     assert difference(trained(TOKENS), student.with_weights(weights)(TOKENS)) <= 1e-5
+
+
+def test_a_weight_that_is_not_finite_is_named_or_is_nan() -> None:
+    """Expected: an error where the weight is the graph's; a loss and gradients of NaN where it comes into a program."""
+    rng = np.random.default_rng(1)
+    table, weight = (rng.normal(size=shape).astype(np.float32) for shape in ((61, 16), (16, 61)))
+    before = graph_of(lambda params, ids: params["table"][ids] @ params["w"], table=table, w=weight)
+    weight = weight.copy()
+    weight[3, 2] = np.nan
+    after, broken = (FakeQuantize("int4:g8")(graph) for graph in (before, before.with_weights({"w": weight})))
+    expected = r"fake_quantize: w has 1 of 976 values that are not finite, the first nan in row 2, column 3"
+    with pytest.raises(PassError, match=expected):
+        broken(TOKENS)
+    loss, gradients = jax.value_and_grad(lambda w: loss_of(after, {**after.arrays, "w": w}))(jnp.asarray(weight))
+    assert np.isnan(loss) and np.isnan(gradients).any()
+
+
+@pytest.mark.parametrize("scheme", ["int4:g8", "int4:g8,asym", "fp8_e4m3:channel", "fp4_e2m1:g8,s=e8m0", "nf4:g8", "bf16"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_rounding_hides_no_weight_that_is_not_finite(scheme: str, bad: float) -> None:
+    assert np.isnan(fake_quantize(jnp.ones((4, 16)).at[2, 3].set(bad), format=scheme)[2, 3])
+
+
+@pytest.mark.parametrize("activations", ["int8", "int8_token", "fp8_token"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_activations_that_are_not_finite_are_nan(activations: str, bad: float) -> None:
+    assert np.isnan(fake_round(jnp.ones((2, 64)).at[1, 40].set(bad), activations=activations)[1, 40])
 
 
 @pytest.mark.parametrize(
