@@ -51,7 +51,8 @@ class Context:
 
     calibration: batches of int32 tokens [b, t]; seed: for passes that draw numbers; progress: called with a
     description and the fraction done; limit: the most rewrites that a pass may make, for bisection; work: a folder
-    where a pass that takes long keeps what it has finished, and finds it when it is run again.
+    where a pass that takes long keeps what it has finished, and finds it when it is run again; planned: called by a
+    pass that has a plan (`str` is its text, `to_json` its JSON) with it and the graph, before anything of it is done.
     """
 
     calibration: Sequence[Any] = ()
@@ -59,6 +60,7 @@ class Context:
     progress: Callable[[str, float], None] = lambda description, fraction: None
     limit: int | None = None
     work: Path | None = None
+    planned: Callable[[Any, Graph], None] = lambda plan, graph: None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,10 +182,11 @@ class Pipeline:
         print_after_change: bool = False,
         limit: int | None = None,
         work: str | os.PathLike[str] | None = None,
+        planned: Callable[[Any, Graph], None] = lambda plan, graph: None,
     ) -> Graph:
         """Runs the passes; the result's history tells what each did.
 
-        calibration, seed, progress: see `Context`. dump: a directory for the graph after every pass, and for
+        calibration, seed, progress, planned: see `Context`. dump: a directory for the graph after every pass, and for
         a reproducer where one fails. limit: stops after so many rewrites, as `bisect` does; a pass that does not
         tell its rewrites apart is one. Nothing is expected then. work: a folder, made if need be, where passes that
         take long keep what they have finished: a run with the same model, passes and calibration goes on from there.
@@ -195,7 +198,7 @@ class Pipeline:
         if isinstance(calibration, str | bytes) or not isinstance(calibration, Sequence | np.ndarray | jax.Array):
             found = type(calibration).__name__
             raise OptionError(f"calibration must be a list of batches, int32 tokens [b, t], got {found}")
-        context = Context(calibration, seed, progress, limit, None if work is None else Path(work))
+        context = Context(calibration, seed, progress, limit, None if work is None else Path(work), planned)
         watching: list[Instrument] = [Dump(Path(dump))] if dump is not None else []
         watching += [PrintAfterChange()] if print_after_change else []
         check_structure(graph)

@@ -100,7 +100,7 @@ def find_rows(
     from xlathe.tools.text import encode, read_text, training_tokens
 
     if text is not None:
-        ids = encode(read_text(Path(text)), student.tokenizer, source, "training on a text")
+        ids = encode(read_text(Path(text), "text"), student.tokenizer, source, "training on a text")
         tokens = np.asarray(ids, np.int32)
     elif demo:
         tokens = training_tokens()

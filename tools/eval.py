@@ -43,7 +43,7 @@ def run(options: Options, source: str) -> None:
     if options["text"] is None:
         raise UsageError("which text? --text=FILE")
     protocol, console, file = find_protocol(options["protocol"]), make_console(), output_file(options, "json")
-    text = read_text(Path(options["text"]))
+    text = read_text(Path(options["text"]), "text")
     with bar(console, "load"):
         model = open_model(source)
         reference = open_model(options["reference"]) if options["reference"] else None

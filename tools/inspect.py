@@ -44,11 +44,11 @@ def run(options: Options, source: str) -> None:
 
         calibration = find_calibration(options, source, graph)
         for plan, before, chosen in plans(pipeline, graph, calibration):
-            held = _held(plan, before, calibration)
+            memory = held(plan, before, calibration)
             if options["json"]:
-                print(json.dumps(json.loads(plan.to_json()) | (held.to_json() if held else {}), indent=2))
+                print(json.dumps(json.loads(plan.to_json()) | (memory.to_json() if memory else {}), indent=2))
             else:
-                print(plan if held is None else f"{plan}\n{held}")
+                print(plan if memory is None else f"{plan}\n{memory}")
                 print(f"chosen: {chosen}\n" if chosen else "", end="")
     elif options["text"]:
         from xlathe.printer import to_text
@@ -58,7 +58,7 @@ def run(options: Options, source: str) -> None:
         print(graph.report())
 
 
-def _held(plan: "Plan", graph: "Graph", calibration: Any) -> "Footprint | None":
+def held(plan: "Plan", graph: "Graph", calibration: Any) -> "Footprint | None":
     """Returns the memory of a plan whose method goes through the model in order, where there is what it reads."""
     from xlathe.passes.quantize.calibrate import IN_ORDER
     from xlathe.passes.quantize.footprint import footprint

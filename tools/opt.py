@@ -1,15 +1,25 @@
 """`xlathe opt`: runs passes on a graph and saves the result, as a graph or in the layout of other tools."""
 
+import contextlib
+import json
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
 from absl import flags
 
-from xlathe.tools.command import Options, UsageError, Verb
+from xlathe.tools.command import Options, UsageError, Verb, output_file
 from xlathe.tools.console import bar, make_console
 from xlathe.tools.process_memory import memory_of
 from xlathe.tools.source import define_pipeline, find_pipeline, open_graph
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from xlathe.graph import Graph
+    from xlathe.passes.quantize.plan import Plan
+    from xlathe.passes.quantize.work import Work
 
 UNFINISHED: Final = ".unfinished"
 """After the name of the result: the folder where an interrupted run left what it had finished."""
@@ -30,6 +40,9 @@ def define(values: flags.FlagValues) -> None:
         "compressed-tensors",
         flag_values=values,
     )
+    flags.DEFINE_string(
+        "plan", None, "file for the plans of passes that quantize, a list in JSON", flag_values=values
+    )
     flags.DEFINE_boolean("print_after_change", False, "print what each pass changed", flag_values=values)
 
 
@@ -40,7 +53,7 @@ def run(options: Options, source: str, destination: str) -> None:
     from xlathe.passes.quantize.work import Work
     from xlathe.tools.text import find_calibration
 
-    console, start = make_console(), time.time()
+    console, file = make_console(), output_file(options, "plan")
     pipeline = find_pipeline(options)
     if pipeline is None:
         raise UsageError("which passes? --passes='canonicalize,fuse_attention' or --config=int8")
@@ -49,23 +62,59 @@ def run(options: Options, source: str, destination: str) -> None:
     if options["layout"]:
         find_layout(options["layout"])  # told before anything runs
     graph = open_graph(source, changing=True)
-    with bar(console, "passes") as progress:
+    calibration = find_calibration(options, source, graph)
+    work = Work(Path(destination + UNFINISHED))
+    with _kept(work, console), bar(console, "passes") as progress:
         result = pipeline(
             graph,
-            calibration=find_calibration(options, source, graph),
+            calibration=calibration,
             progress=progress,
             dump=options["dump"],
             print_after_change=options["print_after_change"],
-            work=(work := Path(destination + UNFINISHED)),
+            work=work.folder,
+            planned=_teller(console, calibration, file),
         )
         if options["layout"]:
             result.save_pretrained(destination, layout=options["layout"])
         else:
             result.save(destination)
-    Work(work).remove(since=start)
     console.print(result.report(), soft_wrap=True)
     if peak := memory_of("VmHWM"):
         console.print(f"this process held {peak / 1e6:,.0f} MB at its peak, mapped files included", soft_wrap=True)
+
+
+def _teller(
+    console: "Console", calibration: Sequence[Any], file: Path | None
+) -> "Callable[[Plan, Graph], None]":
+    """Returns a function that prints each plan, and writes all so far to a file."""
+    from xlathe.tools.inspect import held
+
+    plans: list[dict[str, Any]] = []
+
+    def tell(plan: "Plan", graph: "Graph") -> None:
+        memory = held(plan, graph, calibration)
+        console.print(str(plan) if memory is None else f"{plan}\n{memory}", soft_wrap=True)
+        plans.append(json.loads(plan.to_json()) | (memory.to_json() if memory else {}))
+        if file is not None:
+            file.write_text(json.dumps(plans, indent=1) + "\n", encoding="utf-8")
+
+    return tell
+
+
+@contextlib.contextmanager
+def _kept(work: "Work", console: "Console") -> Iterator[None]:
+    """Removes what a run kept for its next attempt when it ends well, and says that it lies there when it does not."""
+    start = time.time()
+    try:
+        yield
+    except BaseException:
+        if count := work.finished(since=start):
+            console.print(
+                f"{work.folder} keeps {count} finished sections: the same command goes on from there, others do not",
+                soft_wrap=True,
+            )
+        raise
+    work.remove(since=start)
 
 
 VERB = Verb(

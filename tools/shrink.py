@@ -211,7 +211,7 @@ def _windows(text: str | None, source: str, graph: "Graph", *, demo: bool) -> "n
         if not demo:
             raise UsageError("which text to judge by? --eval_text=FILE")
         return held_out_windows(EVAL_TOKENS)
-    tokens = encode(read_text(Path(text)), graph.tokenizer, source, "evaluating a text")
+    tokens = encode(read_text(Path(text), "eval_text"), graph.tokenizer, source, "evaluating a text")
     return cut(WINDOWS, tokens, beginning(graph.tokenizer), graph.max_len, None)
 
 

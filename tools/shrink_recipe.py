@@ -64,7 +64,7 @@ def find_recipe(name: str) -> Recipe:
     if not name.endswith(".json"):
         raise OptionError(f"no recipe {name!r}{did_you_mean(name, known)}; a file of one ends in .json")
     try:
-        content = json.loads(read_text(Path(name)))
+        content = json.loads(read_text(Path(name), "config"))
     except ValueError as error:
         raise OptionError(f"{name} is no JSON: {error}") from None
     if not isinstance(content, dict):

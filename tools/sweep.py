@@ -89,7 +89,7 @@ def sweep(
 def read_ways(text: str) -> dict[str, str]:
     """Returns ways by their names; raises OptionError for two of one name."""
     path = Path(text)
-    lines = read_text(path).splitlines() if path.is_file() else _PARTS.findall(text)
+    lines = read_text(path, "pipelines").splitlines() if path.is_file() else _PARTS.findall(text)
     found: dict[str, str] = {}
     for line in (line.strip() for line in lines):
         if not line or line.startswith("#"):
@@ -109,7 +109,7 @@ def _windows(options: Options, source: str, graph: "Graph", protocol: Protocol) 
         if source != DEMO:
             raise UsageError("which text? --text=FILE")
         return _own_windows(DEMO_LENGTH if options["context"] is None else options["context"])
-    tokens = encode(read_text(Path(options["text"])), graph.tokenizer, source, "evaluating a text")
+    tokens = encode(read_text(Path(options["text"]), "text"), graph.tokenizer, source, "evaluating a text")
     return cut(protocol, tokens, beginning(graph.tokenizer), graph.max_len, options["context"])
 
 

@@ -16,11 +16,14 @@ if TYPE_CHECKING:
     from xlathe.graph import Graph
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, flag: str) -> str:
+    """Returns the text of a file that a flag names; OptionError where it is none."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise OptionError(f"{path} is no text in UTF-8: {error}") from None
+        raise OptionError(f"--{flag}={path} is no text in UTF-8: {error}") from None
+    except OSError as error:
+        raise OptionError(f"--{flag}={path} cannot be read: {error.strerror}") from None
 
 
 def encode(text: str, tokenizer: "Tokenizer | None", source: str, purpose: str) -> list[int]:
@@ -40,7 +43,7 @@ def find_calibration(options: Options, source: str, graph: "Graph") -> "list[np.
         return [] if source != DEMO else list(training_rows(count).tokens[:, None])
     import numpy as np
 
-    text = read_text(Path(options["calibration"]))
+    text = read_text(Path(options["calibration"]), "calibration")
     ids = np.asarray(encode(text, graph.tokenizer, source, "calibrating on a text"), np.int32)
     if not ids.size:
         raise OptionError(f"--calibration={options['calibration']}: the text has no tokens")

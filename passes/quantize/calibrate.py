@@ -1,14 +1,14 @@
 """From a plan to recipes: what each method needs to know is observed, at once or from the first section to the last."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from xlathe.errors import PassError
 from xlathe.graph import Graph
+from xlathe.passes.quantize.enough import few_for_averages, few_for_products, unreached
 from xlathe.passes.quantize.plan import Plan
 from xlathe.passes.quantize.recipe import Encode, check_calibrated
 from xlathe.pipeline import Context
-from xlathe.stats import InputStats
 
 IN_ORDER = ("gram", "section")
 """Statistics that are of a model whose weights are quantized up to there."""
@@ -57,18 +57,8 @@ def _may_see_experts(plan: Plan, graph: Graph, context: Context) -> bool:
 
 
 def _told(plan: Plan, makers: Mapping[str, Encode]) -> tuple[str, ...]:
-    """Returns what calibration lacked: experts that it never reached, and fewer tokens than a weight has columns."""
+    """Returns what calibration lacked for what is read of it."""
     seen = {name: make.stats for name, make in makers.items() if make.stats is not None}
-    notes = [f"{name}: no token of the calibration chose this expert" for name, s in seen.items() if not s.count]
-    short = [name for name, stats in seen.items() if 0 < stats.count < len(stats.absmax)]
-    if short and plan.method.statistics in IN_ORDER:
-        notes.append(_short(short, seen))
-    return tuple(notes)
-
-
-def _short(names: Sequence[str], seen: Mapping[str, InputStats]) -> str:
-    first = seen[names[0]]
-    return (
-        f"the calibration is short: {int(first.count)} tokens reached {names[0]}, which sums over {len(first.absmax)} "
-        f"columns ({len(names)} weights are like this); what it leaves open is damped"
-    )
+    averaged = seen if plan.method.statistics == "moments" else {n: s for n, s in seen.items() if makers[n].scheme.is_static}
+    products = seen if plan.method.statistics in IN_ORDER else {}
+    return (*unreached(seen), *few_for_products(products), *few_for_averages(averaged))

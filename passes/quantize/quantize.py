@@ -74,6 +74,7 @@ class Quantize(Pass):
 
     def apply(self, graph: Graph, context: Context) -> tuple[Graph, Record]:
         plan = self.plan(graph)
+        context.planned(plan, graph)
         makers, notes = make_recipes(plan, graph, context)
         experts = sum(len(group.names) for group in plan.experts)
         hits = {"weight": len(plan.schemes) - experts} | ({"expert": experts} if experts else {})

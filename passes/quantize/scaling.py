@@ -11,6 +11,7 @@ from xlathe.errors import OptionError, PassError
 from xlathe.graph import Graph, Record
 from xlathe.passes.quantize.algorithms.awq import awq_scales
 from xlathe.passes.quantize.algorithms.smooth import smooth_scales
+from xlathe.passes.quantize.enough import few_for_averages
 from xlathe.passes.quantize.pairs import Pair, find_pairs
 from xlathe.passes.quantize.recipe import check_calibrated, check_finite
 from xlathe.passes.quantize.uses import Uses
@@ -112,7 +113,8 @@ def _rescale(
         result = result.replace(weights=result.weights.derive(*pair.recipes(factors)))
         context.progress(name, (number + 1) / len(pairs))
     hits = {"norm": sum(pair.by_norm for pair in pairs), "projection": sum(not pair.by_norm for pair in pairs)}
-    return result, Record(name, hits=hits, misses=misses)
+    read = {pair.readers[0].name: stats[pair.readers[0].name] for pair in pairs}
+    return result, Record(name, hits=hits, misses=misses, notes=few_for_averages(read))
 
 
 def _matrices(name: str, graph: Graph, uses: Uses, pair: Pair) -> list[np.ndarray]:

@@ -91,16 +91,20 @@ class Work:
         own = set(digests)
         return sum(path.name.removesuffix(PARTS) not in own for path in self._files(PARTS))
 
+    def finished(self, since: float) -> int:
+        """Returns how many sections were written or read since a time, in seconds."""
+        return len(self._files(PARTS, since))
+
     def remove(self, since: float) -> None:
         """Removes what was written or read since a time, in seconds, and the folder where nothing else is in it."""
-        for path in (*self._files(PARTS), *self._files(ROWS)):
-            if path.stat().st_mtime >= since - CLOCK:
-                path.unlink()
+        for path in (*self._files(PARTS, since), *self._files(ROWS, since)):
+            path.unlink()
         if self.folder is not None and self.folder.exists() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
-    def _files(self, suffix: str) -> list[Path]:
-        return [] if self.folder is None else sorted(self.folder.glob("*" + suffix))
+    def _files(self, suffix: str, since: float = 0.0) -> list[Path]:
+        found = [] if self.folder is None else sorted(self.folder.glob("*" + suffix))
+        return [path for path in found if path.stat().st_mtime >= since - CLOCK]
 
 
 def digest_of(before: str, texts: Iterable[str], arrays: Mapping[str, np.ndarray]) -> str:

@@ -39,7 +39,7 @@ def test_opt_saves_what_the_pipeline_gives(tiny, tiny_folder, tmp_path, capsys):
     expected = xl.Pipeline.parse(text, PASSES)(tiny)
     found = xl.load_graph(tmp_path / "int8")
     np.testing.assert_array_equal(found(TOKENS), expected(TOKENS))
-    assert out.splitlines()[1] == expected.report().splitlines()[1]  # sizes
+    assert expected.report().splitlines()[1] in out.splitlines()  # sizes
 
 
 def test_a_bundle_has_no_plan(tmp_path, capsys):
@@ -60,6 +60,33 @@ def test_opt_prints_what_changed(tiny_folder, tmp_path, capsys):
     assert "--- 1: fuse_attention" in run(capsys, *words)
 
 
+def test_opt_prints_what_quantizers_will_do_before_they_do_it(tiny, tiny_folder, tmp_path, capsys):
+    """Before: two quantizers, and a NaN that ends the second one after its first section. Expected: the plan of each,
+    as text and in a file; what was finished is told, and gone once the same command ended well."""
+    text, out, plans = tmp_path / "text.py", tmp_path / "out", tmp_path / "plans.json"
+    text.write_text("def read_file(path):\n    return path.read_text()\n" * 8)
+    weight = np.array(tiny.weights["layers/0/feed_forward/down/kernel"])
+    weight[3, 5] = np.nan
+    tiny.with_weights({"layers/0/feed_forward/down/kernel": weight}).save(tmp_path / "model")
+    passes = '--passes=quantize{scheme=int8,weights=".*/key/.*"},quantize{scheme="int4:g32",method=gptq}'
+    words = [str(each) for each in ("opt", tmp_path / "model", out, passes, f"--calibration={text}", f"--plan={plans}")]
+
+    assert main(words) == 1
+    told, err = capsys.readouterr()
+    assert "down/kernel has 1 of 1024 values that are not finite" in err and not out.exists()
+    first, second = xl.passes.Quantize("int8", weights=".*/key/.*"), xl.passes.Quantize("int4:g32", method="gptq")
+    expected = [first.plan(tiny), second.plan(first(tiny))]
+    assert told.startswith(f"{expected[0]}\n{expected[1]}\npeak about ")
+    assert f"{out}.unfinished keeps 1 finished sections: the same command goes on from there" in told
+    written = json.loads(plans.read_text())
+    assert written[1].pop("peak")["total"] > 0
+    assert written == [json.loads(plan.to_json()) for plan in expected]
+
+    tiny.save(tmp_path / "model")
+    assert "went on after 1 of 3 sections" in run(capsys, *words)
+    assert not Path(f"{out}.unfinished").exists()
+
+
 def test_passes_calibrate_on_a_text_or_are_refused(tiny_folder, tmp_path, capsys):
     assert main(["opt", str(tiny_folder), str(tmp_path / "pruned"), "--config=pruned"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
@@ -73,6 +100,11 @@ def test_passes_calibrate_on_a_text_or_are_refused(tiny_folder, tmp_path, capsys
     text.write_text("")
     assert main(["opt", *words]) == 1
     assert "the text has no tokens" in capsys.readouterr().err
+    text.unlink()
+    assert main(["opt", *words]) == 1
+    assert f"--calibration={text} cannot be read: No such file or directory" in capsys.readouterr().err
+    assert main(["eval", words[0], f"--text={text}"]) == 1
+    assert f"--text={text} cannot be read: No such file or directory" in capsys.readouterr().err
 
 
 def test_inspect_reports_on_a_graph_or_prints_it(tiny, tiny_folder, capsys):
