@@ -59,6 +59,10 @@ def _may_see_experts(plan: Plan, graph: Graph, context: Context) -> bool:
 def _told(plan: Plan, makers: Mapping[str, Encode]) -> tuple[str, ...]:
     """Returns what calibration lacked for what is read of it."""
     seen = {name: make.stats for name, make in makers.items() if make.stats is not None}
-    averaged = seen if plan.method.statistics == "moments" else {n: s for n, s in seen.items() if makers[n].scheme.is_static}
-    products = seen if plan.method.statistics in IN_ORDER else {}
-    return (*unreached(seen), *few_for_products(products), *few_for_averages(averaged))
+    reads = plan.method.statistics
+    averaged = {name: stats for name, stats in seen.items() if reads == "moments" or makers[name].scheme.is_static}
+    return (
+        *unreached(seen),
+        *few_for_products(seen if reads in IN_ORDER else {}),
+        *few_for_averages(averaged),
+    )

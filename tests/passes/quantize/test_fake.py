@@ -118,7 +118,9 @@ def test_a_weight_that_is_not_finite_is_named_or_is_nan() -> None:
     assert np.isnan(loss) and np.isnan(gradients).any()
 
 
-@pytest.mark.parametrize("scheme", ["int4:g8", "int4:g8,asym", "fp8_e4m3:channel", "fp4_e2m1:g8,s=e8m0", "nf4:g8", "bf16"])
+@pytest.mark.parametrize(
+    "scheme", ["int4:g8", "int4:g8,asym", "fp8_e4m3:channel", "fp4_e2m1:g8,s=e8m0", "nf4:g8", "bf16"]
+)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_rounding_hides_no_weight_that_is_not_finite(scheme: str, bad: float) -> None:
     assert np.isnan(fake_quantize(jnp.ones((4, 16)).at[2, 3].set(bad), format=scheme)[2, 3])
