@@ -37,7 +37,8 @@ def quantized_dot(
     Otherwise the order of additions is a kernel's own. The one for CPUs holds x, with 4 bits, as whole numbers
     of 24 bits a block of 32, so that 8 successive columns have an exact sum; a number of x is then off by at most
     2**-24 of the largest in its block, where a product in floats is off by as much of itself (kernels/README.md). So it
-    does with GGUF's blocks, 4 columns at a time.
+    does with GGUF's blocks, 4 columns at a time. What overflows, or meets what is not finite, is not finite anywhere;
+    whether it is NaN or infinite is a kernel's own.
     """
     stored = parse_format(format)
     if activations == "int8" and isinstance(stored, Blocks):

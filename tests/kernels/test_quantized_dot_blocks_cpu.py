@@ -115,6 +115,24 @@ def test_what_is_not_finite_stays_in_its_row(name: str, way: str | None) -> None
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", BLOCKS)
+def test_what_overflows_is_not_finite_and_nothing_else_is_wrong(name: str, way: str | None) -> None:
+    """Before: rows with an infinity, with numbers next to the largest, and one whose sum is below 2**96. Expected: what
+    float32 does not hold is not finite, NaN or infinite; what is finite is right; and below 2**96 all is."""
+    x, blocks = activations(6, 512), blocks_of(name, 20, 512)
+    x[:5, 3] = np.inf, -np.inf, 3e38, 1e36, 1e34
+    x[5] *= 2.0**95 / np.abs(x[5]).sum()
+    with np.errstate(all="ignore"):
+        expected, found = exact(x, blocks, name, way), run(x, blocks, name, way)
+        held = np.abs(expected) <= np.finfo(np.float32).max
+        weight = np.abs(by_gguf(name, blocks)).astype(np.float64)
+        bound = np.abs(x).astype(np.float64).max(axis=1, keepdims=True) * weight.max(axis=1) * x.shape[1]
+    finite = np.isfinite(found)
+    assert not finite[~held].any() and finite[5].all() and held[2:5].any()
+    assert (np.abs(found - expected)[finite] <= 2.0**-22 * bound[finite]).all()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", BLOCKS)
 def test_each_group_of_rows_has_its_expert(name: str, way: str | None) -> None:
     x, counts = activations(14, 512), jnp.array([3, 0, 1, 9], jnp.int32)
     blocks = jnp.asarray(blocks_of(name, 200, 512).reshape(4, 50, -1))
