@@ -11,7 +11,7 @@ import numpy as np
 from xlathe.errors import OptionError
 from xlathe.passes.quantize.algorithms import autoround
 from xlathe.passes.quantize.calibrated import NO_LEVELS, Gptq
-from xlathe.passes.quantize.method import Begun, SectionMethod
+from xlathe.passes.quantize.method import Initial, SectionMethod
 from xlathe.stats import InputStats
 from xlathe.storage import Format, Scaled, Steps
 from xlathe.storage.elements import INTEGERS
@@ -47,23 +47,23 @@ class AutoRound(SectionMethod):
             return "what it learns is added to whole numbers, which this format does not have"
         return None
 
-    def begin(self, name: str, weight: np.ndarray, stored: Format, stats: InputStats) -> Begun:
+    def initialize(self, name: str, weight: np.ndarray, stored: Format, stats: InputStats) -> Initial:
         assert isinstance(stored, Scaled)
         if self.gptq:
             found, steps = Gptq().start(name, weight, stored, stats)
-            return Begun(stored.pack(found.levels, steps), found.moved, steps)
+            return Initial(stored.pack(found.levels, steps), found.moved, steps)
         steps = stored.fit(jnp.asarray(weight))
-        return Begun(stored.encode(weight), jnp.asarray(weight), steps)
+        return Initial(stored.encode(weight), jnp.asarray(weight), steps)
 
     def __call__(self, task: "SectionTask") -> dict[str, tuple[np.ndarray, ...]]:
-        formats = [make.scheme.stored for make in task.makers.values()]
+        formats = [encode.scheme.stored for encode in task.encoders.values()]
 
         def fit(
-            begun: Sequence[tuple[jax.Array, Steps]], data: Any, order: jax.Array
+            initial: Sequence[tuple[jax.Array, Steps]], data: Any, order: jax.Array
         ) -> list[tuple[jax.Array, Steps]]:
             weights = [
                 (weight, autoround.ranges_of(steps, stored), stored)
-                for (weight, steps), stored in zip(begun, formats, strict=True)
+                for (weight, steps), stored in zip(initial, formats, strict=True)
                 if isinstance(stored, Scaled)  # others are refused
             ]
 
@@ -81,10 +81,10 @@ class AutoRound(SectionMethod):
             each = zip(weights, best, strict=True)
             return [autoround.choose(w, ranges, own, stored) for (w, ranges, stored), own in each]
 
-        begun = [(jnp.asarray(each.weight), each.steps) for each in task.begun.values()]
-        found = task.run(fit, begun, task.data, _order(task.count, self.steps, task.seed))
+        initial = [(jnp.asarray(each.weight), each.steps) for each in task.initial.values()]
+        found = task.run(fit, initial, task.data, _order(task.count, self.steps, task.seed))
         packed = {}
-        for name, stored, (levels, steps) in zip(task.makers, formats, found, strict=True):
+        for name, stored, (levels, steps) in zip(task.encoders, formats, found, strict=True):
             assert isinstance(stored, Scaled)
             packed[name] = stored.pack(levels, steps)
         return packed

@@ -21,7 +21,7 @@ def make_recipes(plan: Plan, graph: Graph, context: Context) -> tuple[dict[str, 
     calibrated on what the quantized weights before it make. Others run when a weight is prepared. Raises OptionError
     where batches are missing, PassError where static activations saw no token.
     """
-    makers = {
+    encoders = {
         e.name: Encode(e.name, e.layout, e.scheme, plan.method)
         for e in plan.entries
         if e.scheme is not None and e.layout is not None
@@ -30,37 +30,37 @@ def make_recipes(plan: Plan, graph: Graph, context: Context) -> tuple[dict[str, 
     notes: tuple[str, ...] = ()
     if plan.method.statistics in IN_ORDER:
         from xlathe.passes.quantize.footprint import footprint
-        from xlathe.passes.quantize.sequential import quantize_in_order
+        from xlathe.passes.quantize.sequential import quantize_sequentially
 
-        makers, notes = quantize_in_order(graph, makers, plan.method, context)
+        encoders, notes = quantize_sequentially(graph, encoders, plan.method, context)
         held = footprint(graph, plan, context.calibration, on_disk=context.work is not None)
         notes = (*notes, *([] if held is None else [str(held)]))
     elif plan.method.statistics == "moments" or static or _may_see_experts(plan, graph, context):
         from xlathe.passes.observe import observe  # it reads products as this package does
 
         found = observe(graph, context.calibration, progress=context.progress).inputs
-        makers = {name: dataclasses.replace(make, stats=found.get(name)) for name, make in makers.items()}
-    for name, make in makers.items():
-        if make.stats is not None:
-            check_calibrated(name, make.stats)
+        encoders = {name: dataclasses.replace(encode, stats=found.get(name)) for name, encode in encoders.items()}
+    for name, encode in encoders.items():
+        if encode.stats is not None:
+            check_calibrated(name, encode.stats)
     for name in static:
-        stats = makers[name].stats
+        stats = encoders[name].stats
         if stats is None or not stats.count:
             raise PassError(
                 f"quantize: {name}: static activations need tokens, and none of the calibration reached it"
             )
-    return makers, (*_told(plan, makers), *notes)
+    return encoders, (*_told(plan, encoders), *notes)
 
 
 def _may_see_experts(plan: Plan, graph: Graph, context: Context) -> bool:
     return bool(plan.experts) and bool(len(context.calibration)) and not graph.is_step
 
 
-def _told(plan: Plan, makers: Mapping[str, Encode]) -> tuple[str, ...]:
+def _told(plan: Plan, encoders: Mapping[str, Encode]) -> tuple[str, ...]:
     """Returns what calibration lacked for what is read of it."""
-    seen = {name: make.stats for name, make in makers.items() if make.stats is not None}
+    seen = {name: encode.stats for name, encode in encoders.items() if encode.stats is not None}
     reads = plan.method.statistics
-    averaged = {name: stats for name, stats in seen.items() if reads == "moments" or makers[name].scheme.is_static}
+    averaged = {name: stats for name, stats in seen.items() if reads == "moments" or encoders[name].scheme.is_static}
     return (
         *unreached(seen),
         *few_for_products(seen if reads in IN_ORDER else {}),

@@ -69,7 +69,7 @@ class WeightMethod(Method):
 
 
 @dataclasses.dataclass(frozen=True)
-class Begun:
+class Initial:
     """What a weight of a section is at first. parts: as stored; weight [n, k], steps: what these are nearest to."""
 
     parts: tuple[np.ndarray, ...]
@@ -87,7 +87,7 @@ class SectionMethod(Method):
     statistics: ClassVar[Literal["none", "moments", "gram", "section"]] = "section"
 
     @abc.abstractmethod
-    def begin(self, name: str, weight: np.ndarray, stored: Format, stats: InputStats) -> Begun:
+    def initialize(self, name: str, weight: np.ndarray, stored: Format, stats: InputStats) -> Initial:
         """Returns what a weight float32 [n, k] is at first; stats: of some tokens, with x^T x."""
 
     @abc.abstractmethod

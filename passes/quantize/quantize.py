@@ -75,10 +75,10 @@ class Quantize(Pass):
     def apply(self, graph: Graph, context: Context) -> tuple[Graph, Record]:
         plan = self.plan(graph)
         context.planned(plan, graph)
-        makers, notes = make_recipes(plan, graph, context)
+        encoders, notes = make_recipes(plan, graph, context)
         experts = sum(len(group.names) for group in plan.experts)
         hits = {"weight": len(plan.schemes) - experts} | ({"expert": experts} if experts else {})
-        return _replace(graph, plan, makers), Record("quantize", hits=hits, misses=plan.misses, notes=notes)
+        return _replace(graph, plan, encoders), Record("quantize", hits=hits, misses=plan.misses, notes=notes)
 
 
 def _pair(rule: Any) -> tuple[str, str]:
@@ -113,13 +113,14 @@ def _scheme_text(options: Quantize) -> str:
     return f"{text}:{','.join([*map(str, shared), *['asym'] * (not options.symmetric), *rounded])}"
 
 
-def _replace(graph: Graph, plan: Plan, makers: Mapping[str, Encode]) -> Graph:
+def _replace(graph: Graph, plan: Plan, encoders: Mapping[str, Encode]) -> Graph:
     """Adds the parts of weights as inputs, replaces the products, and drops the weights."""
-    result, replaced = replace_products(graph, {name: (m.scheme, m.layout) for name, m in makers.items()}, plan.experts)
-    recipes = [Recipe(each.weights[0], each.parts, _make(each, makers), each.weights[1:]) for each in replaced]
+    chosen = {name: (encode.scheme, encode.layout) for name, encode in encoders.items()}
+    result, replaced = replace_products(graph, chosen, plan.experts)
+    recipes = [Recipe(each.weights[0], each.parts, _make(each, encoders), each.weights[1:]) for each in replaced]
     return result.replace(weights=graph.weights.derive(*recipes))
 
 
-def _make(replaced: Replaced, makers: Mapping[str, Encode]) -> Callable[[Any], tuple[Any, ...]]:
-    own = tuple(makers[name] for name in replaced.weights)
+def _make(replaced: Replaced, encoders: Mapping[str, Encode]) -> Callable[[Any], tuple[Any, ...]]:
+    own = tuple(encoders[name] for name in replaced.weights)
     return EachExpert(own) if replaced.stacked else own[0]

@@ -76,12 +76,12 @@ def _dequantized(stored: Format, *parts: jax.Array) -> jax.Array:
 @final
 @dataclasses.dataclass(frozen=True)
 class EachExpert:
-    """Recipe of parts [experts, ...] from the matrix of each expert, one at a time. makers: one an expert."""
+    """Recipe of parts [experts, ...] from the matrix of each expert, one at a time. encoders: one an expert."""
 
-    makers: tuple[Callable[[Any], tuple[np.ndarray, ...]], ...]
+    encoders: tuple[Callable[[Any], tuple[np.ndarray, ...]], ...]
 
     def __call__(self, weights: Iterable[Any]) -> tuple[np.ndarray, ...]:
-        made = (maker(weight) for maker, weight in zip(self.makers, weights, strict=True))
+        made = (encoder(weight) for encoder, weight in zip(self.encoders, weights, strict=True))
         return tuple(np.stack(parts) for parts in zip(*made, strict=True))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from xlathe import jaxpr as ir
 from xlathe.errors import OptionError
-from xlathe.passes.quantize.method import Begun
+from xlathe.passes.quantize.method import Initial
 from xlathe.passes.quantize.recipe import Encode
 from xlathe.passes.quantize.walk import Walk
 
@@ -19,12 +19,12 @@ from xlathe.passes.quantize.walk import Walk
 class SectionTask:
     """Weights between two cut points, what they are given and what they should make of it.
 
-    makers: of each weight, by name; begun: what it is by now. count: calibration rows. data: arrays that `slope` takes.
-    seed: of what is drawn.
+    encoders: of each weight, by name; initial: what it is by now. count: calibration rows. data: arrays that `slope`
+    takes. seed: of what is drawn.
     """
 
-    makers: Mapping[str, Encode]
-    begun: Mapping[str, Begun]
+    encoders: Mapping[str, Encode]
+    initial: Mapping[str, Initial]
     count: int
     data: Any
     function: Callable[..., Any]
@@ -35,15 +35,15 @@ class SectionTask:
     @staticmethod
     def of(
         output: ir.Var,
-        makers: Mapping[str, Encode],
-        begun: Mapping[str, Begun],
+        encoders: Mapping[str, Encode],
+        initial: Mapping[str, Initial],
         walk: Walk,
-        floats: Walk,
+        reference: Walk,
         seed: int,
     ) -> "SectionTask":
-        """Runs the section as it was trained. makers: of the weights of `begun`.
+        """Runs the section as it was trained. encoders: of the weights of `initial`.
 
-        walk: at the section's start, behind quantized weights; floats: there too, behind those that were trained.
+        walk: at the section's start, behind quantized weights; reference: there too, behind those that were trained.
         Raises OptionError for rows of different lengths.
         """
         lengths = {row["tokens"].shape[1] for row in walk.rows}
@@ -52,21 +52,21 @@ class SectionTask:
                 f"what a section puts out is compared for calibration rows of one length, found {sorted(lengths)}"
             )
         given, names = walk.graph.names("arg"), walk.needed([output])
-        others = [name for name in names if name not in makers and name not in given]
+        others = [name for name in names if name not in encoders and name not in given]
         arguments = [name for name in names if name in given]
         data = {
             "others": [walk.current[name] for name in others],
             "arguments": [np.stack([row[name] for row in walk.rows]) for name in arguments],
             "values": [jnp.stack(walk.values)] if walk.values else [],
-            "targets": jnp.stack(floats.outputs(output)),
+            "targets": jnp.stack(reference.outputs(output)),
         }
         return SectionTask(
-            makers,
-            begun,
+            encoders,
+            initial,
             len(walk.rows),
             data,
-            walk.function([output], [*makers, *others, *arguments], lengths.pop()),
-            {name: walk.graph.aval(name) for name in makers},
+            walk.function([output], [*encoders, *others, *arguments], lengths.pop()),
+            {name: walk.graph.aval(name) for name in encoders},
             walk,
             seed,
         )
@@ -83,8 +83,8 @@ class SectionTask:
 
         def of_row(matrices: Sequence[jax.Array], row: jax.Array) -> jax.Array:
             arguments, values = ([array[row] for array in data[key]] for key in ("arguments", "values"))
-            each = zip(self.makers.values(), matrices, self.avals.values(), strict=True)
-            made = [make.layout.weight(matrix, aval.shape).astype(aval.dtype) for make, matrix, aval in each]
+            each = zip(self.encoders.values(), matrices, self.avals.values(), strict=True)
+            made = [encode.layout.weight(matrix, aval.shape).astype(aval.dtype) for encode, matrix, aval in each]
             (found,) = self.function([*made, *data["others"], *arguments], values)
             difference = found.astype(jnp.float32) - data["targets"][row].astype(jnp.float32)
             return jnp.square(difference).sum() / (rows.size * difference.size)

@@ -83,8 +83,8 @@ def measure(
         for i in _nearest_first(unit, schemes, bits):
             scheme = schemes[i]
             assert scheme is not None
-            makers = {name: Encode(name, unit.layout, scheme, alone, stats[name]) for name in unit.names}
-            rounded = {name: _rounded(arrays[name], make) for name, make in makers.items()}
+            encoders = {name: Encode(name, unit.layout, scheme, alone, stats[name]) for name in unit.names}
+            rounded = {name: _rounded(arrays[name], encode) for name, encode in encoders.items()}
             costs[i] = sum(_products_error(unit, each, arrays[n], stats[n]) for n, each in rounded.items())
             if costs[i] and nats is None:
                 nats = divergence(rounded) / costs[i]

@@ -22,17 +22,17 @@ SMALL = ("count", "absmax", "sum_squares", "sum_absolute")  # statistics that ar
 
 
 @dataclasses.dataclass(frozen=True)
-class Made:
+class QuantizedWeight:
     """What a weight became: the parts of its format, and what was seen of its activations, without x^T x."""
 
     parts: tuple[np.ndarray, ...]
     stats: InputStats
 
     @staticmethod
-    def of(maker: Encode) -> "Made":
+    def of(encoder: Encode) -> "QuantizedWeight":
         """Returns what a recipe has made."""
-        assert maker.made is not None and maker.stats is not None
-        return Made(maker.made, maker.stats)
+        assert encoder.made is not None and encoder.stats is not None
+        return QuantizedWeight(encoder.made, encoder.stats)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Work:
 
     folder: Path | None
 
-    def load(self, digest: str) -> dict[str, Made] | None:
+    def load(self, digest: str) -> dict[str, QuantizedWeight] | None:
         """Returns what a section's weights became, mapped from its file; None where it is not finished."""
         if self.folder is None or not (path := self.folder / (digest + PARTS)).exists():
             return None
@@ -65,8 +65,8 @@ class Work:
         return [[rows[i] for i in range(len(rows))] for _, rows in sorted(groups.items())]
 
     def save(
-        self, digest: str, before: str, made: Mapping[str, Made], walks: Sequence[Sequence[np.ndarray]]
-    ) -> dict[str, Made]:
+        self, digest: str, before: str, made: Mapping[str, QuantizedWeight], walks: Sequence[Sequence[np.ndarray]]
+    ) -> dict[str, QuantizedWeight]:
         """Writes a finished section, activations first; returns what it made, mapped from the file.
 
         before: the digest of the section before it, whose activations are no longer needed.
@@ -118,9 +118,9 @@ def digest_of(before: str, texts: Iterable[str], arrays: Mapping[str, np.ndarray
     return state.hexdigest()
 
 
-def _made(fields: Mapping[str, np.ndarray]) -> Made:
+def _made(fields: Mapping[str, np.ndarray]) -> QuantizedWeight:
     parts = tuple(fields[str(i)] for i in range(len(fields) - len(SMALL)))
-    return Made(parts, InputStats(**{field: fields[field] for field in SMALL}))
+    return QuantizedWeight(parts, InputStats(**{field: fields[field] for field in SMALL}))
 
 
 def _write(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -92,7 +92,7 @@ def test_equals_the_forward_with_rounded_experts(graph: Graph, options: dict) ->
     arrays = dict(graph.weights.stored)
     for recipe in quantized.weights.recipes:
         for name in recipe.sources:
-            maker = recipe.make.makers[recipe.sources.index(name)]
+            maker = recipe.make.encoders[recipe.sources.index(name)]
             parts = map(jnp.asarray, maker(arrays[name]))
             arrays[name] = np.asarray(maker.scheme.stored.dequantize(*parts)).T
     tokens = np.random.default_rng(0).integers(0, 61, (2, 9))
