@@ -54,6 +54,9 @@ class Sparse(WeightMethod):
             return None
         return f"{stored} says what is zero, {stored.sparsity:.6g} of the weights; leave out sparsity, keep and of"
 
+    def by_rows(self, stored: Format) -> bool:
+        return False  # scores of a matrix are sorted at once
+
     @final
     def zeros(self, stored: Format) -> float:
         return self._sparsity(stored).fraction
@@ -121,6 +124,9 @@ class SparseGpt(Sparse):
         if isinstance(stored, Scaled):
             return "a zero point may leave no zero" if stored.zero else None
         return super().refusal(stored)
+
+    def by_rows(self, stored: Format) -> bool:
+        return self._sparsity(stored).of > 0
 
     def parts(self, weight: np.ndarray, stored: Format, how: Sparsity, stats: InputStats) -> tuple[np.ndarray, ...]:
         dense = stored.dense if isinstance(stored, Masked | Scattered) else stored

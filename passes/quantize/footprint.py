@@ -16,6 +16,7 @@ from xlathe.passes.quantize.method import Method, SectionMethod
 from xlathe.passes.quantize.plan import Plan
 from xlathe.passes.quantize.stages import Section, Stage, find_sections
 from xlathe.passes.quantize.walk import needed_inputs
+from xlathe.storage import Format
 
 HALF = ("bfloat16", "float16")
 
@@ -81,7 +82,7 @@ def _work(
     passing = _passing(ir.equations_between(graph.jaxpr, known, stage.products.values), sizes)
     widths = [shapes[name][1] for name in stage.readers]
     sums = sum(8 * k * k for k in widths)
-    rounding = max(_rounding(plan.method, *shapes[name]) for name in stage.names)
+    rounding = max(_rounding(plan.method, plan.schemes[name].stored, *shapes[name]) for name in stage.names)
     most = sums + max(passing, sum(4 * k * k for k in widths) + 4 * max(widths) ** 2, rounding)
     if not isinstance(plan.method, SectionMethod):
         return most
@@ -90,10 +91,11 @@ def _work(
     return max(most + 4 * weights, 3 * through + 48 * weights)  # also best, slope, and on the way back
 
 
-def _rounding(method: Method, n: int, k: int) -> int:
+def _rounding(method: Method, stored: Format, n: int, k: int) -> int:
     """Returns what is held while a weight [n, k] is rounded, it and its copy on the device included."""
     if method.statistics in IN_ORDER:  # the factor in float64 on its way to float32, or what some rows take
-        return 8 * n * k + max(24 * k * k, 4 * k * k + 24 * min(n * k, AT_ONCE) + 4 * n * k)
+        at_once = min(n * k, AT_ONCE) if method.by_rows(stored) else n * k
+        return 8 * n * k + max(24 * k * k, 4 * k * k + 24 * at_once + 4 * n * k)
     return 32 * n * k
 
 

@@ -48,6 +48,10 @@ class Method(abc.ABC):  # noqa: B024  # what its two kinds share
         """Says why the method cannot round to a format, before anything runs; None where it can."""
         return None
 
+    def by_rows(self, stored: Format) -> bool:
+        """Whether a weight's rows go some at a time, where more would not fit; else what is held grows with all."""
+        return True
+
     def zeros(self, stored: Format) -> float:
         """Returns the fraction of weights that become zero, others than by rounding."""
         return stored.sparsity

@@ -16,6 +16,7 @@ from rich.table import Table
 from xlathe.errors import OptionError
 from xlathe.graph import Graph
 from xlathe.passes.quantize.experts import Experts, find_experts
+from xlathe.passes.quantize.flops import count_flops
 from xlathe.passes.quantize.method import Method
 from xlathe.passes.quantize.schemes import Scheme
 from xlathe.passes.quantize.uses import Layout, plan_weights
@@ -42,7 +43,8 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One weight of a plan. scheme, layout: None where it stays as it is. before, after: bytes."""
+    """One weight of a plan. scheme, layout: None where it stays as it is. before, after: bytes. zeros: how many of its
+    numbers are set to zero; unstored: how many of these its format leaves out."""
 
     name: str
     shape: tuple[int, ...]
@@ -50,6 +52,8 @@ class Entry:
     layout: Layout | None
     before: int
     after: int
+    zeros: int = 0
+    unstored: int = 0
 
     @property
     def bits(self) -> float:
@@ -60,12 +64,13 @@ class Entry:
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What a quantizer will do to a graph. entries: every weight, in the graph's order; misses: why weights that a rule
-    names stay as they are."""
+    names stay as they are. flops: a token, and without those on zeros (`count_flops`)."""
 
     entries: tuple[Entry, ...]
     experts: tuple[Experts, ...]
     method: Method
     misses: tuple[str, ...]
+    flops: tuple[int, int]
 
     @property
     def schemes(self) -> Mapping[str, Scheme]:
@@ -76,7 +81,7 @@ class Plan:
         """Returns one object: method, tensors, and the totals."""
         tensors = [
             {"name": e.name, "shape": e.shape, "scheme": str(e.scheme) if e.scheme else None, "bits": e.bits}
-            | {"bytes_before": e.before, "bytes_after": e.after}
+            | {"bytes_before": e.before, "bytes_after": e.after, "zeros": e.zeros}
             for e in self.entries
         ]
         return json.dumps({"method": str(self.method), "tensors": tensors} | self._totals(), indent=2)
@@ -98,13 +103,28 @@ class Plan:
             f"{len(self.schemes)} of {len(self.entries)} weights by {self.method}: {total['bytes_before']:,} bytes -> "
             f"{total['bytes_after']:,}, {total['bits']:.3f} bits a weight"
         )
-        return "\n".join([*lines, *(f"nearly: {miss}" for miss in self.misses)])
+        return "\n".join([*lines, *self.remarks, *(f"nearly: {miss}" for miss in self.misses)])
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What zeros save and what they do not, where there are any."""
+        total = self._totals()
+        if not total["zeros"]:
+            return ()
+        unstored, (dense, nominal) = sum(e.unstored for e in self.entries), self.flops
+        return (
+            f"zeros: {total['zeros']:,} of {total['weights']:,} weights, {unstored:,} of them not stored; nominally "
+            f"{nominal:,} of {dense:,} flops a token, but XLA multiplies zeros like others: a mask brings no speed",
+        )
 
     def _totals(self) -> dict[str, Any]:
         after = sum(e.after for e in self.entries)
         count = sum(math.prod(e.shape) for e in self.entries)
         before = sum(e.before for e in self.entries)
-        return {"bits": 8 * after / max(count, 1), "bytes_before": before, "bytes_after": after}
+        zeros, (dense, nominal) = sum(e.zeros for e in self.entries), self.flops
+        return {"bits": 8 * after / max(count, 1), "bytes_before": before, "bytes_after": after} | {
+            "weights": count, "zeros": zeros, "flops": dense, "nominal_flops": nominal,
+        }  # fmt: skip
 
 
 def make_plan(graph: Graph, rules: Sequence[Rule], method: Method) -> Plan:
@@ -126,17 +146,19 @@ def make_plan(graph: Graph, rules: Sequence[Rule], method: Method) -> Plan:
         wanted[name].check(name, graph.aval(name).shape, *layout.shape(graph.aval(name)))
         if reason := method.refusal(wanted[name].stored):
             raise OptionError(f"quantize: method={method} of {name}: {reason}")
-    entries = tuple(_entry(graph, name, wanted.get(name), layouts.get(name)) for name in names)
-    return Plan(entries, tuple(experts), method, misses)
+    entries = tuple(_entry(graph, name, wanted.get(name), layouts.get(name), method) for name in names)
+    zeros = {e.name: method.zeros(e.scheme.stored) for e in entries if e.scheme is not None and e.zeros}
+    return Plan(entries, tuple(experts), method, misses, count_flops(graph, zeros, experts))
 
 
-def _entry(graph: Graph, name: str, scheme: Scheme | None, layout: Layout | None) -> Entry:
+def _entry(graph: Graph, name: str, scheme: Scheme | None, layout: Layout | None, method: Method) -> Entry:
     aval = graph.aval(name)
     before = math.prod(aval.shape) * jnp.dtype(aval.dtype).itemsize
     if scheme is None or layout is None:
         return Entry(name, tuple(aval.shape), None, None, before, before)
     after = sum(part.nbytes for part in scheme.parts(*layout.shape(aval)).values())
-    return Entry(name, tuple(aval.shape), scheme, layout, before, after)
+    zeros, unstored = (round(share * aval.size) for share in (method.zeros(scheme.stored), scheme.stored.sparsity))
+    return Entry(name, tuple(aval.shape), scheme, layout, before, after, zeros, unstored)
 
 
 def rules_of(schemes: Mapping[str, Scheme]) -> tuple[tuple[str, str], ...]:

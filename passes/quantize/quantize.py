@@ -78,7 +78,8 @@ class Quantize(Pass):
         encoders, notes = make_recipes(plan, graph, context)
         experts = sum(len(group.names) for group in plan.experts)
         hits = {"weight": len(plan.schemes) - experts} | ({"expert": experts} if experts else {})
-        return _replace(graph, plan, encoders), Record("quantize", hits=hits, misses=plan.misses, notes=notes)
+        record = Record("quantize", hits=hits, misses=plan.misses, notes=(*plan.remarks, *notes))
+        return _replace(graph, plan, encoders), record
 
 
 def _pair(rule: Any) -> tuple[str, str]:

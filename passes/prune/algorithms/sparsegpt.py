@@ -76,6 +76,7 @@ def _hessian(gram: np.ndarray, dtype: Any) -> _Hessian:
 def _swept(weight: jax.Array, hessian: _Hessian, sparsity: Sparsity, grid: Grid | None, block: int) -> jax.Array:
     """With a pattern rows do not depend on each other, and go some at a time."""
     n, k = weight.shape
+    block = min(block, k)
     if sparsity.of:
         block = -(-block // sparsity.of) * sparsity.of
     counts = sparsity.counts([n * min(block, k - i) for i in range(0, k, block)])

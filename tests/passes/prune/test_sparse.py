@@ -1,5 +1,6 @@
 """Zeros in a whole model: each method on what the sparse weights before make."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 
 import xlathe as xl
+from tests.passes.decoding import fused
+from tests.variants import DECODERS
 from xlathe.errors import OptionError, PassError
 from xlathe.passes import Quantize
 from xlathe.passes.quantize.methods import find_method
@@ -120,6 +123,45 @@ def test_what_lies_without_zeros_is_saved_and_compiled(graph: xl.Graph, tmp_path
     program = xl.compile(packed, max_len=48)
     logits = np.asarray(packed(TOKENS[0, :, :40]))[0, -1]
     assert list(program.generate(TOKENS[0, :, :40], max_tokens=1)[0].tokens) == [logits.argmax()]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "method", "kept", "unstored"),
+    [
+        ("bf16", "wanda{sparsity=0.75}", 0.25, 0),
+        ("bf16:2of4", "rtn", 0.5, 960),
+        ("int4:g8,75%", "sparse_gpt", 0.25, 1440),
+    ],
+)
+def test_the_plan_says_what_zeros_save(
+    graph: xl.Graph, tmp_path: Path, scheme: str, method: str, kept: float, unstored: int
+) -> None:
+    """Before: 2 * 960 of 4,848 weights get zeros, and the embedding is looked up. Expected: the same in the text, in
+    JSON and in the report of what was saved."""
+    plan = Quantize(scheme, weights="up|down", method=method).plan(graph)
+    zeros = round(1920 * (1 - kept))
+    told = json.loads(plan.to_json())
+    whole, nominal = 2 * (1920 + WIDTH * VOCAB), 2 * (round(1920 * kept) + WIDTH * VOCAB)
+    assert (told["weights"], told["zeros"], told["flops"], told["nominal_flops"]) == (4848, zeros, whole, nominal)
+    assert [tensor["zeros"] for tensor in told["tensors"]] == [zeros // 2, 0, 0, zeros // 2]
+    (line,) = plan.remarks
+    assert line.startswith(
+        f"zeros: {zeros:,} of 4,848 weights, {unstored:,} of them not stored; nominally {nominal:,} of {whole:,} flops"
+    )
+    assert line.endswith("a mask brings no speed") and line in str(plan).splitlines()
+    sparse(graph, method, scheme).save(tmp_path)
+    assert any(said.endswith(f": {line}") for said in xl.load_graph(tmp_path).report().splitlines())
+
+
+def test_zeros_of_experts_count_as_often_as_they_are_chosen() -> None:
+    """Before: a token goes through 2 of 4 experts of each layer. Expected: half of what these two take."""
+    (variant,) = (v for v in DECODERS if v.name == "stacked_when_used")
+    experts = fused(variant)
+    plan = Quantize("bf16:50%", weights=".*/experts/.*").plan(experts)
+    weights = sum(int(np.prod(e.shape)) for e in plan.entries if "/experts/" in e.name)
+    dense, nominal = plan.flops
+    assert dense - nominal == 2 * (weights * 2 // 4) // 2
+    assert not Quantize("bf16").plan(experts).remarks
 
 
 def _file_bytes(folder: Path) -> int:

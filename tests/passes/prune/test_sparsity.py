@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from xlathe.passes.prune.algorithms.magnitude import magnitude
-from xlathe.passes.prune.algorithms.sparsegpt import Grid, sparsegpt
+from xlathe.passes.prune.algorithms.sparsegpt import Grid, sparsegpt, sparsegpt_rounded
 from xlathe.passes.prune.algorithms.sparsity import Sparsity
 from xlathe.passes.prune.algorithms.wanda import wanda
 from xlathe.storage import Scaled, parse_format
@@ -109,6 +109,28 @@ def test_rounding_as_it_goes_has_less_error_than_after(sparsity: Sparsity, seed:
     error = [np.square(x @ (each - w).T).sum() for each in (joint, after)]
     assert error[0] < error[1]
     assert (joint == 0).sum() >= w.size // 2
+
+
+@pytest.mark.parametrize("form", ["", "int4:g32", "int4:b4x32"])
+def test_rows_of_a_pattern_go_some_at_a_time(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before: 16 rows at once. Expected: 6 at a time, or 4 that share a scale, make the same."""
+    gram = activations().T @ activations()
+    stored = parse_format(form) if form else None
+    grid = Grid(stored, stored.fit(jnp.asarray(weight()))) if isinstance(stored, Scaled) else None
+    whole, _ = sparsegpt(weight(), gram, TWO_OF_FOUR, grid=grid)
+    monkeypatch.setattr("xlathe.passes.quantize.algorithms.gptq.AT_ONCE", 6 * COLUMNS)
+    some, _ = sparsegpt(weight(), gram, TWO_OF_FOUR, grid=grid)
+    np.testing.assert_allclose(some, whole, atol=1e-12)
+
+
+@pytest.mark.parametrize("sparsity", [HALF, TWO_OF_FOUR], ids=str)
+def test_scales_reach_what_stays_without_rounding(sparsity: Sparsity) -> None:
+    gram = activations().T @ activations()
+    kept, _ = sparsegpt(weight(), gram, sparsity)
+    grid = grid_of(np.asarray(kept))
+    found, own = sparsegpt_rounded(weight(), gram, sparsity, grid.stored)
+    np.testing.assert_array_equal(own.steps.scale, grid.steps.scale)
+    np.testing.assert_array_equal(found, sparsegpt(weight(), gram, sparsity, grid=grid)[0])
 
 
 def test_wanda_compares_a_row_and_magnitude_all() -> None:
