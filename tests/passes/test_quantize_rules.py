@@ -22,6 +22,7 @@ TOKENS = np.random.default_rng(0).integers(0, 61, (2, 9))
 RULES = ((r"layers/0/.*", "none"), (r".*(up|gate|down).*", "int4:g16"), (r"layers/1/.*", "fp8_e4m3:channel"))
 SCHEMES = [
     *("int8:tensor", "int8:g16,asym", "int3:g8", "int4:g8,z=f16", "fp8_e5m2:b16x16", "nf4:g16", "nvfp4", "mxfp8"),
+    "int4:g16,50%",
 ]
 
 
