@@ -1,7 +1,8 @@
 """Where a factor can move from activations into weights: the channels of a value that products with weights sum over.
 
 The value may be what a norm makes, which is scaled by the norm's weight, or what other weights make (a feed-forward's
-up-projection, before its down-projection). Dividing the makers' weights and multiplying the readers' by one number a
+up-projection, before its down-projection; the value projection, before the output projection of attention, where heads
+that share their values share the factors). Dividing the makers' weights and multiplying the readers' by one number a
 channel leaves the function of the model as it is. The pairs are found by following equations that commute with such a
 factor; models declare nothing.
 """
@@ -15,6 +16,7 @@ import numpy as np
 from xlathe import jaxpr as ir
 from xlathe.axes import Axes, Einsum, Label, Labels, NoLabels
 from xlathe.graph import Graph, Recipe
+from xlathe.passes.quantize.head_values import copies_of, find_values
 from xlathe.passes.quantize.uses import Uses
 from xlathe.values import uniform_value
 
@@ -30,18 +32,35 @@ class Side:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Weights that make the channels of a value, and all weights that read them, by products that sum over them."""
+    """Weights that make the channels of a value, and all weights that read them, by products that sum over them.
+
+    copies: where channels are read several times (values, by the heads that share them), the channel that each number
+    that is summed over is a copy of; None: each is one of its own.
+    """
 
     makers: tuple[Side, ...]
     readers: tuple[Side, ...]
     channels: int
     by_norm: bool
+    copies: tuple[int, ...] | None = None
 
     def recipes(self, factors: np.ndarray) -> list[Recipe]:
         """Returns how the weights change: the readers' are multiplied by factors [channels], the makers' divided."""
         return [Recipe(s.name, (s.name,), Rescale(s.axis, 1 / factors, s.offset)) for s in self.makers] + [
-            Recipe(s.name, (s.name,), Rescale(s.axis, factors, s.offset)) for s in self.readers
+            Recipe(s.name, (s.name,), Rescale(s.axis, self.copied(factors), s.offset)) for s in self.readers
         ]
+
+    def copied(self, of_channels: np.ndarray) -> np.ndarray:
+        """Returns what belongs to each channel, [channels], for all that is summed over."""
+        return of_channels if self.copies is None else of_channels[list(self.copies)]
+
+    def joined(self, numbers: np.ndarray, join: np.ufunc) -> np.ndarray:
+        """Returns [channels]: the maximum, minimum or sum (`join`) of the copies of each channel."""
+        if self.copies is None:
+            return numbers
+        order = np.argsort(self.copies, kind="stable")  # each channel has as many copies
+        result: np.ndarray = join.reduce(numbers[order].reshape(self.channels, -1), axis=1)
+        return result
 
 
 @final
@@ -149,13 +168,31 @@ class _Finder:
     def pair(self, root: ir.Var, axis: int) -> Pair:
         axes = Axes()
         labels = axes.fresh_all(root.aval.shape)
-        readers = self._readers(axes, root, labels, labels[axis])
-        makers = self._makers(axes, root, labels, labels[axis], shared=True)
+        readers, whole = self._readers(axes, root, labels, labels[axis]), labels[axis]
+        if (values := self._values(axes, root, labels, whole)) is None:
+            makers, copies = self._makers(axes, root, labels, whole, shared=True), None
+        else:
+            makers, copies = self._makers(axes, *values), copies_of(axes, whole, values[-1])
         both = {side.name for side in makers} & {side.name for side in readers}
         if both:
             raise _Blocked(f"{min(both)} makes what it reads")
         plain = all(self._is_vector(side.name) for side in makers)
-        return Pair(tuple(makers), tuple(dict.fromkeys(readers)), int(root.aval.shape[axis]), plain)
+        channels = int(root.aval.shape[axis]) if copies is None else max(copies) + 1
+        return Pair(tuple(makers), tuple(dict.fromkeys(readers)), channels, plain, copies)
+
+    def _values(
+        self, axes: Axes, root: ir.Var, labels: Labels, channel: Label
+    ) -> tuple[ir.Atom, Labels, Label] | None:
+        """Returns the values that attention makes another value of, their labels, and which channels they have."""
+        found = find_values(self.producer, axes, root, labels, channel)
+        if found is None:
+            return None
+        var, above, way = found
+        shared = next((each for each in way if len(self.consumer[each]) > 1), None)
+        if shared is not None:
+            raise _Blocked(f"the result of {self.producer[shared].primitive.name} has other uses")
+        kept = [atom for label in above for atom in axes.resolve(label)]
+        return var, above, tuple(atom for atom in axes.resolve(channel) if atom in kept)
 
     def _is_vector(self, name: str) -> bool:
         return any(item.name == name and var.aval.ndim == 1 for var, item in self.inputs.items())

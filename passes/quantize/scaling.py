@@ -109,12 +109,26 @@ def _rescale(
     if not pairs:
         raise PassError(f"{name}: no channels that weights make and weights read; nearly: {'; '.join(misses[:5])}")
     for number, pair in enumerate(pairs):
-        factors = choose(_matrices(name, result, uses, pair), stats[pair.readers[0].name])
+        factors = pair.joined(
+            choose(_matrices(name, result, uses, pair), _of_channels(pair, stats[pair.readers[0].name])), np.minimum
+        )
         result = result.replace(weights=result.weights.derive(*pair.recipes(factors)))
         context.progress(name, (number + 1) / len(pairs))
     hits = {"norm": sum(pair.by_norm for pair in pairs), "projection": sum(not pair.by_norm for pair in pairs)}
     read = {pair.readers[0].name: stats[pair.readers[0].name] for pair in pairs}
     return result, Record(name, hits=hits, misses=misses, notes=few_for_averages(read))
+
+
+def _of_channels(pair: Pair, stats: InputStats) -> InputStats:
+    """Returns statistics in which copies of a channel have the same largest value and the same mean."""
+    if pair.copies is None:
+        return stats
+    absolute = pair.joined(stats.sum_absolute, np.add) * (pair.channels / len(pair.copies))
+    return dataclasses.replace(
+        stats,
+        absmax=pair.copied(pair.joined(stats.absmax, np.maximum)),
+        sum_absolute=pair.copied(absolute),
+    )
 
 
 def _matrices(name: str, graph: Graph, uses: Uses, pair: Pair) -> list[np.ndarray]:
