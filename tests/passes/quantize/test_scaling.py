@@ -12,6 +12,7 @@ from xlathe.errors import OptionError, PassError
 from xlathe.passes import PASSES
 from xlathe.passes.canonicalize import Canonicalize
 from xlathe.passes.fuse_attention import FuseAttention
+from xlathe.passes.observe import observe
 from xlathe.passes.quantize import AwqScales, Quantize, SmoothQuant
 from xlathe.passes.quantize.algorithms.smooth import smooth_scales
 from xlathe.passes.quantize.pairs import Pair, Side, find_pairs
@@ -79,6 +80,20 @@ def test_heads_that_share_values_share_their_factors() -> None:
     factors = pair.joined(smooth_scales([weight], pair.copied(pair.joined(absmax, np.maximum)), 0.5), np.minimum)
     np.testing.assert_allclose(factors, np.sqrt([4 / 1, 8 / 7, 2 / 4]))
     np.testing.assert_array_equal(pair.joined(absmax, np.add), [5, 11, 4])
+
+
+def test_awq_takes_the_mean_of_heads_that_share_values() -> None:
+    """Expected: what reads the values is scaled by a power of the mean of |x| over both heads, up to one factor."""
+    graph, given = Canonicalize()(traced("llama")), [tokens(VARIANTS["llama"], 4, 16)]
+    name = "layers/0/attention/o_proj/kernel"
+    before, after = (each.weights[name] for each in (graph, Pipeline([AwqScales("int4:g8")])(graph, calibration=given)))
+    factors = (np.asarray(after, np.float64) / before)[:, 0].reshape(2, 2, 8)  # groups, heads
+    np.testing.assert_allclose(factors[:, 0], factors[:, 1], rtol=1e-6)
+    mean = observe(graph, given).inputs[name].sum_absolute.reshape(2, 2, 8).mean(axis=1).reshape(-1)
+    logarithms = np.log(factors[:, 0].reshape(-1))
+    power, _ = found = np.polyfit(np.log(mean), logarithms, 1)
+    np.testing.assert_allclose(np.polyval(found, np.log(mean)), logarithms, atol=1e-5)
+    assert 0 < power <= 1 and abs(power * 20 - round(power * 20)) < 1e-3
 
 
 def test_a_norm_by_one_plus_its_weight() -> None:
