@@ -54,13 +54,12 @@ class Pair:
         """Returns what belongs to each channel, [channels], for all that is summed over."""
         return of_channels if self.copies is None else of_channels[list(self.copies)]
 
-    def joined(self, numbers: np.ndarray, join: np.ufunc) -> np.ndarray:
-        """Returns [channels]: the maximum, minimum or sum (`join`) of the copies of each channel."""
+    def by_channel(self, columns: np.ndarray) -> np.ndarray:
+        """Returns what belongs to all that is summed over, [n, k], as rows of each channel: [n * copies, channels]."""
         if self.copies is None:
-            return numbers
+            return columns
         order = np.argsort(self.copies, kind="stable")  # each channel has as many copies
-        result: np.ndarray = join.reduce(numbers[order].reshape(self.channels, -1), axis=1)
-        return result
+        return columns[:, order].reshape(len(columns), self.channels, -1).swapaxes(1, 2).reshape(-1, self.channels)
 
 
 @final

@@ -19,8 +19,8 @@ from xlathe.pipeline import REASSOCIATED, Context, Keeps, Pass, is_forward
 from xlathe.stats import InputStats
 from xlathe.storage import Scaled, parse_format
 
-Choose = Callable[[Sequence[np.ndarray], InputStats], np.ndarray]
-"""Factors [k] of the columns of weights, float32 [n, k] each, that read the same activations."""
+Choose = Callable[[Pair, Sequence[np.ndarray], InputStats], np.ndarray]
+"""Factors [channels] of a pair, whose readers are float32 [n, k] each."""
 
 
 @final
@@ -29,9 +29,9 @@ class AwqScales(Pass):
     """Scales up the columns of weights that read large activations, so that rounding them costs less.
 
     scheme: the storage format that scales are searched for, `int4:g128`; what quantizes afterwards should be the same.
-    Each pair of makers (a norm, or an up-projection) and readers of some channels, which are found in the graph, gets
-    the factors with the least error of its products (Lin et al. 2023, arXiv 2306.00978). The model's function
-    stays.
+    Each pair of makers (a norm, an up-projection, a value projection) and readers of some channels, which are found in
+    the graph, gets the factors with the least error of its products (Lin et al. 2023, arXiv 2306.00978). As published,
+    values that several heads share stay: one factor for all of them was no better. The model's function stays.
 
     Needs calibration batches (OptionError). Raises PassError where no pair is found.
     """
@@ -47,7 +47,7 @@ class AwqScales(Pass):
     def apply(self, graph: Graph, context: Context) -> tuple[Graph, Record]:
         stored = self._stored()
 
-        def choose(weights: Sequence[np.ndarray], stats: InputStats) -> np.ndarray:
+        def choose(pair: Pair, weights: Sequence[np.ndarray], stats: InputStats) -> np.ndarray:
             assert stats.gram is not None
             for misfit in (stored.misfit(*weight.shape) for weight in weights):
                 if misfit:
@@ -55,7 +55,7 @@ class AwqScales(Pass):
             absolute = stats.sum_absolute / max(int(stats.count), 1)
             return awq_scales([jnp.asarray(w) for w in weights], absolute, stats.gram.astype(np.float32), stored)
 
-        return _rescale("awq_scales", graph, context, choose, gram=True)
+        return _rescale("awq_scales", graph, context, choose, lambda pair: pair.copies is None, gram=True)
 
     def _stored(self) -> Scaled:
         stored = parse_format(self.scheme)
@@ -70,8 +70,8 @@ class SmoothQuant(Pass):
     """Divides channels of activations by max|x|^alpha / max|w|^(1 - alpha), so that they are rounded with less error.
 
     For schemes that round activations (Xiao et al. 2022, arXiv 2211.10438). alpha: how much of the outliers weights
-    take over, 0 to 1. norms: only channels that a norm makes, as published; else those of up-projections as well. The
-    function of the model stays.
+    take over, 0 to 1. norms: only channels that a norm makes, as published; else those of up-projections and values as
+    well, where heads that share values share factors. The function of the model stays.
 
     Needs calibration batches (OptionError). Raises PassError where no pair is found.
     """
@@ -87,20 +87,21 @@ class SmoothQuant(Pass):
             raise OptionError(f"smooth_quant: alpha={self.alpha!r}: expected a number from 0 to 1")
 
     def apply(self, graph: Graph, context: Context) -> tuple[Graph, Record]:
-        def choose(weights: Sequence[np.ndarray], stats: InputStats) -> np.ndarray:
-            return smooth_scales(weights, stats.absmax, self.alpha)
+        def choose(pair: Pair, weights: Sequence[np.ndarray], stats: InputStats) -> np.ndarray:
+            absmax = pair.by_channel(stats.absmax[None]).max(axis=0)
+            return smooth_scales([pair.by_channel(weight) for weight in weights], absmax, self.alpha)
 
-        return _rescale("smooth_quant", graph, context, choose, gram=False, norms=self.norms)
+        return _rescale("smooth_quant", graph, context, choose, lambda pair: pair.by_norm or not self.norms, gram=False)
 
 
 def _rescale(
-    name: str, graph: Graph, context: Context, choose: Choose, *, gram: bool, norms: bool = False
+    name: str, graph: Graph, context: Context, choose: Choose, takes: Callable[[Pair], bool], *, gram: bool
 ) -> tuple[Graph, Record]:
     from xlathe.passes.observe import observe  # it reads products as this package does
 
     stats = observe(graph, context.calibration, gram, context.progress).inputs
     found, misses = find_pairs(graph)
-    pairs = [p for p in found if (p.by_norm or not norms) and all(side.name in stats for side in p.readers)]
+    pairs = [p for p in found if takes(p) and all(side.name in stats for side in p.readers)]
     uses, result = Uses(graph), graph
     for pair in pairs:  # else what they make would be blamed
         _matrices(name, graph, uses, pair)
@@ -109,26 +110,12 @@ def _rescale(
     if not pairs:
         raise PassError(f"{name}: no channels that weights make and weights read; nearly: {'; '.join(misses[:5])}")
     for number, pair in enumerate(pairs):
-        factors = pair.joined(
-            choose(_matrices(name, result, uses, pair), _of_channels(pair, stats[pair.readers[0].name])), np.minimum
-        )
+        factors = choose(pair, _matrices(name, result, uses, pair), stats[pair.readers[0].name])
         result = result.replace(weights=result.weights.derive(*pair.recipes(factors)))
         context.progress(name, (number + 1) / len(pairs))
     hits = {"norm": sum(pair.by_norm for pair in pairs), "projection": sum(not pair.by_norm for pair in pairs)}
     read = {pair.readers[0].name: stats[pair.readers[0].name] for pair in pairs}
     return result, Record(name, hits=hits, misses=misses, notes=few_for_averages(read))
-
-
-def _of_channels(pair: Pair, stats: InputStats) -> InputStats:
-    """Returns statistics in which copies of a channel have the same largest value and the same mean."""
-    if pair.copies is None:
-        return stats
-    absolute = pair.joined(stats.sum_absolute, np.add) * (pair.channels / len(pair.copies))
-    return dataclasses.replace(
-        stats,
-        absmax=pair.copied(pair.joined(stats.absmax, np.maximum)),
-        sum_absolute=pair.copied(absolute),
-    )
 
 
 def _matrices(name: str, graph: Graph, uses: Uses, pair: Pair) -> list[np.ndarray]:
