@@ -111,19 +111,20 @@ class Plan:
         total = self._totals()
         if not total["zeros"]:
             return ()
-        unstored, (dense, nominal) = sum(e.unstored for e in self.entries), self.flops
         return (
-            f"zeros: {total['zeros']:,} of {total['weights']:,} weights, {unstored:,} of them not stored; nominally "
-            f"{nominal:,} of {dense:,} flops a token, but XLA multiplies zeros like others: a mask brings no speed",
+            f"zeros: {total['zeros']:,} of {total['weights']:,} weights, {total['unstored']:,} of them not stored; "
+            f"nominally {total['nominal_flops']:,} of {total['flops']:,} flops a token, but XLA multiplies zeros like "
+            "others: a mask brings no speed",
         )
 
     def _totals(self) -> dict[str, Any]:
         after = sum(e.after for e in self.entries)
         count = sum(math.prod(e.shape) for e in self.entries)
         before = sum(e.before for e in self.entries)
-        zeros, (dense, nominal) = sum(e.zeros for e in self.entries), self.flops
+        zeros, unstored = (sum(getattr(e, name) for e in self.entries) for name in ("zeros", "unstored"))
+        dense, nominal = self.flops
         return {"bits": 8 * after / max(count, 1), "bytes_before": before, "bytes_after": after} | {
-            "weights": count, "zeros": zeros, "flops": dense, "nominal_flops": nominal,
+            "weights": count, "zeros": zeros, "unstored": unstored, "flops": dense, "nominal_flops": nominal,
         }  # fmt: skip
 
 

@@ -10,8 +10,7 @@ from xlathe.ops.quantized_dot import EXPANDED, quantized_dot
 from xlathe.ops.quantized_ragged_dot import quantized_ragged_dot
 from xlathe.storage import Scaled, Scattered, parse_format, take_lines
 
-FORMS = ["bf16:50%", "f16:62.5%", "int8:channel,50%", "int4:g32,50%", "int4:g32,asym,30%", "int3:g32,50%"]
-FORMS += ["nf4:g48,70%", "mxfp4:50%", "nvfp4:90%", "fp8_e4m3:b4x32,50%"]
+FORMS = ["bf16:62.5%", "int8:channel,50%", "int4:g32,asym,30%", "int3:g32,50%", "nvfp4:90%", "fp8_e4m3:b4x32,50%"]
 N, K = 10, 96
 
 
@@ -62,7 +61,7 @@ def test_what_is_zero_already_comes_back() -> None:
     assert scattered("int4:g32,50%").bits(N, K) == 1 + 2 + 16 / 32 + 32 / K
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["bf16:50%", "int4:g32,asym,30%", "nvfp4:90%"])
 def test_a_matrix_of_zeros(form: str) -> None:
     stored, zeros = scattered(form), np.zeros((N, K), np.float32)
     parts = stored.encode(zeros)
@@ -71,7 +70,7 @@ def test_a_matrix_of_zeros(form: str) -> None:
     np.testing.assert_array_equal(stored.dequantize(*map(jnp.asarray, parts)), zeros)
 
 
-@pytest.mark.parametrize("form", ["int8:channel,50%", "int4:g32,50%", "int3:g32,asym,30%", "nf4:g48,70%"])
+@pytest.mark.parametrize("form", ["int3:g32,asym,30%", "nf4:g48,70%"])
 def test_levels_that_a_method_chose_are_kept(form: str) -> None:
     stored, weight = scattered(form), weight_of()
     dense = stored.dense
