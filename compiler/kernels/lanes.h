@@ -194,8 +194,11 @@ struct Lanes {
   static Float widen(uint64_t v) {
     uint16_t halves[4];
     __builtin_memcpy(halves, &v, sizeof v);
-    const uint32_t bits[4] = {halves[0] << 16u, halves[1] << 16u, halves[2] << 16u, halves[3] << 16u};
-    return load(reinterpret_cast<const float*>(bits));
+    Int bits = {halves[0], halves[1], halves[2], halves[3]};
+    bits <<= 16;
+    Float found;
+    __builtin_memcpy(&found, &bits, sizeof bits);
+    return found;
   }
   static Int add_products(Bytes a, Bytes x, Bytes b, Bytes y, Int sums) { return sums + sums_of_fours(a, x, b, y); }
   static Float spread(Float v, int r) { return Float{v[r], v[r], v[r], v[r]}; }

@@ -78,7 +78,7 @@ inline Numbers descend_symmetric(const Numbers* x, int most, Ints* codes) {
     if (!any(changed)) break;
   }
   for (int j = 0; j < n; ++j) codes[j] = ~nothing & (code[j] + most);
-  return ~nothing & (sums.l2 > 0.0f) ? sums.xl / sums.l2 : Numbers{};
+  return (~nothing & (sums.l2 > 0.0f)) ? sums.xl / sums.l2 : Numbers{};
 }
 
 struct Affine {
@@ -200,5 +200,5 @@ inline Numbers search_positive(const Numbers* x, const Numbers* weight, int most
     if (!any(changed)) break;
   }
   for (int j = 0; j < n; ++j) codes[j] &= ~nothing;
-  return ~nothing & (sums.l2 > 0.0f) ? sums.xl / sums.l2 : Numbers{};
+  return (~nothing & (sums.l2 > 0.0f)) ? sums.xl / sums.l2 : Numbers{};
 }
