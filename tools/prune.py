@@ -10,13 +10,14 @@ from xlathe.tools.distill import fused
 from xlathe.tools.source import define_calibration, open_graph
 from xlathe.tools.text import find_calibration
 
-SHAPE = ("heads", "neurons", "hidden", "experts", "value_dims", "layers", "params", "megabytes")
+SHAPE = ("heads", "neurons", "hidden", "experts", "value_dims", "layers", "params", "megabytes", "latency")
 
 
 def define(values: flags.FlagValues) -> None:
     define_calibration(values)
     flags.DEFINE_float("params", None, "the fraction of the parameters to keep, 0.5", flag_values=values)
     flags.DEFINE_float("megabytes", None, "10^6 bytes of weights to keep", flag_values=values)
+    flags.DEFINE_float("latency", None, "milliseconds of a decoded token, as measured here", flag_values=values)
     flags.DEFINE_float("heads", None, "or the fraction of key-value heads to remove", flag_values=values)
     flags.DEFINE_float("neurons", None, "the fraction of neurons to remove", flag_values=values)
     flags.DEFINE_float("hidden", None, "the fraction of the residual stream's features to remove", flag_values=values)
@@ -37,7 +38,7 @@ def run(options: Options, source: str, destination: str) -> None:
 
     shape = {name: options[name] for name in SHAPE if options[name] is not None}
     if not shape:
-        raise UsageError(f"how small? --params=0.5, or one of {', '.join(f'--{name}' for name in SHAPE[:-2])}")
+        raise UsageError(f"how small? --params=0.5, or one of {', '.join(f'--{name}' for name in SHAPE[:-3])}")
     chosen = PruneStructured(score=options["score"], force=options["force"], **shape)
     file = output_file(options, "plan")
     console = make_console()

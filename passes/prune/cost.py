@@ -64,6 +64,42 @@ def weight_counts(graph: Graph, coupling: Coupling, counts: Mapping[int, np.ndar
     }
 
 
+def weight_reads(graph: Graph, coupling: Coupling, counts: Mapping[int, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the bytes of each weight that one token reads, as `weight_counts`: none of what is looked up by row, and
+    of experts as much as those that a token gets have."""
+    consumer, dims = ir.consumers(ir.live_equations(graph.jaxpr)), coupling.dimensions
+
+    def looked_up(var: ir.Var) -> bool:
+        return all(
+            eqn.primitive.name == "gather" and any(map(ir.is_symbolic, eqn.outvars[0].aval.shape))
+            for eqn in consumer.get(var, ())
+        )
+
+    def share(var: ir.Var) -> np.ndarray | float:
+        owner = coupling.members.get(var, (None, 0))[0]
+        stacked = {a for label in coupling.values[var].labels for a in dims.atoms(label)} & set(coupling.routings)
+        experts = owner if owner is not None else min(stacked, default=None)
+        if experts is None:
+            return 0.0 if looked_up(var) else 1.0
+        return coupling.routings[experts].chosen / counts.get(experts, int(dims.sizes[experts]))
+
+    sizes = weight_counts(graph, coupling, counts)
+    bytes_of = {name: jnp.dtype(graph.aval(name).dtype).itemsize for name in sizes}
+    inputs = zip(graph.inputs, graph.jaxpr.invars, strict=True)
+    return {item.name: sizes[item.name] * bytes_of[item.name] * share(v) for item, v in inputs if item.name in sizes}
+
+
+def cache_reads(graph: Graph, coupling: Coupling, counts: Mapping[int, np.ndarray]) -> np.ndarray:
+    """Returns the bytes of keys and values that one token reads where the cache is full, int64 as the counts."""
+    total = np.zeros_like(next(iter(counts.values())))
+    for eqn in ir.live_equations(graph.jaxpr):
+        for var in eqn.invars[1:3] if ir.is_op(eqn, "attention") else ():
+            assert isinstance(var, ir.Var)
+            heads, channels = (_count(coupling.dimensions, ls, counts) for ls in coupling.values[var].labels[2:])
+            total = total + graph.max_len * heads * channels * jnp.dtype(var.aval.dtype).itemsize
+    return total
+
+
 def _count(dims: Dimensions, label: Label, counts: Mapping[int, np.ndarray]) -> np.ndarray:
     total = np.ones_like(next(iter(counts.values())))
     for atom in dims.resolve(label):

@@ -46,6 +46,13 @@ def _distance(before: jax.Array, after: jax.Array) -> jax.Array:
     return (1 - (a * b).sum(-1) / jnp.maximum(norms, 1e-30)).sum()
 
 
+def least(influence: tuple[float, ...], count: int) -> tuple[int, ...]:
+    """Returns the layers that change the stream least; raises OptionError where none would stay."""
+    if count and count >= len(influence):
+        raise OptionError(f"layers={count} of {len(influence)} layers cannot go: at least one must stay")
+    return tuple(sorted(int(i) for i in np.argsort(influence, kind="stable")[:count]))
+
+
 def without_layers(graph: Graph, removed: tuple[int, ...]) -> Graph:
     """Returns the graph in which the removed layers, by number, pass on their input."""
     if not removed:

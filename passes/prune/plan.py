@@ -59,12 +59,22 @@ class Cost:
 
 
 @dataclasses.dataclass(frozen=True)
+class Timed:
+    """A shape that a search measured: what it is without, and milliseconds of a decoded token, as predicted (None: of
+    the whole graph, by which others are predicted) and as measured."""
+
+    removed: str
+    predicted: float | None
+    measured: float
+
+
+@dataclasses.dataclass(frozen=True)
 class PrunePlan:
     """What `PruneStructured` will do; prints as a table.
 
     layers: removed layers, by number; influence: of every layer, 1 - cosine between its input and output, or empty.
     tried: what a search measured: what a candidate removes, and its KL in nats a token, best first. notes: what a
-    search left alone, and why.
+    search left alone, and why. timed: what a search within a budget of time measured, in order.
     """
 
     groups: tuple[Group, ...]
@@ -74,6 +84,7 @@ class PrunePlan:
     after: Cost
     tried: tuple[tuple[str, float], ...] = ()
     notes: tuple[str, ...] = ()
+    timed: tuple[Timed, ...] = ()
 
     @property
     def width(self) -> tuple[int, ...] | None:
@@ -114,12 +125,17 @@ class PrunePlan:
 
     @property
     def summary(self) -> list[str]:
-        """What a search tried and left alone, and the sizes before and after, a line each."""
-        lines = [*(f"KL {kl:<9.4g} without {what}" for what, kl in self.tried), *self.notes]
+        """What a search measured, tried and left alone, and the sizes before and after, a line each."""
+        lines = [f"{each.measured:<8.4g} ms{_told(each.predicted)} without {each.removed}" for each in self.timed]
+        lines += [*(f"KL {kl:<9.4g} without {what}" for what, kl in self.tried), *self.notes]
         for unit in UNITS:
             old, new = getattr(self.before, unit), getattr(self.after, unit)
             lines.append(f"{unit}: {old:,} -> {new:,} ({new / max(old, 1):.1%})")
         return lines
+
+
+def _told(predicted: float | None) -> str:
+    return "" if predicted is None else f" ({predicted:.4g} predicted)"
 
 
 def _plan(content: Any) -> PrunePlan:
@@ -134,7 +150,13 @@ def _plan(content: Any) -> PrunePlan:
         tuple(map(_group, content["groups"])), layers, _numbers(content["influence"], float), before, after,
         tuple((str(what), _numbers([kl], float)[0]) for what, kl in content.get("tried", [])),
         tuple(map(str, content.get("notes", []))),
+        tuple(map(_timed, content.get("timed", []))),
     )  # fmt: skip
+
+
+def _timed(content: Any) -> Timed:
+    predicted, (measured,) = content["predicted"], _numbers([content["measured"]], float)
+    return Timed(str(content["removed"]), None if predicted is None else _numbers([predicted], float)[0], measured)
 
 
 def _group(content: Any) -> Group:

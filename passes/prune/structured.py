@@ -10,11 +10,12 @@ from xlathe.coupling import couple, separate
 from xlathe.errors import OptionError, PassError
 from xlathe.graph import Graph, Record
 from xlathe.passes.prune.cost import cost
-from xlathe.passes.prune.depth import block_influence, without_layers
+from xlathe.passes.prune.depth import block_influence, least, without_layers
 from xlathe.passes.prune.groups import MULTIPLES, Groups, choose
+from xlathe.passes.prune.latency import Measure, decode_timer
 from xlathe.passes.prune.plan import WORDS, Group, Kind, PrunePlan
 from xlathe.passes.prune.scores import BY_WEIGHT, SCORES, Score, score_groups
-from xlathe.passes.prune.search import Budget, least, search
+from xlathe.passes.prune.search import BUDGETS, Budget, search
 from xlathe.pipeline import APPROXIMATE, Context, Keeps, Pass, is_forward
 from xlathe.shrink import shrink
 
@@ -35,8 +36,10 @@ class PruneStructured(Pass):
     says that values are narrower than keys.
     layers: how many to remove, those that change the residual stream least (block influence,
     Men et al. 2024, https://arxiv.org/abs/2403.03853), which needs calibration tokens.
-    params, megabytes: a budget instead, as a fraction of the parameters or in 10^6 bytes of weights: `search` finds
-    the shape, and needs calibration tokens, the last of which it compares candidates on.
+    params, megabytes, latency: a budget instead, as a fraction of the parameters, in 10^6 bytes of weights, or in
+    milliseconds of a decoded token: `search` finds the shape, and needs calibration tokens, the last of which it
+    compares candidates on. Time is that of the pruned graph as `xlathe.compile` would serve it on this machine at
+    batch 1, with as many tokens in the cache as the graph was traced for (`max_len`).
     score: `weight` or `weight_l1`, the L2 or L1 norm of all weights concerned, `activation`, the size of what the group
     feeds to the weights that sum over it (as in Minitron, Muralidharan et al. 2024), or `taylor`, what the loss would
     change by; the last two need calibration tokens. force: cut hidden by the size of weights too, which ruins a model.
@@ -60,6 +63,7 @@ class PruneStructured(Pass):
     force: bool = False
     experts: float = 0.0
     value_dims: float = 0.0
+    latency: float | None = None
 
     def __post_init__(self) -> None:
         for name in WORDS:
@@ -90,27 +94,31 @@ class PruneStructured(Pass):
             )
 
     def _check_budget(self) -> None:
-        if self.params is not None and self.megabytes is not None:
-            raise OptionError("prune_structured: params and megabytes are both budgets; give one of them")
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise OptionError(f"prune_structured: {' and '.join(given)} are budgets; give one of them")
         if self.params is not None and not (isinstance(self.params, int | float) and 0 < self.params < 1):
             raise OptionError(f"prune_structured: params is the fraction to keep, above 0, below 1, got {self.params}")
-        if self.megabytes is not None and not (isinstance(self.megabytes, int | float) and self.megabytes > 0):
-            raise OptionError(f"prune_structured: megabytes is how many to keep, above 0, got {self.megabytes}")
+        for name, unit in (("megabytes", "how many"), ("latency", "how many milliseconds of a token")):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and value > 0):
+                raise OptionError(f"prune_structured: {name} is {unit} to keep, above 0, got {value}")
 
     def apply(self, graph: Graph, context: Context) -> tuple[Graph, Record]:
         plan = PrunePlan.load(self.plan) if self.plan is not None else self.make_plan(graph, context)
         plan = dataclasses.replace(plan, groups=plan.groups[: context.limit])
         return prune(graph, plan), record(plan)
 
-    def make_plan(self, graph: Graph, context: Context) -> PrunePlan:
-        """Returns what this pass would do to the graph, without doing it."""
+    def make_plan(self, graph: Graph, context: Context, measure: Measure = decode_timer) -> PrunePlan:
+        """Returns what this pass would do, without doing it. measure: times graphs, for a budget of time."""
         removed: dict[Kind, float] = {kind: getattr(self, kind) for kind in WORDS}
         if self._budget is not None:
             kinds: list[Kind] = ["heads", "neurons", "experts", *(["hidden"] if self._may_cut_hidden else [])]  # type: ignore[list-item]
-            plan = search(separate(graph), self._budget, self.score, kinds, context)
-            return plan if self._may_cut_hidden else dataclasses.replace(plan, notes=(UNCUT.format(self.score),))
+            plan = search(separate(graph), self._budget, self.score, kinds, context, measure)
+            left = () if self._may_cut_hidden else (UNCUT.format(self.score),)
+            return dataclasses.replace(plan, notes=(*plan.notes, *left))
         if not (any(removed.values()) or self.layers):
-            raise OptionError(f"nothing to remove; give {', '.join(WORDS)}, layers, params, megabytes or a plan")
+            raise OptionError(f"nothing to remove; give {', '.join((*WORDS, 'layers', *BUDGETS))} or a plan")
         graph = separate(graph)
         influence = block_influence(graph, context) if self.layers else ()
         gone = least(influence, self.layers)
@@ -126,9 +134,8 @@ class PruneStructured(Pass):
 
     @property
     def _budget(self) -> Budget | None:
-        if self.params is not None:
-            return Budget("params", self.params)
-        return None if self.megabytes is None else Budget("megabytes", self.megabytes)
+        given = [Budget(name, getattr(self, name)) for name in BUDGETS if getattr(self, name) is not None]
+        return given[0] if given else None
 
     @property
     def _may_cut_hidden(self) -> bool:

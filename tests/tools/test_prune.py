@@ -1,6 +1,7 @@
 """`xlathe prune`: the plan first, then the smaller graph."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -69,6 +70,13 @@ def test_refused(tiny_folder, tmp_path, capsys, words, code, reason):
     assert reason in line and not (tmp_path / "out").exists()
 
 
-def test_a_budget_that_cannot_be_met(tiny_folder, tmp_path, capsys, text):
-    assert main(["prune", str(tiny_folder), str(tmp_path / "out"), "--params=0.001", text]) == 1
-    assert "params=0.001 cannot be met: the smallest possible is" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("budget", "reason"),
+    [
+        ("--params=0.001", "params=0.001 cannot be met: the smallest possible is"),
+        ("--latency=60000", r"latency=60000.0: a token takes .* ms already"),
+    ],
+)
+def test_a_budget_that_cannot_be_met(tiny_folder, tmp_path, capsys, text, budget, reason):
+    assert main(["prune", str(tiny_folder), str(tmp_path / "out"), budget, text]) == 1
+    assert re.search(reason, capsys.readouterr().err)

@@ -343,7 +343,8 @@ def test_a_plan_prints_is_saved_and_replays(tmp_path) -> None:
         ({"hidden": 0.5, "score": "weight_l1"}, "the residual stream cut by the size of weights"),
         ({"params": 1.0}, "params is the fraction to keep, above 0, below 1, got 1.0"),
         ({"megabytes": -1}, "megabytes is how many to keep, above 0, got -1"),
-        ({"params": 0.5, "megabytes": 3}, "params and megabytes are both budgets"),
+        ({"latency": 0}, "latency is how many milliseconds of a token to keep, above 0, got 0"),
+        ({"params": 0.5, "megabytes": 3}, "params and megabytes are budgets; give one of them"),
         ({"params": 0.5, "heads": 0.5}, "a budget finds the shape"),
         ({"neurons": 0.5, "plan": "x.json"}, "a plan is replayed as it is"),
     ],
@@ -360,7 +361,7 @@ def test_missing_calibration(options: dict) -> None:
 
 
 def test_nothing_to_remove() -> None:
-    options = "heads, neurons, hidden, experts, value_dims, layers, params, megabytes or a plan"
+    options = "heads, neurons, hidden, experts, value_dims, layers, params, megabytes, latency or a plan"
     with pytest.raises(OptionError, match=f"nothing to remove; give {options}"):
         PruneStructured()(fused(named("llama")))
 
