@@ -19,6 +19,7 @@ from xlathe.experts import Routing, find_routings, is_of_softmax
 from xlathe.graph import Graph
 from xlathe.layout_rules import ELEMENTWISE
 from xlathe.values import is_zero, uniform_value
+from xlathe.windows import find_windows
 
 _ZERO_IF_ANY = frozenset({"mul", "and"})
 _ZERO_IF_ALL = frozenset({"add", "sub", "max", "min", "or", "add_any", "select_n"})
@@ -45,7 +46,8 @@ class Coupled:
 class Coupling:
     """What `couple` found: labels of every value.
 
-    heads: the key-value heads of each attention, in order; features: the channels of a head's values.
+    heads: the key-value heads of each attention, in order; features: the channels of a head's values; depths: those of
+    its queries and keys.
     means: values that are a sum divided by a number of terms, and the axes that were summed over, in one label. A mean
     over fewer terms is divided by fewer. sums: the axes of sums that are no such means and not with weights, and where:
     whether they count their terms is not known.
@@ -56,6 +58,7 @@ class Coupling:
     values: dict[ir.Var, Coupled]
     heads: tuple[Label, ...]
     features: tuple[Label, ...]
+    depths: tuple[Label, ...]
     means: dict[ir.Var, Label]
     sums: tuple[tuple[Label, str], ...]
     routings: dict[int, Routing]
@@ -72,6 +75,7 @@ def couple(graph: Graph) -> Coupling:
         flow.values,
         tuple(flow.heads),
         tuple(flow.features),
+        tuple(flow.depths),
         flow.means,
         flow.uncounted(),
         routings,
@@ -83,10 +87,12 @@ def separate(graph: Graph) -> Graph:
     """Inlines all calls, and spreads a value anew for every use, so that sharing it does not couple the users.
 
     A table of rotations, say, is spread over the heads of every layer alike, and each layer may get its own number.
+    What is looked up at fixed places is sliced, where it can be (`windows.py`).
     """
     called = ir.INLINED | ir.CUSTOM_DERIVATIVE
     inlined = ir.inline_calls(graph.jaxpr, lambda eqn: eqn.primitive.name in called)
     producer = ir.producers(inlined.eqns)
+    windows = find_windows(inlined)
 
     def run(*operands: Any) -> list[Any]:
         seen: dict[ir.Atom, Any] = dict(zip(inlined.invars, operands, strict=True))
@@ -100,7 +106,9 @@ def separate(graph: Graph) -> Graph:
                 return ir.bind(eqn, [anew(source, source.val if isinstance(source, ir.Literal) else seen[source])])[0]
 
         def rule(eqn: ir.JaxprEqn, values: list[Any]) -> list[Any]:
-            outputs = ir.bind(eqn, [anew(a, value) for a, value in zip(eqn.invars, values, strict=True)])
+            fresh = [anew(a, value) for a, value in zip(eqn.invars, values, strict=True)]
+            window = windows.get(eqn.outvars[0])
+            outputs = [window(fresh[0])] if window else ir.bind(eqn, fresh)
             seen.update(zip(eqn.outvars, outputs, strict=True))
             return outputs
 
@@ -122,11 +130,14 @@ class _Flow:
         self.values: dict[ir.Var, Coupled] = {}
         self.heads: list[Label] = []
         self.features: list[Label] = []
+        self.depths: list[Label] = []
         self.means: dict[ir.Var, Label] = {}
         self.summed: dict[ir.Var, tuple[Label, str]] = {}
         self.trained: set[ir.Atom] = set()  # values that are made of weights
         self.blocked: list[tuple[Label, str]] = []  # but for experts
         self.contracted: list[tuple[Label, str]] = []
+        self.numbered: list[tuple[Label, str]] = []
+        self.joined: list[tuple[set[int], set[int], str]] = []  # atoms where one side is zero, and where one is not
 
     def run(self) -> None:
         for item, var in zip(self.graph.inputs, self.jaxpr.invars, strict=True):
@@ -144,6 +155,13 @@ class _Flow:
             self.values.update(zip(eqn.outvars, results, strict=True))
             read = {a for a in eqn.invars if isinstance(a, ir.Var)}
             self.trained |= set(eqn.outvars) if read and read <= self.trained else set()
+        depths = {a for label in self.depths for a in self.dims.atoms(label)}
+        for label, reason in self.numbered:
+            if not self.dims.atoms(label) <= depths:
+                self.dims.block(label, reason)
+        for zero, counted, reason in self.joined:
+            both = self.dims.atoms(tuple(zero)) & self.dims.atoms(tuple(counted)) - set(self.dims.parts)
+            self.dims.block(tuple(both), reason)
         for out in self.jaxpr.outvars:
             for label in self._read(out).labels:
                 self.dims.block(label, "it is an axis of the model's result")
@@ -323,8 +341,9 @@ class _Flow:
         return [Coupled(labels, operands[0].zero)]
 
     def _iota(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
+        """Numbers of channels stay what they were (`shrink`): frequencies are made of them."""
         labels = self.dims.fresh_all(eqn.outvars[0].aval.shape)
-        self._block([labels[eqn.params["dimension"]]], eqn, "numbers it")
+        self.numbered.append((labels[eqn.params["dimension"]], f"iota numbers it at {ir.source_line(eqn)}"))
         return [Coupled(labels)]
 
     def _reduce(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
@@ -407,8 +426,11 @@ class _Flow:
             raise Conflict
         joined = self.dims.join([o.labels[axis] for o in operands])
         labels = (*first.labels[:axis], joined, *first.labels[axis + 1 :])
-        own = [self.dims.atoms(o.labels[axis]) & self._zero(o) for o in operands]
-        zero = reduce(operator.and_, (self._zero(o) for o in operands)) | reduce(operator.or_, own)
+        atoms = [self.dims.atoms(o.labels[axis]) for o in operands]
+        own = reduce(operator.or_, (each & self._zero(o) for each, o in zip(atoms, operands, strict=True)))
+        counted = reduce(operator.or_, (each - self._zero(o) for each, o in zip(atoms, operands, strict=True)))
+        self.joined.append((own, counted, f"concatenate has it zero and not zero at {ir.source_line(eqn)}"))
+        zero = reduce(operator.and_, (self._zero(o) for o in operands)) | own
         return [Coupled(labels, tuple(sorted(zero)))]
 
     def _top_k(self, eqn: ir.JaxprEqn, operands: list[Coupled]) -> list[Coupled]:
@@ -493,9 +515,10 @@ class _Flow:
                 if own:
                     self.dims.unify(own, label)
         self._block([keys], eqn, "normalizes over it")
-        if not self.dims.atoms(depth) <= self._zero(q) | self._zero(k):
-            self._block([depth], eqn, "sums over it and neither side is zero there")
+        counted = self.dims.atoms(depth) - self._zero(q) - self._zero(k) - set(self.dims.parts)
+        self._block([(atom,) for atom in sorted(counted)], eqn, "sums over it and neither side is zero there")
         self.heads.append(heads)
         self.features.append(features)
+        self.depths.append(depth)
         zero = self._zero(v, (heads, features))
         return [Coupled((batch, queries, heads, groups, features), tuple(sorted(zero)))]

@@ -10,6 +10,7 @@ import numpy as np
 
 from xlathe import jaxpr as ir
 from xlathe.layouts import Layout
+from xlathe.values import constant
 
 _MOVES = """
 broadcast_in_dim concatenate copy copy_p expand_dims reshape rev slice split squeeze stack stop_gradient tile
@@ -67,21 +68,8 @@ def _index(eqn: ir.JaxprEqn | None, producer: Mapping[ir.Var, ir.JaxprEqn]) -> l
     """Returns the index operands of an equation that takes a slice at a known place, else none."""
     if eqn is None or eqn.primitive.name not in _INDEXED:
         return []
-    values = [_constant(atom, producer) for atom in eqn.invars[1:]]
+    values = [constant(atom, producer) for atom in eqn.invars[1:]]
     return [] if any(value is None for value in values) else values
-
-
-def _constant(atom: ir.Atom, producer: Mapping[ir.Var, ir.JaxprEqn]) -> Any:
-    """Returns a value that follows from the numbers in the program alone, else None."""
-    if isinstance(atom, ir.Literal):
-        return atom.val
-    eqn = producer.get(atom)
-    if eqn is None or any(map(ir.is_symbolic, atom.aval.shape)) or eqn.primitive.name == "dim_as_value":
-        return None
-    operands = [_constant(a, producer) for a in eqn.invars]
-    if any(operand is None for operand in operands):
-        return None
-    return ir.bind(eqn, operands)[eqn.outvars.index(atom)]
 
 
 def by_token(value: jax.Array, layout: Layout, rows: Any, length: Any) -> jax.Array:

@@ -77,8 +77,10 @@ class _Shrinker:
             return self._mean(eqn, operands)
         if name == "reshape":
             return ir.bind(eqn, operands, new_sizes=self._shape(result))
-        if name in ("broadcast_in_dim", "iota"):
+        if name == "broadcast_in_dim":
             return ir.bind(eqn, operands, shape=self._shape(result))
+        if name == "iota":
+            return self._iota(eqn)
         if name == "stack":
             left = self.dims.kept(self._labels(result)[eqn.params["axis"]], self.kept)
             return ir.bind(eqn, [operands[i] for i in left])
@@ -104,6 +106,17 @@ class _Shrinker:
         literal = jnp.full((), number, eqn.outvars[0].aval.dtype)
         both = zip(eqn.invars, operands, strict=True)
         return ir.bind(eqn, [literal if isinstance(atom, ir.Literal) else value for atom, value in both])
+
+    def _iota(self, eqn: ir.JaxprEqn) -> list[Any] | None:
+        """What is left keeps its number."""
+        axis, result = eqn.params["dimension"], eqn.outvars[0]
+        label = self._labels(result)[axis]
+        if not self.dims.atoms(label) & set(self.kept):
+            return ir.bind(eqn, [], shape=self._shape(result))
+        left = self.dims.kept(label, self.kept)
+        runs = np.split(left, np.flatnonzero(np.diff(left) != 1) + 1)  # a program has no arrays but its inputs
+        numbers = jnp.concatenate([jax.lax.iota(result.aval.dtype, len(run)) + int(run[0]) for run in runs])
+        return [jax.lax.broadcast_in_dim(numbers, self._shape(result), (axis,))]
 
     def _slice(self, eqn: ir.JaxprEqn, operands: list[Any]) -> list[Any]:
         starts, limits = [], []

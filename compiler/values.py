@@ -1,6 +1,7 @@
 """Values that are known without running the model: numbers, and arrays that hold one number."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +32,19 @@ def uniform_value(atom: ir.Atom, producer: Mapping[ir.Var, ir.JaxprEqn]) -> np.g
         return None
     params = {"sharding": None} if "sharding" in eqn.params else {}
     return np.asarray(ir.run(eqn, operands, **params)[0]).reshape(-1)[0]
+
+
+def constant(atom: ir.Atom, producer: Mapping[ir.Var, ir.JaxprEqn]) -> Any:
+    """Returns a value that follows from the numbers in the program alone, else None."""
+    if isinstance(atom, ir.Literal):
+        return atom.val
+    eqn = producer.get(atom)
+    if eqn is None or any(map(ir.is_symbolic, atom.aval.shape)) or eqn.primitive.name == "dim_as_value":
+        return None
+    operands = [constant(a, producer) for a in eqn.invars]
+    if any(operand is None for operand in operands):
+        return None
+    return ir.bind(eqn, operands)[eqn.outvars.index(atom)]
 
 
 def is_zero(atom: ir.Atom, producer: Mapping[ir.Var, ir.JaxprEqn]) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from xlathe import jaxpr as ir
 from xlathe.card import Card
 from xlathe.errors import CheckpointError
 from xlathe.graph import Graph
@@ -14,7 +15,7 @@ from xlathe.models.family import Family, find_family
 from xlathe.models.naming import is_turned, their_name
 from xlathe.models.packed_export import Quantized, lay_out, quantized_weights
 from xlathe.models.pretrained import weight_shapes
-from xlathe.models.resize import Change, Shapes, drop_layers
+from xlathe.models.resize import Change, Shapes, drop_layers, head_channels
 from xlathe.models.settings import Settings
 from xlathe.storage import Blocks, parse_format
 
@@ -39,6 +40,7 @@ def to_checkpoint(graph: Graph, layout: str | None = None) -> Checkpoint:
     plain = {name: tuple(map(int, graph.aval(name).shape)) for name in graph.names("weight") if name not in held}
     shapes = plain | {name: (weight.k, weight.n) for name, weight in weights.items()}
     _check_names(family, shapes)
+    _check_heads(graph, family, settings)
     if layout is not None:
         _check_linear(family, layout, weights)
     kept = sorted({int(name.split("/")[1]) for name in shapes if name.startswith("layers/")})
@@ -98,6 +100,19 @@ def _check_names(family: Family, shapes: Shapes) -> None:
                 f"{name} is no weight of a {family.architecture}: a checkpoint holds weights as they were trained, so "
                 "it is made before they are folded; layout= says how quantized ones are written"
             )
+
+
+def _check_heads(graph: Graph, family: Family, settings: Settings) -> None:
+    """Heads have the channels that they were trained with: sizes of weights may be those of fewer such heads."""
+    expected = head_channels(settings)
+    for eqn in graph.jaxpr.eqns:
+        if ir.is_op(eqn, "attention"):
+            found = tuple(int(value.aval.shape[-1]) for value in eqn.invars[1:3])
+            if found != expected:
+                raise CheckpointError(
+                    f"heads have {found[0]} channels of keys and {found[1]} of values, trained with {expected[0]} and "
+                    f"{expected[1]}: no config.json of a {family.architecture} says which are left; Graph.save keeps it"
+                )
 
 
 def _experts(shapes: Shapes) -> dict[str, list[int]]:

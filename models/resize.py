@@ -84,6 +84,16 @@ def change_nothing(shapes: Shapes, settings: Settings) -> dict[str, Change]:
     return {}
 
 
+def head_channels(settings: Settings) -> tuple[int, int]:
+    """How many channels a head's keys and its values have."""
+    if settings.has("v_head_dim"):
+        keys = settings.size("qk_nope_head_dim") + settings.size("qk_rope_head_dim")
+        return keys, settings.size("v_head_dim")
+    old = settings.has("n_embd")  # GPT-2
+    dim = settings.size("n_embd") // settings.size("n_head") if old else _head_dim(settings)
+    return dim, dim
+
+
 def _head_dim(settings: Settings) -> int:
     return settings.size("head_dim", settings.size("hidden_size") // settings.size("num_attention_heads"))
 

@@ -10,7 +10,8 @@ from xlathe.tools.distill import fused
 from xlathe.tools.source import define_calibration, open_graph
 from xlathe.tools.text import find_calibration
 
-SHAPE = ("heads", "neurons", "hidden", "experts", "value_dims", "layers", "params", "megabytes", "latency")
+SHARES = ("heads", "neurons", "hidden", "experts", "value_dims", "query_key_dims", "layers")
+BUDGETS = ("params", "megabytes", "latency")
 
 
 def define(values: flags.FlagValues) -> None:
@@ -23,6 +24,9 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_float("hidden", None, "the fraction of the residual stream's features to remove", flag_values=values)
     flags.DEFINE_float("experts", None, "the fraction of each layer's experts to remove", flag_values=values)
     flags.DEFINE_float("value_dims", None, "the fraction of the channels of values to remove", flag_values=values)
+    flags.DEFINE_float(
+        "query_key_dims", None, "the fraction of the channels of queries and keys to remove", flag_values=values
+    )
     flags.DEFINE_integer("layers", None, "how many layers to remove", flag_values=values)
     flags.DEFINE_string(
         "score", "activation", "what matters is told by: activation, taylor, weight or weight_l1", flag_values=values
@@ -36,9 +40,9 @@ def run(options: Options, source: str, destination: str) -> None:
     from xlathe.passes.prune import PruneStructured, prune, record
     from xlathe.pipeline import Context
 
-    shape = {name: options[name] for name in SHAPE if options[name] is not None}
+    shape = {name: options[name] for name in (*SHARES, *BUDGETS) if options[name] is not None}
     if not shape:
-        raise UsageError(f"how small? --params=0.5, or one of {', '.join(f'--{name}' for name in SHAPE[:-3])}")
+        raise UsageError(f"how small? --params=0.5, or one of {', '.join(f'--{name}' for name in SHARES)}")
     chosen = PruneStructured(score=options["score"], force=options["force"], **shape)
     file = output_file(options, "plan")
     console = make_console()

@@ -26,7 +26,10 @@ class Groups:
                     self.axes.setdefault(atom, []).append((item.name, axis))
         stream = self._stream()
         heads = {a for label in self.coupling.heads for a in self.dims.resolve(label)}
-        features = {a for label in self.coupling.features for a in self.dims.resolve(label)}
+        features = {a for label in self.coupling.features for a in self.dims.atoms(label)}
+        depths = {a for label in self.coupling.depths for a in self.dims.atoms(label)}
+        for atom in features & depths:
+            self.dims.block((atom,), "it is a channel of values and of keys at once")
         other = self._inside_attention() | self._residual()
         self.kinds: dict[int, Kind] = {}
         for atom in self.dims.leaves():
@@ -37,6 +40,8 @@ class Groups:
                 self.kinds[atom] = "heads"
             elif not fixed and atom in features:
                 self.kinds[atom] = "value_dims"
+            elif not fixed and atom in depths:
+                self.kinds[atom] = "query_key_dims"
             elif not fixed and atom in stream:
                 self.kinds[atom] = "hidden"
             elif not fixed and atom not in other:
@@ -103,7 +108,9 @@ class Groups:
         return self.coupling.values[var].labels[axis]
 
 
-MULTIPLES: Mapping[Kind, int] = {"heads": 1, "experts": 1, "value_dims": 8, "neurons": 32, "hidden": 32}
+MULTIPLES: Mapping[Kind, int] = {
+    "heads": 1, "experts": 1, "value_dims": 8, "query_key_dims": 4, "neurons": 32, "hidden": 32
+}  # fmt: skip
 """Sizes are kept in multiples of these where they were such: group-wise formats and vector units want it."""
 
 

@@ -12,13 +12,14 @@ from xlathe.files import replaced
 
 FORMAT = "xlathe prune plan 1"
 UNITS = ("parameters", "bytes", "flops")
-Kind = Literal["heads", "neurons", "hidden", "experts", "value_dims"]
+Kind = Literal["heads", "neurons", "hidden", "experts", "value_dims", "query_key_dims"]
 WORDS: Mapping[Kind, str] = {
     "heads": "key-value heads",
     "neurons": "neurons",
     "hidden": "features of the stream",
     "experts": "experts",
     "value_dims": "channels of values",
+    "query_key_dims": "channels of queries and keys",
 }
 SHOWN = 5  # numbers in a message
 
@@ -28,7 +29,8 @@ class Group:
     """Axes of weights that shrink together.
 
     kind: `neurons`, `heads` (a key-value head with all query heads that share it), `hidden` (features of the residual
-    stream), `experts` (with their rows of the router) or `value_dims` (channels of the values of all heads of a layer).
+    stream), `experts` (with their rows of the router), `value_dims` (channels of the values of all heads of a layer) or
+    `query_key_dims` (channels of queries and keys of all heads, pairs of them where they are rotated).
     axes: (weight, axis) of every weight concerned, in the graph's order; an axis may hold more than this group, as a
     fused projection does: start is the first index on the first axis that is the group's, which tells groups with the
     same axes apart. kept: indices that stay, ascending; scores: of all indices, the higher the more is lost by removing

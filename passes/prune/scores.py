@@ -66,7 +66,38 @@ def activation_scores(found: Groups, context: Context) -> dict[int, np.ndarray]:
                 found.add(scores[atom], seen.sum_squares, labels, atom)
     scores = {atom: np.sqrt(total) for atom, total in scores.items()}
     scores |= {a: _stream_scores(found, a, context) for a, kind in found.kinds.items() if kind == "hidden"}
+    scores |= _query_key_scores(found, context)
     return scores | _expert_scores(found, context)
+
+
+def _query_key_scores(found: Groups, context: Context) -> dict[int, np.ndarray]:
+    """L2 norm over calibration tokens of a channel's queries times that of its keys, L2 over heads.
+
+    That is the Frobenius norm of what the channel adds to the scores of all pairs of tokens (Xu et al. 2024,
+    https://arxiv.org/abs/2407.21018); rotation leaves it as it is for a pair of channels.
+    """
+    graph = found.graph
+    attentions = [eqn for eqn in graph.jaxpr.eqns if ir.is_op(eqn, "attention")]
+    scores = {a: np.zeros(int(found.dims.sizes[a])) for a, kind in found.kinds.items() if kind == "query_key_dims"}
+    if not scores:
+        return {}
+    exposed = ir.expose(graph.jaxpr, [v for eqn in attentions for v in eqn.invars[:2] if isinstance(v, ir.Var)])
+
+    @jax.jit
+    def run(arrays: Mapping[str, jax.Array], batch: Mapping[str, jax.Array]) -> list[jax.Array]:
+        _, *values = graph.evaluate(exposed, arrays, batch)
+        return [jnp.square(value.astype(jnp.float32)).sum((0, 1)) for value in values]  # q [k, g, d], k [k, d]
+
+    batches = check_calibration(graph, context.calibration)
+    sums = [[np.asarray(each, np.float64) for each in run(graph.arrays, batch)] for batch in batches]
+    squares = [sum(each) for each in zip(*sums, strict=True)]
+    for eqn, queries, keys in zip(attentions, squares[::2], squares[1::2], strict=True):
+        channels = (np.sum(queries, axis=1) * keys).sum(0)
+        label = found.coupling.values[eqn.invars[1]].labels[-1]  # type: ignore[index]
+        for atom in scores:
+            if atom in found.dims.atoms(label):
+                found.add(scores[atom], channels, [label], atom)
+    return {atom: np.sqrt(total) for atom, total in scores.items()}
 
 
 def _stream_scores(found: Groups, atom: int, context: Context) -> np.ndarray:

@@ -81,7 +81,7 @@ def _within(found: Groups, shapes: Shapes, budget: Budget) -> list[Candidate]:
     if allowed >= whole:
         raise OptionError(f"megabytes={budget.value}: the model has {np.ceil(whole / 1e3) / 1e3} already")
     left = (shapes.without(depth).names("weight") for depth in shapes.depths)
-    totals = [sum(sizes[name] * unit[name] for name in names) for names in left]
+    totals = [np.sum([sizes[name] * unit[name] for name in names], axis=0) for names in left]
     best = shapes.best([total <= allowed for total in totals])
     if not best:
         raise OptionError(_too_small(budget, int(min(np.min(total) for total in totals)), whole))

@@ -28,12 +28,13 @@ UNCUT = "features of the stream are left alone: by the size of weights (score={}
 class PruneStructured(Pass):
     """Removes the least important part of every group of coupled dimensions, and whole layers.
 
-    heads, neurons, hidden, experts, value_dims: the fraction to remove of each group, 0 <= fraction < 1. A head group
-    is a key-value head with the query heads that share it; neurons are inner dimensions between weights that belong to
-    neither attention nor the residual stream; hidden is the features of that stream, whose norms then count the
-    features that are kept. An expert goes with its row of the router, and as many stay as a token gets.
-    value_dims are channels of values, the same of every head of a layer, which budgets leave alone: no config.json
-    says that values are narrower than keys.
+    heads, neurons, hidden, experts, value_dims, query_key_dims: the fraction to remove of each group, 0 <= fraction
+    < 1. A head group is a key-value head with the query heads that share it; neurons are inner dimensions between
+    weights that belong to neither attention nor the residual stream; hidden is the features of that stream, whose norms
+    then count the features that are kept. An expert goes with its row of the router, and as many stay as a token gets.
+    value_dims are channels of values, the same of every head of a layer, query_key_dims channels of queries and keys,
+    in pairs where they are rotated together. Their products are scaled as before: what goes counts as zero. Budgets
+    leave both alone: no config.json says that values are narrower than keys, or which pairs are left.
     layers: how many to remove, those that change the residual stream least (block influence,
     Men et al. 2024, https://arxiv.org/abs/2403.03853), which needs calibration tokens.
     params, megabytes, latency: a budget instead, as a fraction of the parameters, in 10^6 bytes of weights, or in
@@ -64,6 +65,7 @@ class PruneStructured(Pass):
     experts: float = 0.0
     value_dims: float = 0.0
     latency: float | None = None
+    query_key_dims: float = 0.0
 
     def __post_init__(self) -> None:
         for name in WORDS:

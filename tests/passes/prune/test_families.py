@@ -24,6 +24,8 @@ from xlathe.coupling import couple, separate
 from xlathe.graph import Graph
 from xlathe.models.moe import Choice, SoftmaxRouter, SparseFeedForward
 from xlathe.models.pretrained import to_graph
+from xlathe.models.resize import head_channels
+from xlathe.models.settings import Settings
 from xlathe.passes.prune import PrunePlan, prune
 from xlathe.passes.prune.cost import cost
 from xlathe.passes.prune.groups import Groups
@@ -35,10 +37,13 @@ FAMILIES = (cases.LLAMA, cases.MISTRAL, cases.QWEN2, cases.QWEN3, cases.GEMMA2, 
             cases.GPT_NEOX, cases.MIXTRAL, cases.QWEN3_MOE, cases.DEEPSEEK_V3)  # fmt: skip
 WITH_EXPERTS = ("mixtral", "qwen3_moe")
 WITH_VALUES = (cases.LLAMA, cases.GPT_NEOX)
+# the other families make queries and keys as one of these does, but for Phi-3
+NARROWED = (cases.LLAMA, cases.QWEN3, cases.GEMMA3, cases.GPT2, cases.GPT_NEOX, cases.DEEPSEEK_V3)
 DIFFERENT = (cases.PHI3, cases.GPT_NEOX, cases.MIXTRAL, cases.DEEPSEEK_V3)
 SQUARE = ("gpt2", "gpt_neox")  # whose heads fill the stream
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 9), dtype=np.int32)
-KEPT = {"heads": 0.75, "neurons": 0.5, "hidden": 0.75, "experts": 0.75, "value_dims": 0.5}
+KEPT = {"heads": 0.75, "neurons": 0.5, "hidden": 0.75, "experts": 0.75, "value_dims": 0.5, "query_key_dims": 0.5}
+QUERY_KEY = {"gpt2": {8}, "gpt_neox": {6}, "deepseek_v3": {4, 12}}  # nothing or a part of a head is rotated
 
 
 def config_of(family: cases.Family, **changes: Any) -> dict[str, Any]:
@@ -139,20 +144,54 @@ def test_experts_that_are_chosen_by_groups_stay() -> None:
 
 
 @pytest.mark.parametrize("graph", WITH_VALUES, ids=lambda family: family.model_type, indirect=True)
-def test_narrower_values_equal_the_masked_graph_and_have_no_configuration(graph: Graph, tmp_path: Path) -> None:
+def test_narrower_values_equal_the_masked_graph(graph: Graph) -> None:
     plan = plan_of(graph, "value_dims")
     assert len(plan.groups) == 1
     small = prune(graph, plan)
     assert difference(logits_of(small), logits_of(masked(graph, plan))) <= 1e-5
     assert cost(small, couple(small), {}) == plan.after
-    with pytest.raises(xl.CheckpointError, match=r"Graph\.save keeps it"):
+
+
+@pytest.mark.parametrize("graph", NARROWED, ids=lambda family: family.model_type, indirect=True)
+def test_narrower_queries_and_keys_equal_the_masked_graph(graph: Graph) -> None:
+    """Channels, or pairs that are rotated. Norms of the masked graph count what is kept, products are scaled as before.
+
+    Expected: where heads are rotated as a whole, half as many pairs as a head has channels.
+    """
+    plan, kind = plan_of(graph, "query_key_dims"), graph.card.config["model_type"]
+    settings = Settings(graph.card.config, kind)
+    assert {group.size for group in plan.groups} == QUERY_KEY.get(kind, {head_channels(settings)[0] // 2})
+    small = prune(graph, plan)
+    assert difference(logits_of(small), logits_of(masked(graph, plan))) <= 1e-5
+    assert cost(small, couple(small), {}) == plan.after
+    assert plan.after.parameters == sum(np.size(small.weights[name]) for name in small.names("weight"))
+
+
+@pytest.mark.parametrize("kinds", [("query_key_dims",), ("value_dims", "query_key_dims")], ids="+".join)
+def test_narrower_heads_have_no_configuration(kinds: tuple[Kind, ...], tmp_path: Path) -> None:
+    """Half the channels of all heads are the sizes of half as many heads, which would be another model."""
+    small = prune(family_graph(cases.LLAMA), plan_of(family_graph(cases.LLAMA), *kinds))
+    with pytest.raises(xl.CheckpointError, match=r"heads have \d channels of keys .*; Graph\.save keeps it"):
         small.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
-def test_values_that_are_rotated_with_the_keys_stay() -> None:
-    """Phi-3 makes queries, keys and values in one product of heads; what is rotated is looked up by index."""
-    with pytest.raises(xl.PassError, match=r"found no value_dims to prune; .* gather looks it up by index"):
-        passes.PruneStructured(value_dims=0.5)(family_graph(cases.PHI3))
+def test_narrower_heads_decode_as_they_read() -> None:
+    """The derived step rotates the pairs that are left by their own frequencies."""
+    graph = family_graph(cases.QWEN3)
+    small = prune(graph, plan_of(graph, "query_key_dims", "value_dims"))
+    program = xl.compile(small, max_len=16, unit=4, chunks=(4,))
+    tokens = [int(t) for t in TOKENS[0]]
+    for token in program.generate([tokens], max_tokens=4)[0].tokens:
+        assert token == int(np.argmax(np.asarray(small(np.array([tokens])))[0, -1]))
+        tokens.append(token)
+
+
+def test_channels_that_values_share_with_keys_stay() -> None:
+    """Phi-3 makes queries, keys and values in one product of heads, whose channels are one axis."""
+    for kind in ("value_dims", "query_key_dims"):
+        with pytest.raises(xl.PassError, match=rf"found no {kind} to prune; .*channel of values and of keys at once"):
+            passes.PruneStructured(**{kind: 0.5})(family_graph(cases.PHI3))
 
 
 class Mixed(nnx.Module):

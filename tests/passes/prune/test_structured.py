@@ -18,7 +18,7 @@ from tests.passes.decoding import difference, fused
 from tests.passes.prune.masks import masked
 from tests.variants import DECODERS, Variant
 from tests.variants.base import decoder_params, mlp, rms_norm
-from tests.variants.blocks import causal
+from tests.variants.blocks import attention, causal
 from xlathe.coupling import couple, separate
 from xlathe.errors import OptionError, PassError
 from xlathe.graph import Graph, Weights
@@ -69,6 +69,58 @@ def test_a_narrower_stream_equals_the_masked_graph(name: str) -> None:
     assert difference(small(tokens), masked(graph, plan)(tokens)) <= named(name).rtol
     assert cost(graph, found.coupling, {atom: np.asarray(kept)}) == cost(small, couple(small), {})
     assert plan.width == kept
+
+
+ROTATED = ("llama", "rope_half", "rope_interleaved", "rope_table_sliced")
+
+
+@pytest.mark.parametrize("name", ROTATED)
+def test_fewer_pairs_of_rotated_channels_equal_the_masked_graph(name: str) -> None:
+    """Frequencies are constants, or made of numbers, which channels that are left keep."""
+    graph = separate(fused(named(name)))
+    found = Groups(graph)
+    groups, empty = [], Cost(0, 0, 0)
+    for atom in (atom for atom, kind in found.kinds.items() if kind == "query_key_dims"):
+        size = int(found.dims.sizes[atom])
+        groups.append(Group("query_key_dims", size, tuple(found.axes[atom]), tuple(range(1, size, 2)), (0.0,) * size))
+    plan = PrunePlan(tuple(groups), (), (), empty, empty)
+    small = prune(graph, plan)
+    tokens = np.random.default_rng(0).integers(0, named(name).vocab, (2, 9))
+    assert groups and difference(small(tokens), masked(graph, plan)(tokens)) <= named(name).rtol
+
+
+UNKNOWN = [("rope_complex", "neither side is zero"), ("rope_table_gathered", "tile has no rule")]
+
+
+@pytest.mark.parametrize(("name", "reason"), UNKNOWN)
+def test_rotations_without_a_rule_are_named(name: str, reason: str) -> None:
+    with pytest.raises(PassError, match=f"found no query_key_dims to prune; .*{reason}"):
+        PruneStructured(query_key_dims=0.5)(fused(named(name)))
+
+
+def test_scores_of_channels_of_queries_and_keys(two_heads: tuple[Graph, dict]) -> None:
+    """Expected: the norm over heads of |q| |k|, each over all tokens, in NumPy; the better half of 8 channels stays."""
+    graph, w = two_heads
+    plan = PruneStructured(query_key_dims=0.5, score="activation").make_plan(graph, Context(batches(7)))
+    x = w["embed"].astype(np.float64)[np.concatenate([b.reshape(-1) for b in batches(7)])]
+    q, k = (np.linalg.norm((x @ w[name]).reshape(-1, 2, 8), axis=0) for name in ("wq", "wk"))
+    (group,) = plan.groups
+    np.testing.assert_allclose(group.scores, np.linalg.norm(q * k, axis=0), rtol=1e-5)
+    assert group.kept == tuple(np.sort(np.argsort(group.scores)[-4:]))
+    assert prune(graph, plan).aval("wq").shape == prune(graph, plan).aval("wk").shape == (6, 8)
+
+
+@pytest.fixture
+def two_heads() -> tuple[Graph, dict[str, np.ndarray]]:
+    def model(params: dict, tokens: jnp.ndarray) -> jnp.ndarray:
+        x = params["embed"][tokens]
+        q, k, v = ((x @ params[name]).reshape(*x.shape[:2], 2, 8) for name in ("wq", "wk", "wv"))
+        return (x + attention(q, k, v).reshape(*x.shape[:2], 16) @ params["wo"]) @ params["head"]
+
+    rng = np.random.default_rng(8)
+    shapes = {"embed": (7, 6), "wq": (6, 16), "wk": (6, 16), "wv": (6, 16), "wo": (16, 6), "head": (6, 7)}
+    w = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    return FuseAttention()(Canonicalize()(xlathe.trace(model, params=w, max_len=16))), w
 
 
 MEANS = {
@@ -266,7 +318,8 @@ def test_before_and_after() -> None:
     assert small.aval("up").shape == (6, 2) and small.aval("down").shape == (2, 6)
     np.testing.assert_array_equal(small.weights["up"], params["up"][:, [1, 3]])
     np.testing.assert_array_equal(small.weights["down"], params["down"][[1, 3]])
-    assert small.history[-1].hits == {"heads": 0, "neurons": 2, "hidden": 0, "experts": 0, "value_dims": 0, "layers": 0}
+    assert small.history[-1].hits == {"heads": 0, "neurons": 2, "hidden": 0, "experts": 0, "value_dims": 0,
+                                       "query_key_dims": 0, "layers": 0}  # fmt: skip
 
 
 @pytest.mark.parametrize(("score", "order"), [("weight", 2), ("weight_l1", 1)])
@@ -361,8 +414,8 @@ def test_missing_calibration(options: dict) -> None:
 
 
 def test_nothing_to_remove() -> None:
-    options = "heads, neurons, hidden, experts, value_dims, layers, params, megabytes, latency or a plan"
-    with pytest.raises(OptionError, match=f"nothing to remove; give {options}"):
+    options = "heads, neurons, hidden, experts, value_dims, query_key_dims, layers, params, megabytes, latency"
+    with pytest.raises(OptionError, match=f"nothing to remove; give {options} or a plan"):
         PruneStructured()(fused(named("llama")))
 
 
