@@ -93,7 +93,7 @@ def _query_key_scores(found: Groups, context: Context) -> dict[int, np.ndarray]:
     squares = [sum(each) for each in zip(*sums, strict=True)]
     for eqn, queries, keys in zip(attentions, squares[::2], squares[1::2], strict=True):
         channels = (np.sum(queries, axis=1) * keys).sum(0)
-        label = found.coupling.values[eqn.invars[1]].labels[-1]  # type: ignore[index]
+        label = found.coupling.values[eqn.invars[1]].labels[-1]
         for atom in scores:
             if atom in found.dims.atoms(label):
                 found.add(scores[atom], channels, [label], atom)

@@ -77,7 +77,7 @@ def plan(graph: Graph) -> PrunePlan:
 
 
 def test_reads_of_a_shape_are_those_of_the_smaller_graph() -> None:
-    """Expected: all but the embedding, which is looked up, and a head's 8 keys and 4 values in each of 2 layers."""
+    """Expected: all but the embedding, which is looked up, and a head's 4 keys and 4 values in each of 2 layers."""
     graph = separate(fused(named("llama")))
     found = Groups(graph)
     counts = {a: np.array([int(found.dims.sizes[a]) // 2]) for a, kind in found.kinds.items()}
@@ -86,7 +86,7 @@ def test_reads_of_a_shape_are_those_of_the_smaller_graph() -> None:
     assert {name: int(n[0]) for name, n in weights.items()} == {
         name: 0 if "embed" in name else 4 * np.prod(small.aval(name).shape) for name in small.names("weight")
     }
-    assert int(cache[0]) == 2 * graph.max_len * (8 + 4) * 4
+    assert int(cache[0]) == 2 * graph.max_len * (4 + 4) * 4
     whole = {-1: np.ones(1, np.int64)}
     assert cache_reads(small, couple(small), whole) == cache
 
