@@ -110,6 +110,24 @@ def test_scores_of_channels_of_queries_and_keys(two_heads: tuple[Graph, dict]) -
     assert prune(graph, plan).aval("wq").shape == prune(graph, plan).aval("wk").shape == (6, 8)
 
 
+def test_a_channel_that_is_zero_in_one_part_alone_stays() -> None:
+    """Before: queries and keys are a projection h beside exp(h), which is one where h is zero."""
+
+    def model(params: dict, tokens: jnp.ndarray) -> jnp.ndarray:
+        x = params["embed"][tokens]
+        h = (x @ params["wq"]).reshape(*x.shape[:2], 2, 8)
+        both = jnp.concatenate([h, jnp.exp(h)], axis=-1)
+        values = (x @ params["wv"]).reshape(*x.shape[:2], 2, 8)
+        return (x + attention(both, both, values).reshape(*x.shape[:2], 16) @ params["wo"]) @ params["head"]
+
+    rng = np.random.default_rng(9)
+    shapes = {"embed": (7, 6), "wq": (6, 16), "wv": (6, 16), "wo": (16, 6), "head": (6, 7)}
+    w = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    graph = FuseAttention()(Canonicalize()(xlathe.trace(model, params=w, max_len=16)))
+    with pytest.raises(PassError, match=r"found no query_key_dims to prune; .*concatenate has it zero and not zero"):
+        PruneStructured(query_key_dims=0.5)(graph)
+
+
 @pytest.fixture
 def two_heads() -> tuple[Graph, dict[str, np.ndarray]]:
     def model(params: dict, tokens: jnp.ndarray) -> jnp.ndarray:
