@@ -87,17 +87,23 @@ def _teller(
     console: "Console", calibration: Sequence[Any], file: Path | None
 ) -> "Callable[[Plan, Graph], None]":
     """Returns a function that prints each plan, and writes all so far to a file."""
+    from xlathe.files import replaced
     from xlathe.tools.inspect import held
 
     plans: list[dict[str, Any]] = []
+
+    def keep() -> None:
+        if file is not None:
+            with replaced(file) as out:
+                out.write((json.dumps(plans, indent=1) + "\n").encode())
 
     def tell(plan: "Plan", graph: "Graph") -> None:
         memory = held(plan, graph, calibration)
         console.print(str(plan) if memory is None else f"{plan}\n{memory}", soft_wrap=True)
         plans.append(json.loads(plan.to_json()) | (memory.to_json() if memory else {}))
-        if file is not None:
-            file.write_text(json.dumps(plans, indent=1) + "\n", encoding="utf-8")
+        keep()
 
+    keep()  # an older file of that name says nothing of this run
     return tell
 
 

@@ -74,8 +74,8 @@ def _without_zeros(text: str, name: str, options: list[str], patterns: list[str]
 
 def _scattered(text: str, dense: Cast | Scaled, option: str) -> Scattered:
     percent = float(option.removesuffix("%"))
-    if not 0 < percent < 100:
-        raise OptionError(f"{text!r}: expected zeros of more than 0% and less than 100%")
+    if not 0.0001 <= percent < 100:
+        raise OptionError(f"{text!r}: expected zeros of 0.0001% or more and less than 100%")
     if percent != float(f"{percent:g}"):
         raise OptionError(f"{text!r}: expected at most 6 digits")
     return Scattered(dense, percent)

@@ -33,7 +33,8 @@ class Groups:
         other = self._inside_attention() | self._residual()
         self.kinds: dict[int, Kind] = {}
         for atom in self.dims.leaves():
-            fixed = atom in self.dims.blocked or ir.is_symbolic(self.dims.sizes[atom]) or atom not in self.axes
+            size = self.dims.sizes[atom]
+            fixed = atom in self.dims.blocked or ir.is_symbolic(size) or not size or atom not in self.axes
             if not fixed and atom in self.coupling.routings:
                 self.kinds[atom] = "experts"
             elif not fixed and atom in heads:

@@ -6,6 +6,7 @@ Weights are kept in 16 bits, zeros among them, or without their zeros by a schem
 
 import abc
 import dataclasses
+import math
 from typing import ClassVar, Literal, final
 
 import numpy as np
@@ -23,7 +24,7 @@ from xlathe.storage.cast import Cast
 
 @dataclasses.dataclass(frozen=True)
 class Sparse(WeightMethod):
-    """Sets weights to zero. sparsity: the fraction of each weight, above 0 and below 1.
+    """Sets weights to zero. sparsity: the fraction of each weight, above 0 and below 1; one half where nothing says.
 
     keep, of: or at most `keep` of every `of` successive inputs of an output stay (2 of 4), and `sparsity` is left out.
     A scheme that leaves zeros out decides in place of all three. What calibration never reached loses its smallest
@@ -31,17 +32,17 @@ class Sparse(WeightMethod):
     Raises OptionError for values out of range, PassError for weights that such groups do not divide.
     """
 
-    sparsity: float = 0.5
+    sparsity: float | None = None
     keep: int = 0
     of: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.sparsity, float) or not 0 < self.sparsity < 1:
+        if self.sparsity is not None and not (isinstance(self.sparsity, float) and 0 < self.sparsity < 1):
             raise OptionError(f"{self}: sparsity is a fraction above 0 and below 1, found {self.sparsity!r}")
         counts = type(self.keep) is int and type(self.of) is int
         if not counts or not (0 < self.keep < self.of or self.keep == self.of == 0):
             raise OptionError(f"{self}: expected 0 < keep < of, as in 2 of 4, found {self.keep!r} of {self.of!r}")
-        if self.of and self.sparsity != 0.5:
+        if self.of and self.sparsity is not None:
             raise OptionError(f"{self}: {self.keep} of {self.of} says how many stay; leave out sparsity")
 
     def refusal(self, stored: Format) -> str | None:
@@ -50,7 +51,8 @@ class Sparse(WeightMethod):
         if not isinstance(stored, Masked | Scattered):
             return "zeros are kept among bf16 or f16, or left out, as in int4:g32,2of4 or bf16:50%"
         groups = (stored.keep, stored.of) if isinstance(stored, Masked) else (0, 0)
-        if (self.keep, self.of) in ((0, 0), groups) and self.sparsity in (Sparse.sparsity, stored.sparsity):
+        alike = self.sparsity is None or math.isclose(self.sparsity, stored.sparsity)
+        if (self.keep, self.of) in ((0, 0), groups) and alike:
             return None
         return f"{stored} says what is zero, {stored.sparsity:.6g} of the weights; leave out sparsity, keep and of"
 
@@ -65,7 +67,7 @@ class Sparse(WeightMethod):
         if isinstance(stored, Scattered):
             return Sparsity(stored.sparsity)
         keep, of = (stored.keep, stored.of) if isinstance(stored, Masked) else (self.keep, self.of)
-        return Sparsity(1 - keep / of, keep, of) if of else Sparsity(self.sparsity)
+        return Sparsity(1 - keep / of, keep, of) if of else Sparsity(self.sparsity or 0.5)
 
     @final
     def __call__(

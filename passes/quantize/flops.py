@@ -10,12 +10,15 @@ from xlathe.passes.quantize.experts import Experts
 from xlathe.passes.quantize.uses import Uses
 
 
-def count_flops(graph: Graph, zeros: Mapping[str, float], experts: Sequence[Experts]) -> tuple[int, int]:
+def count_flops(graph: Graph, zeros: Mapping[str, float], experts: Sequence[Experts]) -> tuple[int, int] | None:
     """Returns the operations of a graph's products for a token without others to attend to, and how many are left
-    without those on zeros. Products with weights that are quantized already are left out.
+    without those on zeros. Products with weights that are quantized already are left out. None where the graph is for
+    fixed numbers of texts or tokens: what is done for each token cannot be told from what is done once.
 
     zeros: the fraction of a weight that is zero, by name; experts: those among them that are multiplied at once.
     """
+    if not all(map(ir.is_symbolic, graph.aval("tokens").shape)):
+        return None
     finder, stacked = Uses(graph), {name: group for group in experts for name in group.names}
     products = [eqn for eqn in ir.live_equations(graph.jaxpr) if eqn.primitive.name in SUMS]
     whole = sum(_flops(eqn) for eqn in products if any(map(ir.is_symbolic, eqn.outvars[0].aval.shape)))

@@ -19,7 +19,8 @@ Found = tuple[ir.Var, Labels, list[ir.Var]]
 def find_values(
     producer: Mapping[ir.Var, ir.JaxprEqn], axes: Axes, var: ir.Var, labels: Labels, channel: Label
 ) -> Found | None:
-    """Returns the values of an attention whose output is `var`, seen through views; None where it is none.
+    """Returns the values of an attention whose output is `var`, seen through views; None where it is none, or where
+    they are no activations but a weight.
 
     labels: of `var`; channel: that of the axis of heads and their channels. Views of the values, repetitions among
     them, are seen through as well.
@@ -30,6 +31,8 @@ def find_values(
     if operand is None:
         return None
     found = _up_views(producer, axes, *operand)
+    if found[0] not in producer:
+        return None
     return found[0], found[1], [*above[2], operand[0], *found[2]]
 
 

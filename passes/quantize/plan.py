@@ -64,13 +64,13 @@ class Entry:
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What a quantizer will do to a graph. entries: every weight, in the graph's order; misses: why weights that a rule
-    names stay as they are. flops: a token, and without those on zeros (`count_flops`)."""
+    names stay as they are. flops: a token, and without those on zeros (`count_flops`), where that is known."""
 
     entries: tuple[Entry, ...]
     experts: tuple[Experts, ...]
     method: Method
     misses: tuple[str, ...]
-    flops: tuple[int, int]
+    flops: tuple[int, int] | None
 
     @property
     def schemes(self) -> Mapping[str, Scheme]:
@@ -81,7 +81,7 @@ class Plan:
         """Returns one object: method, tensors, and the totals."""
         tensors = [
             {"name": e.name, "shape": e.shape, "scheme": str(e.scheme) if e.scheme else None, "bits": e.bits}
-            | {"bytes_before": e.before, "bytes_after": e.after, "zeros": e.zeros}
+            | {"bytes_before": e.before, "bytes_after": e.after, "zeros": e.zeros, "unstored": e.unstored}
             for e in self.entries
         ]
         return json.dumps({"method": str(self.method), "tensors": tensors} | self._totals(), indent=2)
@@ -111,10 +111,10 @@ class Plan:
         total = self._totals()
         if not total["zeros"]:
             return ()
+        counted = self.flops and f"nominally {self.flops[1]:,} of {self.flops[0]:,} flops a token, but "
         return (
             f"zeros: {total['zeros']:,} of {total['weights']:,} weights, {total['unstored']:,} of them not stored; "
-            f"nominally {total['nominal_flops']:,} of {total['flops']:,} flops a token, but XLA multiplies zeros like "
-            "others: a mask brings no speed",
+            f"{counted or ''}XLA multiplies zeros like others: a mask brings no speed",
         )
 
     def _totals(self) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class Plan:
         count = sum(math.prod(e.shape) for e in self.entries)
         before = sum(e.before for e in self.entries)
         zeros, unstored = (sum(getattr(e, name) for e in self.entries) for name in ("zeros", "unstored"))
-        dense, nominal = self.flops
+        dense, nominal = self.flops or (None, None)
         return {"bits": 8 * after / max(count, 1), "bytes_before": before, "bytes_after": after} | {
             "weights": count, "zeros": zeros, "unstored": unstored, "flops": dense, "nominal_flops": nominal,
         }  # fmt: skip

@@ -104,8 +104,7 @@ def test_gradients_reach_the_kept() -> None:
 @pytest.mark.parametrize(
     ("form", "message"),
     [
-        ("bf16:0%", "expected zeros of more than 0% and less than 100%"),
-        ("bf16:100%", "expected zeros of more than 0% and less than 100%"),
+        *((f"bf16:{zeros}%", "expected zeros of 0.0001% or more and less") for zeros in ("0", "0.00001", "100")),
         ("bf16:33.33333333%", "expected at most 6 digits"),
         ("bf16:2of4,50%", "2of4 and 50% exclude each other"),
         ("q8_0:50%", "blocks hold all of their weights"),
@@ -119,6 +118,7 @@ def test_texts_that_are_none(form: str, message: str) -> None:
 
 def test_equal_meaning_is_equal_text() -> None:
     assert str(parse_format("bf16:50.0%")) == "bf16:50%"
+    assert str(parse_format("bf16:0.0001%")) == "bf16:0.0001%"
 
 
 @pytest.mark.parametrize(

@@ -67,10 +67,8 @@ def sparsegpt_rounded(
 
 
 def _hessian(gram: np.ndarray, dtype: Any) -> _Hessian:
-    diagonal = np.diagonal(gram)
-    unit = diagonal.mean()  # of what `inverse_factor` gives columns that were always zero
-    upper, damping = inverse_factor(gram / unit if unit > 0 else gram)
-    return _Hessian(jnp.asarray(upper, dtype), diagonal == 0, damping)
+    upper, damping = inverse_factor(gram)
+    return _Hessian(jnp.asarray(upper, dtype), np.diagonal(gram) == 0, damping)
 
 
 def _swept(weight: jax.Array, hessian: _Hessian, sparsity: Sparsity, grid: Grid | None, block: int) -> jax.Array:

@@ -43,10 +43,10 @@ class Rounded(NamedTuple):
 def inverse_factor(gram: np.ndarray, order: np.ndarray | None = None) -> Factor:
     """Factors the damped inverse of a Hessian X^T X, float64 [k, k], in one copy of it.
 
-    order: int [k], of its rows and columns. Its unit is the mean of its diagonal, which no level depends on and float32
-    may not reach.
+    order: int [k], of its rows and columns. Its unit is the mean of its diagonal without zeros, which no level depends
+    on and float32 may not reach.
 
-    A channel that was always zero (H_jj = 0) gets H_jj = 1: it shares nothing with the others and is rounded to
+    A channel that was always zero (H_jj = 0) gets one unit there: it shares nothing with the others and is rounded to
     nearest. (The paper's code sets its weights to zero, which other tokens than the calibration's would notice.)
     Raises PassError where no damping helps: the matrix is no sum of squares, or not finite.
     """
@@ -74,10 +74,10 @@ def _padded(gram: np.ndarray, order: np.ndarray, damping: float) -> np.ndarray:
     for i, row in enumerate(order):
         hessian[i, :size] = gram[row, order]
     diagonal = hessian[np.diag_indices(size)]
-    diagonal[diagonal == 0] = 1
-    hessian[np.diag_indices(size)] = diagonal
-    hessian[:size, :size] /= diagonal.mean()
-    hessian[np.diag_indices(size)] += damping
+    live = diagonal > 0
+    if live.any():
+        hessian[:size, :size] /= diagonal[live].mean()
+    hessian[np.diag_indices(size)] += np.where(live, 0, 1) + damping
     return hessian
 
 

@@ -12,7 +12,7 @@ import xlathe as xl
 from tests.passes.decoding import fused
 from tests.variants import DECODERS
 from xlathe.errors import OptionError, PassError
-from xlathe.passes import Quantize
+from xlathe.passes import Quantize, Specialize
 from xlathe.passes.quantize.methods import find_method
 from xlathe.report import weight_bytes
 from xlathe.storage import parse_format
@@ -141,6 +141,7 @@ def test_the_plan_says_what_zeros_save(
     assert (told["weights"], told["zeros"], told["unstored"]) == (4848, zeros, unstored)
     assert (told["flops"], told["nominal_flops"]) == (whole, nominal)
     assert [tensor["zeros"] for tensor in told["tensors"]] == [zeros // 2, 0, 0, zeros // 2]
+    assert sum(tensor["unstored"] for tensor in told["tensors"]) == unstored
     (line,) = plan.remarks
     assert line.startswith(
         f"zeros: {zeros:,} of 4,848 weights, {unstored:,} of them not stored; nominally {nominal:,} of {whole:,} flops"
@@ -152,6 +153,13 @@ def test_the_plan_says_what_zeros_save(
     assert any(said.endswith(f": {line}") for said in again.report().splitlines())
     for name in made.names("weight"):
         np.testing.assert_array_equal(again.weights[name], made.weights[name])
+
+
+def test_operations_of_fixed_tokens_are_not_told(graph: xl.Graph) -> None:
+    """What is done for each token cannot be told from what is done once."""
+    plan = Quantize("bf16:50%", weights="up|down").plan(xl.Pipeline([Specialize(batch=1, length=8)])(graph))
+    assert plan.flops is None and json.loads(plan.to_json())["flops"] is None
+    assert plan.remarks[0].endswith("960 of them not stored; XLA multiplies zeros like others: a mask brings no speed")
 
 
 def test_zeros_of_experts_count_as_often_as_they_are_chosen() -> None:
@@ -190,11 +198,14 @@ def test_another_pattern_than_the_schemes_is_refused(graph: xl.Graph) -> None:
         ("magnitude{sparsity=0.7}", "bf16:2of4"),
         ("sparse_gpt{sparsity=0.7}", "bf16:50%"),
         ("sparse_gpt{keep=2,of=4}", "int4:g8,50%"),
+        ("wanda{sparsity=0.4}", "bf16:50%"),
     ):
         with pytest.raises(OptionError, match=f"{scheme} says what is zero, 0.5 of the weights; leave out"):
             sparse(graph, method, scheme)
     with pytest.raises(OptionError, match="a zero point may leave no zero"):
         sparse(graph, "sparse_gpt", "int4:g8,asym")
+    for method, scheme in (("wanda{sparsity=0.333}", "bf16:33.3%"), ("magnitude{sparsity=0.5}", "bf16:2of4")):
+        assert Quantize(scheme, weights="up|down", method=method).plan(graph).remarks  # says the same twice
 
 
 def test_groups_that_do_not_divide_are_named(graph: xl.Graph) -> None:

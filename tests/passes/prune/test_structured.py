@@ -506,3 +506,19 @@ def test_a_budget_where_a_layer_that_goes_blocked_the_stream() -> None:
     rows = list(np.random.default_rng(0).integers(0, 17, (4, 2, 12)))
     plan = PruneStructured(params=0.4, score="activation").make_plan(graph, Context(rows))
     assert 1 in plan.layers and plan.width is None and plan.after.parameters <= 0.4 * plan.before.parameters
+
+
+def test_an_empty_slice_is_no_group() -> None:
+    """As `x[..., d:]` is, where all of a head is rotated."""
+    rng = np.random.default_rng(0)
+    params = {"table": (24, 32), "up": (32, 16), "down": (16, 32), "head": (32, 24)}
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in params.items()}
+
+    def model(params: dict[str, Any], tokens: jax.Array) -> jax.Array:
+        x = params["table"][tokens]
+        h = x @ params["up"]
+        h = jnp.concatenate([h[..., :16], h[..., 16:]], -1)
+        return (x + jax.nn.relu(h) @ params["down"]) @ params["head"]
+
+    graph = Canonicalize()(xlathe.trace(model, params=params, max_len=16))
+    assert PruneStructured(neurons=0.5, score="weight")(graph).aval("up").shape == (32, 8)

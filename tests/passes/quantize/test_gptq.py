@@ -94,6 +94,13 @@ def test_a_dead_channel_is_rounded_to_nearest() -> None:
     assert (found != nearest).any()
 
 
+@pytest.mark.parametrize("size", [1e-12, 1e12])
+def test_the_size_of_activations_does_not_matter_beside_a_dead_channel(size: float) -> None:
+    w, x = weight(), activations(1e3)
+    x[:, 3] = 0
+    np.testing.assert_array_equal(run(w, size * (x.T @ x)), run(w, x.T @ x))
+
+
 def test_a_group_of_zeros_stays_zero() -> None:
     w, x = weight(), activations(10)
     w[2, 16:32] = 0

@@ -148,6 +148,21 @@ def test_bad_input() -> None:
         Pipeline([SmoothQuant()])(graph, calibration=[tokens(VARIANTS["nnx_mask_buffer"], 1, 4)])
 
 
+def test_a_weight_that_two_layers_multiply_with_blocks_its_pairs() -> None:
+    """Expected: near misses that name it, and the channels that it does not make all the same."""
+    rng = np.random.default_rng(0)
+    shapes = {"table": (24, 16), "a": (16, 8), "first": (8, 16), "second": (8, 16), "head": (16, 24)}
+
+    def model(params, ids):
+        x = params["table"][ids]
+        x = x + x @ params["a"] @ params["first"]
+        return (x + x @ params["a"] @ params["second"]) @ params["head"]
+
+    graph = graph_of(model, **{name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()})
+    pairs, misses = find_pairs(graph)
+    assert not pairs and any("a is used elsewhere too" in miss for miss in misses)
+
+
 @pytest.mark.parametrize("pass_", [SmoothQuant(), AwqScales("int8:channel")])
 def test_weights_that_are_not_finite_are_named(pass_) -> None:
     """Before: one NaN in a weight that reads a norm. Expected: an error, where factors would spread it."""
