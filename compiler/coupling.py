@@ -8,6 +8,7 @@ What has no rule, or would count the zeros, blocks the atoms that it touches and
 
 import dataclasses
 import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any
@@ -138,6 +139,7 @@ class _Flow:
         self.contracted: list[tuple[Label, str]] = []
         self.numbered: list[tuple[Label, str]] = []
         self.joined: list[tuple[set[int], set[int], str]] = []  # atoms where one side is zero, and where one is not
+        self.all_zero: list[tuple[Coupled, str]] = []  # results that are zero where all operands are
 
     def run(self) -> None:
         for item, var in zip(self.graph.inputs, self.jaxpr.invars, strict=True):
@@ -162,6 +164,10 @@ class _Flow:
         for zero, counted, reason in self.joined:
             both = self.dims.atoms(tuple(zero)) & self.dims.atoms(tuple(counted)) - set(self.dims.parts)
             self.dims.block(tuple(both), reason)
+        for result, reason in self.all_zero:
+            axes = Counter(atom for label in result.labels for atom in self.dims.atoms(label))
+            twice = {atom for atom, count in axes.items() if count > 1}
+            self.dims.block(tuple(self.dims.atoms(result.zero) & twice), reason)
         for out in self.jaxpr.outvars:
             for label in self._read(out).labels:
                 self.dims.block(label, "it is an axis of the model's result")
@@ -261,7 +267,11 @@ class _Flow:
             self.means[eqn.outvars[0]] = summed
         whole = [o.labels for o in operands if len(o.labels) == eqn.outvars[0].aval.ndim]
         labels = tuple(self._united(eqn, [ls for ls in axis if ls]) for axis in zip(*whole, strict=True))
-        return [Coupled(labels, tuple(sorted(self._zero_elementwise(eqn, operands))))]
+        result = Coupled(labels, tuple(sorted(self._zero_elementwise(eqn, operands))))
+        if eqn.primitive.name in _ZERO_IF_ALL:
+            # x_i - x_j: each side is zero along its own axis, which may turn out to be the same atom as the other
+            self.all_zero.append((result, f"{eqn.primitive.name} has it on two axes at {ir.source_line(eqn)}"))
+        return [result]
 
     def _mean_over(self, eqn: ir.JaxprEqn) -> Label | None:
         """What was summed over, where a sum is divided by the number of its terms, or multiplied by one over it."""

@@ -36,15 +36,23 @@ def uniform_value(atom: ir.Atom, producer: Mapping[ir.Var, ir.JaxprEqn]) -> np.g
 
 def constant(atom: ir.Atom, producer: Mapping[ir.Var, ir.JaxprEqn]) -> Any:
     """Returns a value that follows from the numbers in the program alone, else None."""
-    if isinstance(atom, ir.Literal):
-        return atom.val
-    eqn = producer.get(atom)
-    if eqn is None or any(map(ir.is_symbolic, atom.aval.shape)) or eqn.primitive.name == "dim_as_value":
-        return None
-    operands = [constant(a, producer) for a in eqn.invars]
-    if any(operand is None for operand in operands):
-        return None
-    return ir.bind(eqn, operands)[eqn.outvars.index(atom)]
+    known: dict[ir.Var, Any] = {}
+
+    def value(atom: ir.Atom) -> Any:
+        if isinstance(atom, ir.Literal):
+            return atom.val
+        if atom not in known:
+            known[atom] = made(atom)
+        return known[atom]
+
+    def made(var: ir.Var) -> Any:
+        eqn = producer.get(var)
+        if eqn is None or any(map(ir.is_symbolic, var.aval.shape)) or eqn.primitive.name == "dim_as_value":
+            return None
+        operands = [value(a) for a in eqn.invars]
+        return None if any(o is None for o in operands) else ir.bind(eqn, operands)[eqn.outvars.index(var)]
+
+    return value(atom)
 
 
 def is_zero(atom: ir.Atom, producer: Mapping[ir.Var, ir.JaxprEqn]) -> bool:

@@ -42,7 +42,8 @@ def run(options: Options, source: str, destination: str) -> None:
 
     shape = {name: options[name] for name in (*SHARES, *BUDGETS) if options[name] is not None}
     if not shape:
-        raise UsageError(f"how small? --params=0.5, or one of {', '.join(f'--{name}' for name in SHARES)}")
+        others = ", ".join(f"--{name}" for name in (*BUDGETS[1:], *SHARES))
+        raise UsageError(f"how small? --params=0.5, or one of {others}")
     chosen = PruneStructured(score=options["score"], force=options["force"], **shape)
     file = output_file(options, "plan")
     console = make_console()

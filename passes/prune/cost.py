@@ -1,7 +1,7 @@
 """What a graph costs, counted from shapes alone, also for shapes that it does not have yet."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -48,8 +48,10 @@ def cost(graph: Graph, coupling: Coupling, kept: Kept) -> Cost:
     return Cost(parameters, stored, flops)
 
 
-def weight_counts(graph: Graph, coupling: Coupling, counts: Mapping[int, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the parameters of each weight when `counts` of each atom stay, int64 [n] as each of the counts."""
+def weight_counts(
+    graph: Graph, coupling: Coupling, counts: Mapping[int, np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields each weight with its parameters when `counts` of each atom stay, int64 [n] as each of the counts."""
     dims = coupling.dimensions
 
     def stays(var: ir.Var) -> np.ndarray | int:
@@ -57,16 +59,17 @@ def weight_counts(graph: Graph, coupling: Coupling, counts: Mapping[int, np.ndar
         atom, number = coupling.members.get(var, (-1, 0))
         return number < counts[atom] if atom in counts else 1
 
-    return {
-        item.name: np.prod([_count(dims, label, counts) for label in coupling.values[var].labels], axis=0) * stays(var)
-        for item, var in zip(graph.inputs, graph.jaxpr.invars, strict=True)
-        if item.kind == "weight"
-    }
+    for item, var in zip(graph.inputs, graph.jaxpr.invars, strict=True):
+        if item.kind == "weight":
+            axes = [_count(dims, label, counts) for label in coupling.values[var].labels]
+            yield item.name, np.prod(axes, axis=0) * stays(var)
 
 
-def weight_reads(graph: Graph, coupling: Coupling, counts: Mapping[int, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the bytes of each weight that one token reads, as `weight_counts`: none of what is looked up by row, and
-    of experts as much as those that a token gets have."""
+def weight_reads(
+    graph: Graph, coupling: Coupling, counts: Mapping[int, np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields each weight with the bytes of it that one token reads, as `weight_counts`: none of what is looked up by
+    row, and of experts as much as those that a token gets have."""
     consumer, dims = ir.consumers(ir.live_equations(graph.jaxpr)), coupling.dimensions
 
     def looked_up(var: ir.Var) -> bool:
@@ -83,10 +86,9 @@ def weight_reads(graph: Graph, coupling: Coupling, counts: Mapping[int, np.ndarr
             return 0.0 if looked_up(var) else 1.0
         return coupling.routings[experts].chosen / counts.get(experts, int(dims.sizes[experts]))
 
-    sizes = weight_counts(graph, coupling, counts)
-    bytes_of = {name: jnp.dtype(graph.aval(name).dtype).itemsize for name in sizes}
-    inputs = zip(graph.inputs, graph.jaxpr.invars, strict=True)
-    return {item.name: sizes[item.name] * bytes_of[item.name] * share(v) for item, v in inputs if item.name in sizes}
+    variables = {item.name: var for item, var in zip(graph.inputs, graph.jaxpr.invars, strict=True)}
+    for name, size in weight_counts(graph, coupling, counts):
+        yield name, size * jnp.dtype(graph.aval(name).dtype).itemsize * share(variables[name])
 
 
 def cache_reads(graph: Graph, coupling: Coupling, counts: Mapping[int, np.ndarray]) -> np.ndarray:

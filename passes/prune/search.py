@@ -74,14 +74,14 @@ def search(
 def _within(found: Groups, shapes: Shapes, budget: Budget) -> list[Candidate]:
     """The best of the shapes within a budget of parameters or bytes."""
     graph = found.graph
-    sizes = weight_counts(graph, found.coupling, shapes.counts)
-    unit = {name: 1 if budget.unit == "params" else jnp.dtype(graph.aval(name).dtype).itemsize for name in sizes}
-    whole = sum(int(np.prod(graph.aval(name).shape)) * unit[name] for name in sizes)
+    names = graph.names("weight")
+    unit = {name: 1 if budget.unit == "params" else jnp.dtype(graph.aval(name).dtype).itemsize for name in names}
+    whole = sum(int(np.prod(graph.aval(name).shape)) * unit[name] for name in names)
     allowed = budget.value * (whole if budget.unit == "params" else 1e6)
     if allowed >= whole:
         raise OptionError(f"megabytes={budget.value}: the model has {np.ceil(whole / 1e3) / 1e3} already")
-    left = (shapes.without(depth).names("weight") for depth in shapes.depths)
-    totals = [np.sum([sizes[name] * unit[name] for name in names], axis=0) for names in left]
+    sizes = weight_counts(graph, found.coupling, shapes.counts)
+    totals = shapes.totals((name, size * unit[name]) for name, size in sizes)
     best = shapes.best([total <= allowed for total in totals])
     if not best:
         raise OptionError(_too_small(budget, int(min(np.min(total) for total in totals)), whole))

@@ -1,7 +1,7 @@
 """All shapes that a search may choose from: a grid of fractions of each kind, at every number of layers."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, NamedTuple, final
 
 import numpy as np
@@ -65,6 +65,19 @@ class Shapes:
     def without(self, depth: int) -> Graph:
         """The graph without so many layers, otherwise whole."""
         return without_layers(self.graph, least(self.influence, depth))
+
+    def totals(self, each: Iterable[tuple[str, np.ndarray]]) -> list[np.ndarray]:
+        """Returns what weights sum to in every shape, [n] for each depth. each: names, with numbers [n] of whole depth.
+
+        Weights that go with the same layers are added up first: there may be many more of them than of layers.
+        """
+        left = [set(self.without(depth).names("weight")) for depth in self.depths]
+        sums: dict[tuple[bool, ...], np.ndarray] = {}
+        for name, numbers in each:
+            where = tuple(name in names for names in left)
+            sums[where] = sums[where] + numbers if where in sums else numbers
+        nothing = np.zeros(len(self.grid))
+        return [sum((total for where, total in sums.items() if where[depth]), nothing) for depth in self.depths]
 
     def at(self, depth: int, number: int) -> Candidate:
         """Returns one shape."""

@@ -103,8 +103,9 @@ class PruneStructured(Pass):
             raise OptionError(f"prune_structured: params is the fraction to keep, above 0, below 1, got {self.params}")
         for name, unit in (("megabytes", "how many"), ("latency", "how many milliseconds of a token")):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and value > 0):
-                raise OptionError(f"prune_structured: {name} is {unit} to keep, above 0, got {value}")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and value > 0):
+                raise OptionError(f"prune_structured: {name} is {unit} to keep, a number above 0, got {value!r}")
 
     def apply(self, graph: Graph, context: Context) -> tuple[Graph, Record]:
         plan = PrunePlan.load(self.plan) if self.plan is not None else self.make_plan(graph, context)

@@ -83,7 +83,7 @@ def test_reads_of_a_shape_are_those_of_the_smaller_graph() -> None:
     counts = {a: np.array([int(found.dims.sizes[a]) // 2]) for a, kind in found.kinds.items()}
     small = shrink(graph, found.coupling, {a: np.arange(n[0]) for a, n in counts.items()})
     weights, cache = weight_reads(graph, found.coupling, counts), cache_reads(graph, found.coupling, counts)
-    assert {name: int(n[0]) for name, n in weights.items()} == {
+    assert {name: int(n[0]) for name, n in weights} == {
         name: 0 if "embed" in name else 4 * np.prod(small.aval(name).shape) for name in small.names("weight")
     }
     assert int(cache[0]) == 2 * graph.max_len * (4 + 4) * 4
@@ -156,7 +156,7 @@ def test_a_machine_that_becomes_slow_is_told_from_a_slow_shape(graph: Graph) -> 
         ms = ms_of(each)
         return lambda: ms * next(load) / 15  # of the median of the first rounds
 
-    with pytest.raises(OptionError, match=r"a token takes 1\.3[0-4]\d* ms in the smallest shape, 12\.15 ms"):
+    with pytest.raises(OptionError, match=r"a token takes 1\.3[0-4]\d* ms in the smallest shape, 12\.[0-4]\d* ms"):
         planned(graph, 0.5, tired)
     assert next(load) > 35
 
@@ -195,3 +195,17 @@ def test_a_timer_divides_by_the_tokens_of_a_unit() -> None:
     """Before: a clock on which every call of 16 tokens takes 32 ms. Expected: 2 ms a token, again and again."""
     timer = decode_timer(fused(named("llama")), itertools.count(0, 0.032).__next__)
     assert [timer(), timer()] == pytest.approx([2, 2])
+
+
+def test_a_machine_that_is_slow_at_first_does_not_decide(graph: Graph, plan: PrunePlan) -> None:
+    """Before: the first ten times are twice as long, as where another program ends then. Expected: the plan of a quiet
+    machine, and its times."""
+    calls = itertools.count()
+
+    def loaded(graph: Graph) -> Timer:
+        ms = ms_of(graph)
+        return lambda: ms * (2 if next(calls) < 10 else 1)
+
+    found = planned(graph, BUDGET, loaded)
+    assert found.groups == plan.groups and found.layers == plan.layers
+    assert found.timed[0].measured == pytest.approx(plan.timed[0].measured)

@@ -413,8 +413,9 @@ def test_a_plan_prints_is_saved_and_replays(tmp_path) -> None:
         ({"neurons": 0.5, "score": "random"}, "score is one of 'weight', 'weight_l1', .*, got 'random'"),
         ({"hidden": 0.5, "score": "weight_l1"}, "the residual stream cut by the size of weights"),
         ({"params": 1.0}, "params is the fraction to keep, above 0, below 1, got 1.0"),
-        ({"megabytes": -1}, "megabytes is how many to keep, above 0, got -1"),
-        ({"latency": 0}, "latency is how many milliseconds of a token to keep, above 0, got 0"),
+        ({"megabytes": -1}, "megabytes is how many to keep, a number above 0, got -1"),
+        ({"latency": 0}, "latency is how many milliseconds of a token to keep, a number above 0, got 0"),
+        ({"latency": True}, "latency is how many milliseconds of a token to keep, a number above 0, got True"),
         ({"params": 0.5, "megabytes": 3}, "params and megabytes are budgets; give one of them"),
         ({"params": 0.5, "heads": 0.5}, "a budget finds the shape"),
         ({"neurons": 0.5, "plan": "x.json"}, "a plan is replayed as it is"),
@@ -522,3 +523,39 @@ def test_an_empty_slice_is_no_group() -> None:
 
     graph = Canonicalize()(xlathe.trace(model, params=params, max_len=16))
     assert PruneStructured(neurons=0.5, score="weight")(graph).aval("up").shape == (32, 8)
+
+
+@pytest.mark.parametrize("differ", ["subtract", "maximum", "minimum"])
+def test_what_one_axis_makes_zero_is_not_zero_along_another(differ: str) -> None:
+    """Before: a sum over neurons j of f(h_i, h_j), neither of which is zero where the other is. Expected: blocked."""
+    rng = np.random.default_rng(0)
+    shapes = {"table": (24, 32), "up": (32, 16), "down": (16, 32), "head": (32, 24)}
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+    def model(params: dict[str, Any], tokens: jax.Array) -> jax.Array:
+        x = params["table"][tokens]
+        h = x @ params["up"]
+        h = h * getattr(jnp, differ)(h[..., :, None], h[..., None, :]).sum(-1)
+        return (x + h @ params["down"]) @ params["head"]
+
+    graph = Canonicalize()(xlathe.trace(model, params=params, max_len=16))
+    reasons = "; ".join(Groups(separate(graph)).reasons())
+    assert "neurons" not in Groups(separate(graph)).kinds.values()
+    assert re.search("(sub|max|min) has it on two axes at .*test_structured.py", reasons)
+
+
+def test_a_product_of_two_axes_is_zero_along_both() -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"table": (24, 32), "up": (32, 16), "down": (16, 32), "head": (32, 24)}
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+    def model(params: dict[str, Any], tokens: jax.Array) -> jax.Array:
+        x = params["table"][tokens]
+        h = x @ params["up"]
+        h = (h[..., :, None] * h[..., None, :] * 0.01).sum(-1)
+        return (x + h @ params["down"]) @ params["head"]
+
+    graph = separate(Canonicalize()(xlathe.trace(model, params=params, max_len=16)))
+    plan = PruneStructured(neurons=0.5, score="weight").make_plan(graph, Context())
+    tokens = np.random.default_rng(1).integers(0, 24, (2, 12), dtype=np.int32)
+    assert difference(prune(graph, plan)(tokens), masked(graph, plan)(tokens)) < 1e-5
