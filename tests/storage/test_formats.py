@@ -240,3 +240,11 @@ def test_a_block_of_columns_is_fitted_alone() -> None:
         assert isinstance(stored, Scaled)
         whole, own = stored.fit(weight), stored.fit(weight[:, 128:256])
         np.testing.assert_array_equal(own.scale, whole.scale[:, 128 // stored.columns :])
+
+
+@pytest.mark.parametrize("form", ["int4:g32,s=f16", "int8:channel,s=f16"])
+def test_scales_below_float16_are_zero(form: str) -> None:
+    """Expected: zeros; float16 has nothing between them and 6e-8."""
+    weight = 1e-9 * np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32)
+    stored = parse_format(form)
+    assert not np.asarray(stored.dequantize(*stored.encode(weight))).any()
