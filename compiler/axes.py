@@ -90,6 +90,15 @@ class Axes:
             return self.regroup(labels, operand.shape)
         return None
 
+    def above(self, eqn: ir.JaxprEqn, labels: Labels) -> tuple[ir.Var, Labels] | None:
+        """Returns what a view is of, and its labels; None where the equation is no view of a variable, or its axes
+        cannot be told apart."""
+        try:
+            upper = self.backward(eqn, labels)
+        except NoLabels:
+            return None
+        return (eqn.invars[0], upper) if upper is not None and isinstance(eqn.invars[0], ir.Var) else None
+
     def forward(self, eqn: ir.JaxprEqn, labels: Labels) -> Labels | None:
         """Given the labels of a view's operand returns those of its result; None if it is no view, or repeats."""
         name, result, params = eqn.primitive.name, eqn.outvars[0].aval, eqn.params

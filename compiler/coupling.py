@@ -157,6 +157,13 @@ class _Flow:
             self.values.update(zip(eqn.outvars, results, strict=True))
             read = {a for a in eqn.invars if isinstance(a, ir.Var)}
             self.trained |= set(eqn.outvars) if read and read <= self.trained else set()
+        self._block_what_came_together()
+        for out in self.jaxpr.outvars:
+            for label in self._read(out).labels:
+                self.dims.block(label, "it is an axis of the model's result")
+
+    def _block_what_came_together(self) -> None:
+        """Blocks what only shows when all atoms are united."""
         depths = {a for label in self.depths for a in self.dims.atoms(label)}
         for label, reason in self.numbered:
             if not self.dims.atoms(label) <= depths:
@@ -168,9 +175,6 @@ class _Flow:
             axes = Counter(atom for label in result.labels for atom in self.dims.atoms(label))
             twice = {atom for atom, count in axes.items() if count > 1}
             self.dims.block(tuple(self.dims.atoms(result.zero) & twice), reason)
-        for out in self.jaxpr.outvars:
-            for label in self._read(out).labels:
-                self.dims.block(label, "it is an axis of the model's result")
 
     def uncounted(self) -> tuple[tuple[Label, str], ...]:
         """The axes of sums that lead to anything but a division by the number of their terms, and where."""

@@ -13,7 +13,6 @@ from xlathe.tools.source import define_pipeline, find_pipeline, is_bundle, open_
 if TYPE_CHECKING:
     from xlathe.graph import Graph
     from xlathe.passes import Quantize
-    from xlathe.passes.quantize.footprint import Footprint
     from xlathe.passes.quantize.plan import Plan
     from xlathe.pipeline import Pipeline
 
@@ -44,11 +43,11 @@ def run(options: Options, source: str) -> None:
 
         calibration = find_calibration(options, source, graph)
         for plan, before, chosen in plans(pipeline, graph, calibration):
-            memory = held(plan, before, calibration)
+            text, content = told(plan, before, calibration)
             if options["json"]:
-                print(json.dumps(json.loads(plan.to_json()) | (memory.to_json() if memory else {}), indent=2))
+                print(json.dumps(content, indent=2))
             else:
-                print(plan if memory is None else f"{plan}\n{memory}")
+                print(text)
                 print(f"chosen: {chosen}\n" if chosen else "", end="")
     elif options["text"]:
         from xlathe.printer import to_text
@@ -58,13 +57,16 @@ def run(options: Options, source: str) -> None:
         print(graph.report())
 
 
-def held(plan: "Plan", graph: "Graph", calibration: Any) -> "Footprint | None":
-    """Returns the memory of a plan whose method goes through the model in order, where there is what it reads."""
+def told(plan: "Plan", graph: "Graph", calibration: Any) -> tuple[str, dict[str, Any]]:
+    """Returns a plan as text and for JSON, with the memory that it takes where its method goes through the model in
+    order and there is what it reads."""
     from xlathe.passes.quantize.calibrate import IN_ORDER
     from xlathe.passes.quantize.footprint import footprint
 
+    content = json.loads(plan.to_json())
     known = plan.method.statistics in IN_ORDER and len(calibration)
-    return footprint(graph, plan, calibration, on_disk=True) if known else None
+    memory = footprint(graph, plan, calibration, on_disk=True) if known else None
+    return (str(plan), content) if memory is None else (f"{plan}\n{memory}", content | memory.to_json())
 
 
 def plans(

@@ -88,7 +88,7 @@ def _teller(
 ) -> "Callable[[Plan, Graph], None]":
     """Returns a function that prints each plan, and writes all so far to a file."""
     from xlathe.files import replaced
-    from xlathe.tools.inspect import held
+    from xlathe.tools.inspect import told
 
     plans: list[dict[str, Any]] = []
 
@@ -98,9 +98,9 @@ def _teller(
                 out.write((json.dumps(plans, indent=1) + "\n").encode())
 
     def tell(plan: "Plan", graph: "Graph") -> None:
-        memory = held(plan, graph, calibration)
-        console.print(str(plan) if memory is None else f"{plan}\n{memory}", soft_wrap=True)
-        plans.append(json.loads(plan.to_json()) | (memory.to_json() if memory else {}))
+        text, content = told(plan, graph, calibration)
+        console.print(text, soft_wrap=True)
+        plans.append(content)
         keep()
 
     keep()  # an older file of that name says nothing of this run

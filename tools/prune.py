@@ -10,9 +10,6 @@ from xlathe.tools.distill import fused
 from xlathe.tools.source import define_calibration, open_graph
 from xlathe.tools.text import find_calibration
 
-SHARES = ("heads", "neurons", "hidden", "experts", "value_dims", "query_key_dims", "layers")
-BUDGETS = ("params", "megabytes", "latency")
-
 
 def define(values: flags.FlagValues) -> None:
     define_calibration(values)
@@ -38,11 +35,14 @@ def define(values: flags.FlagValues) -> None:
 
 def run(options: Options, source: str, destination: str) -> None:
     from xlathe.passes.prune import PruneStructured, prune, record
+    from xlathe.passes.prune.plan import WORDS
+    from xlathe.passes.prune.search import BUDGETS
     from xlathe.pipeline import Context
 
-    shape = {name: options[name] for name in (*SHARES, *BUDGETS) if options[name] is not None}
+    sizes = (*BUDGETS, *WORDS, "layers")
+    shape = {name: options[name] for name in sizes if options[name] is not None}
     if not shape:
-        others = ", ".join(f"--{name}" for name in (*BUDGETS[1:], *SHARES))
+        others = ", ".join(f"--{name}" for name in sizes[1:])
         raise UsageError(f"how small? --params=0.5, or one of {others}")
     chosen = PruneStructured(score=options["score"], force=options["force"], **shape)
     file = output_file(options, "plan")

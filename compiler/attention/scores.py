@@ -262,13 +262,10 @@ def strip(value: Value, axes: Axes, producer: Mapping[ir.Var, ir.JaxprEqn]) -> V
     """Walks up through views that cost nothing to redo; dtypes stay."""
     var, labels = value.var, of_operand(value.var, value.labels)
     while (eqn := producer.get(var)) is not None and eqn.primitive.name != "convert_element_type":
-        try:
-            upper = axes.backward(eqn, labels)
-        except NoLabels:
+        upper = axes.above(eqn, labels)
+        if upper is None:
             break
-        if upper is None or not isinstance(eqn.invars[0], ir.Var):
-            break
-        var, labels = eqn.invars[0], upper
+        var, labels = upper
     return Value(var, labels)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from xlathe import jaxpr as ir
-from xlathe.axes import Axes, Einsum, Label, Labels, NoLabels
+from xlathe.axes import Axes, Einsum, Label, Labels
 
 Found = tuple[ir.Var, Labels, list[ir.Var]]
 """A value, the labels of its axes, and what lies on the way up to it, itself among them."""
@@ -50,13 +50,10 @@ def copies_of(axes: Axes, whole: Label, channel: Label) -> tuple[int, ...] | Non
 def _up_views(producer: Mapping[ir.Var, ir.JaxprEqn], axes: Axes, var: ir.Var, labels: Labels) -> Found:
     way: list[ir.Var] = []
     while (eqn := producer.get(var)) is not None:
-        try:
-            above = axes.backward(eqn, labels)
-        except NoLabels:
+        above = axes.above(eqn, labels)
+        if above is None:
             break
-        if above is None or not isinstance(eqn.invars[0], ir.Var):
-            break
-        var, labels = eqn.invars[0], above
+        var, labels = above
         way.append(var)
     return var, labels, way
 

@@ -149,20 +149,14 @@ class _Finder:
         labels = axes.fresh_all(var.aval.shape)
         channel = labels[axis]
         while isinstance(var, ir.Var) and (eqn := self.producer.get(var)) is not None:
-            above = self._above(axes, eqn, labels, channel)
+            above = axes.above(eqn, labels)
             if above is None or eqn.primitive.name == "broadcast_in_dim":
                 break
-            var, labels = eqn.invars[0], above
+            if axes.resolve(channel) not in [axes.resolve(label) for label in above[1]]:
+                break  # the view divides the channels, or joins them with others
+            var, labels = above
         assert isinstance(var, ir.Var)
         return var, [axes.resolve(label) for label in labels].index(axes.resolve(channel))
-
-    def _above(self, axes: Axes, eqn: ir.JaxprEqn, labels: Labels, channel: Label) -> Labels | None:
-        """Returns the labels above a view that leaves the channels one whole axis."""
-        try:
-            above = axes.backward(eqn, labels)
-        except NoLabels:
-            return None
-        return above if above and axes.resolve(channel) in [axes.resolve(label) for label in above] else None
 
     def pair(self, root: ir.Var, axis: int) -> Pair:
         axes = Axes()

@@ -509,53 +509,35 @@ def test_a_budget_where_a_layer_that_goes_blocked_the_stream() -> None:
     assert 1 in plan.layers and plan.width is None and plan.after.parameters <= 0.4 * plan.before.parameters
 
 
-def test_an_empty_slice_is_no_group() -> None:
-    """As `x[..., d:]` is, where all of a head is rotated."""
+def one_layer(change: Callable[[jax.Array], jax.Array]) -> Graph:
+    """A layer of 16 neurons, which a function changes."""
     rng = np.random.default_rng(0)
-    params = {"table": (24, 32), "up": (32, 16), "down": (16, 32), "head": (32, 24)}
-    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in params.items()}
+    shapes = {"table": (24, 32), "up": (32, 16), "down": (16, 32), "head": (32, 24)}
 
     def model(params: dict[str, Any], tokens: jax.Array) -> jax.Array:
         x = params["table"][tokens]
-        h = x @ params["up"]
-        h = jnp.concatenate([h[..., :16], h[..., 16:]], -1)
-        return (x + jax.nn.relu(h) @ params["down"]) @ params["head"]
+        return (x + change(x @ params["up"]) @ params["down"]) @ params["head"]
 
-    graph = Canonicalize()(xlathe.trace(model, params=params, max_len=16))
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    return separate(Canonicalize()(xlathe.trace(model, params=params, max_len=16)))
+
+
+def test_an_empty_slice_is_no_group() -> None:
+    """As `x[..., d:]` is, where all of a head is rotated."""
+    graph = one_layer(lambda h: jax.nn.relu(jnp.concatenate([h[..., :16], h[..., 16:]], -1)))
     assert PruneStructured(neurons=0.5, score="weight")(graph).aval("up").shape == (32, 8)
 
 
 @pytest.mark.parametrize("differ", ["subtract", "maximum", "minimum"])
 def test_what_one_axis_makes_zero_is_not_zero_along_another(differ: str) -> None:
     """Before: a sum over neurons j of f(h_i, h_j), neither of which is zero where the other is. Expected: blocked."""
-    rng = np.random.default_rng(0)
-    shapes = {"table": (24, 32), "up": (32, 16), "down": (16, 32), "head": (32, 24)}
-    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-
-    def model(params: dict[str, Any], tokens: jax.Array) -> jax.Array:
-        x = params["table"][tokens]
-        h = x @ params["up"]
-        h = h * getattr(jnp, differ)(h[..., :, None], h[..., None, :]).sum(-1)
-        return (x + h @ params["down"]) @ params["head"]
-
-    graph = Canonicalize()(xlathe.trace(model, params=params, max_len=16))
-    reasons = "; ".join(Groups(separate(graph)).reasons())
-    assert "neurons" not in Groups(separate(graph)).kinds.values()
-    assert re.search("(sub|max|min) has it on two axes at .*test_structured.py", reasons)
+    found = Groups(one_layer(lambda h: h * getattr(jnp, differ)(h[..., :, None], h[..., None, :]).sum(-1)))
+    assert "neurons" not in found.kinds.values()
+    assert re.search("(sub|max|min) has it on two axes at .*test_structured.py", "; ".join(found.reasons()))
 
 
 def test_a_product_of_two_axes_is_zero_along_both() -> None:
-    rng = np.random.default_rng(0)
-    shapes = {"table": (24, 32), "up": (32, 16), "down": (16, 32), "head": (32, 24)}
-    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-
-    def model(params: dict[str, Any], tokens: jax.Array) -> jax.Array:
-        x = params["table"][tokens]
-        h = x @ params["up"]
-        h = (h[..., :, None] * h[..., None, :] * 0.01).sum(-1)
-        return (x + h @ params["down"]) @ params["head"]
-
-    graph = separate(Canonicalize()(xlathe.trace(model, params=params, max_len=16)))
+    graph = one_layer(lambda h: (h[..., :, None] * h[..., None, :] * 0.01).sum(-1))
     plan = PruneStructured(neurons=0.5, score="weight").make_plan(graph, Context())
     tokens = np.random.default_rng(1).integers(0, 24, (2, 12), dtype=np.int32)
     assert difference(prune(graph, plan)(tokens), masked(graph, plan)(tokens)) < 1e-5
